@@ -1,0 +1,316 @@
+"""Every key a YAML file or the command line may set: its type, its range, and where its value came from.
+
+`configs/default.yaml` holds the value and the meaning of every key; a preset holds only what differs;
+`key=value` on the command line wins over both. All faults are gathered and reported together.
+
+    python degaml.py stage=config config=configs/smollm2.yaml generator.lr=1e-3
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT = ROOT / "configs" / "default.yaml"
+FREE_MAPS = ("data.jsonl", "data.hub", "data.columns", "strategies.proposal_grid")   # maps with keys of their own
+FAMILIES = ("TTT", "LORA", "TTS", "Latent", "SFT")
+
+
+class UserError(Exception):
+    """A mistake the user can mend: what, where, what was expected, what to do. Shown without a traceback."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Family = Literal["TTT", "LORA", "TTS", "Latent", "SFT"]
+
+
+class Model(_Section):
+    name: str
+    revision: str
+    rank: Positive
+    alpha: Positive
+    modules: list[str]
+    token_width: Positive
+
+
+class Data(_Section):
+    source: Literal["assets", "hub", "jsonl"]
+    dir: str
+    train_tasks: Annotated[list[str], Field(min_length=1)]
+    test_tasks: list[str]
+    targets: list[str]
+    jsonl: dict[str, str]
+    hub: dict[str, str]
+    columns: dict[str, dict[str, str]]
+    format: Literal["cloze", "letter"]
+    math_form: Literal["choice", "generate"]
+    num_train: Positive
+    num_support: Annotated[int, Field(ge=2)]
+    num_test: Positive
+    num_prompts: Positive
+    prompts_from: Literal["train", "test"]
+    max_tokens: Annotated[int, Field(ge=32)]
+
+
+class Collect(_Section):
+    pretrain_steps: Positive
+    pretrain_lr: Rate
+    finetune_steps: Count
+    finetune_lr: Rate
+    warmup_steps: Count
+    schedule: Literal["constant", "cosine"]
+    batch_size: Positive
+    loss: Literal["lm", "choice"]
+    clip: Annotated[float, Field(gt=0)]
+    save_last: Annotated[int, Field(ge=2)]
+
+
+class Generator(_Section):
+    encoder: str
+    max_length: Annotated[int, Field(ge=8, le=512)]
+    num_prompts: Positive
+    flow: list[Annotated[list[Positive], Field(min_length=3, max_length=3)]]
+    kernel: Positive
+    scale_code: Literal["dnd", "zlog", "fixed", "element"]
+    criterion_weight: Literal["std", "none"]
+    steps: Positive
+    lr: Rate
+    warmup_steps: Count
+    weight_decay: Annotated[float, Field(ge=0)]
+    clip: Annotated[float, Field(gt=0)]
+    batch_size: Positive
+    micro_batch: Positive
+    pairs_per_task: Positive
+    noise: Annotated[float, Field(ge=0)]
+    dtype: Literal["auto", "float32", "bfloat16"]
+    save_every: Positive
+    seed: int
+
+    @model_validator(mode="after")
+    def _odd_kernel(self):
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd ('same' padding), got {self.kernel}: try {self.kernel + 1}")
+        return self
+
+
+class Strategies(_Section):
+    max_ttl_steps: Positive
+    max_ttl_lr: Rate
+    ttl_threshold: Annotated[float, Field(ge=0)]
+    ttl_lambda: Annotated[float, Field(gt=0)]
+    mix: Literal["interp", "halves", "magdir"]
+    max_prompt_batches: Annotated[int, Field(ge=1, le=50)]
+    max_slot_steps: Annotated[int, Field(ge=1, le=20)]
+    max_slot_lr: Rate
+    max_sft_steps: Annotated[int, Field(ge=1, le=200)]
+    max_sft_lr: Rate
+    max_batch_size: Annotated[int, Field(ge=1, le=64)]
+    proposal_grid: dict[str, list]
+
+
+class Policy(_Section):
+    mode: Literal["meta", "per_task"]
+    families: Annotated[list[Family], Field(min_length=1)]
+    proposals: Positive
+    iterations: Positive
+    min_per_family: Count
+    temperature: Annotated[float, Field(gt=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: Positive
+    max_new_tokens: Positive
+    reward_margin: Count
+    select_margin: Count
+    tie_reward: StrictBool
+    folds: Annotated[int, Field(ge=2)]
+    contexts: str
+    rank: Positive
+    alpha: Positive
+    modules: list[str]
+    epochs: Positive
+    batch_size: Positive
+    lr: Rate
+    max_samples: Positive
+
+
+class Evaluate(_Section):
+    metric: Literal["norm", "raw", "strict", "lenient"]
+    methods: Annotated[list[Literal["base", "mean", "wrong_prompts", "own", "generator", "degaml",
+                                    "degaml_plus", "no_meta"]], Field(min_length=1)]
+    prompt_batches: Positive
+    token_budget: Annotated[int, Field(ge=32)]
+    max_new_tokens: Positive
+    generate: StrictBool
+
+
+class Report(_Section):
+    paper: Literal["none", "degaml-qwen2.5-0.5b", "degaml-qwen2.5-1.5b"]
+    seed_runs: list[str]
+
+
+class Config(_Section):
+    """The whole configuration of a run. Sections are explained key by key in configs/default.yaml."""
+
+    name: str
+    run: str
+    seed: int
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["auto", "float32", "bfloat16"]
+    overwrite: StrictBool
+    model: Model
+    data: Data
+    collect: Collect
+    generator: Generator
+    strategies: Strategies
+    policy: Policy
+    evaluate: Evaluate
+    report: Report
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 3e-5 as text; everyone who writes it means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."))
+
+
+def parse_yaml(text: str, where: str):
+    """Parse YAML text. Raises: UserError: naming the line, if it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as e:
+        line = getattr(getattr(e, "problem_mark", None), "line", 0) + 1
+        raise UserError(f"{where}:{line}: not valid YAML ({getattr(e, 'problem', e)}); "
+                        "expected lines of `key: value`") from None
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}; FREE_MAPS stay whole."""
+    out = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and path not in FREE_MAPS:
+            out |= flatten(value, path + ".")
+        else:
+            out[path] = value
+    return out
+
+
+def _unflatten(flat: dict) -> dict:
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for p in parents:
+            node = node.setdefault(p, {})
+        node[leaf] = value
+    return tree
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        have = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.yaml")))
+        raise UserError(f"config={path}: no such file; presets here: {have}")
+    tree = parse_yaml(path.read_text(), str(path)) or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected `key: value` lines, got {type(tree).__name__}")
+    return flatten(tree)
+
+
+def load_config(args: list[str]) -> tuple[Config, str]:
+    """Default < `config=file.yaml` < `key=value`, validated.
+
+    Args:
+        args: command-line words, each `key=value` (split at the first `=`, value read as YAML).
+    Returns: the config and the name of the stage (`stage=`, default `all`).
+    Raises: UserError: one text naming every unknown key, wrong type and out-of-range value.
+    """
+    words = []
+    for a in args:
+        if "=" not in a:
+            raise UserError(f"argument {a!r}: expected key=value, such as stage=all or generator.lr=1e-3")
+        words.append(a.split("=", 1))
+    stage = next((v for k, v in words if k == "stage"), "all")
+    preset = next((v for k, v in words if k == "config"), "")
+    flat = _read(DEFAULT)
+    known, where = dict(flat), dict.fromkeys(flat, "configs/default.yaml")
+    layers = [(preset, _read(Path(preset)))] if preset else []
+    layers.append(("command line", {k: parse_yaml(v, f"{k}={v}") for k, v in words
+                                    if k not in ("stage", "config")}))
+    faults = []
+    for source, layer in layers:
+        for key, value in layer.items():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+                hint = f"; did you mean `{near[0]}`?" if near else "; see configs/default.yaml"
+                faults.append(f"{key} ({source}): unknown key{hint}")
+                continue
+            flat[key], where[key] = value, source
+    try:
+        cfg = Config.model_validate(_unflatten(flat))
+    except ValidationError as e:
+        for err in e.errors():
+            path = ".".join(str(p) for p in err["loc"])
+            key = next((k for k in sorted(flat, key=len, reverse=True)
+                        if path == k or path.startswith(k + ".")), path)
+            faults.append(f"{path} ({where.get(key, preset)}): got {flat.get(key, err['input'])!r}; "
+                          f"{err['msg'].removeprefix('Value error, ')}")
+        cfg = None
+    if cfg is not None:
+        faults += _cross_checks(cfg, where)
+    if faults:
+        raise UserError(f"{len(faults)} fault(s) in the configuration:\n  " + "\n  ".join(faults))
+    return cfg, stage
+
+
+def _cross_checks(cfg: Config, where: dict) -> list[str]:
+    """Faults that need two keys to see."""
+    faults = []
+
+    def fault(key, text):
+        faults.append(f"{key} ({where[key]}): {text}")
+
+    d, g, p = cfg.data, cfg.generator, cfg.policy
+    steps = cfg.collect.pretrain_steps + cfg.collect.finetune_steps
+    if cfg.collect.save_last > steps:
+        fault("collect.save_last", f"got {cfg.collect.save_last}; training has {steps} steps: at most {steps}")
+    unknown = [t for t in d.targets if t not in d.train_tasks + d.test_tasks]
+    if unknown:
+        fault("data.targets", f"{unknown} are in neither data.train_tasks nor data.test_tasks")
+    twice = sorted({t for t in d.train_tasks + d.test_tasks if (d.train_tasks + d.test_tasks).count(t) > 1})
+    if twice:
+        fault("data.test_tasks", f"{twice} are listed twice (train_tasks and test_tasks are disjoint)")
+    if not g.flow or g.flow[0][:2] != [g.num_prompts, g.max_length]:
+        fault("generator.flow", f"its first entry must be [num_prompts, max_length, encoder width] = "
+                                f"[{g.num_prompts}, {g.max_length}, 384], got {g.flow[:1]}")
+    if p.min_per_family * len(p.families) > p.proposals:
+        fault("policy.min_per_family", f"{p.min_per_family} x {len(p.families)} families exceed policy.proposals"
+                                       f" = {p.proposals}: at most {p.proposals // len(p.families)}")
+    if p.folds > d.num_support:
+        fault("policy.folds", f"got {p.folds} folds of {d.num_support} support examples")
+    if cfg.evaluate.metric in ("strict", "lenient") and not cfg.evaluate.generate:
+        fault("evaluate.metric", f"{cfg.evaluate.metric} needs generated answers: evaluate.generate=true")
+    if len(d.train_tasks) < 3 and set(d.targets or d.train_tasks) & set(d.train_tasks):
+        fault("data.train_tasks", "leave-one-out needs at least 3 tasks (2 remain to learn from)")
+    return faults
+
+
+def differences(cfg: Config) -> dict:
+    """Keys whose value is not the default's, for the log."""
+    default = _read(DEFAULT)
+    return {k: v for k, v in flatten(cfg.model_dump()).items() if v != default.get(k)}

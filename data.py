@@ -1,0 +1,450 @@
+"""Tasks: twelve benchmarks from the assets, the Hugging Face hub or a user's JSONL, as prompts with options and honest splits.
+
+Every source yields the same records {id, question, context, choices, gold, answer}; one function turns a record into the
+`Example` a model sees, so the three sources cannot drift apart. Splits depend on the seed and the task's name only.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from config import ROOT, Config, UserError
+from runtime import Run, rng_for
+
+LETTERS = "ABCDEFGHIJ"
+LETTER_SYSTEM = ("You answer multiple-choice questions. Reply with nothing but the letter of the right option in square "
+                 "brackets, for example [A].")
+GENERATE_SYSTEM = "Solve the problem. End with the final answer on a line of its own, after ####."
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question as the model sees it.
+
+    Attributes:
+        prompt: text before the answer. options: continuations to compare, () for free-form answers.
+        gold: index into options. answer: gold text. suffix: text after the option (WinoGrande's blank), which is
+        then what is scored. question, choices: the record's own words, for the letter format and the reports.
+    """
+
+    id: str
+    prompt: str
+    options: tuple[str, ...] = ()
+    gold: int | None = None
+    answer: str = ""
+    suffix: str = ""
+
+    @property
+    def text(self) -> str:
+        """The unlabelled input: what conditions the generator and what test-time training reads."""
+        return f"{self.prompt} _{self.suffix}" if self.suffix else self.prompt
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark with its splits. Test labels are read by `evaluate` and by nothing before it."""
+
+    name: str
+    title: str
+    domain: str                  # "id" (meta-training, leave-one-out) or "ood"
+    source: str
+    stand_in_for: str            # "" or the paper's benchmark this data stands in for
+    context: str                 # one paragraph for the policy
+    train: tuple[Example, ...]
+    support: tuple[Example, ...]
+    test: tuple[Example, ...]
+    prompts: tuple[str, ...]     # unlabelled
+
+
+# title, source of the embedded data, stand-in note
+SPECS = {
+    "arc_c": ("ARC-c", "ARC-Challenge", ""),
+    "arc_e": ("ARC-e", "ARC-Easy", ""),
+    "hellaswag": ("HellaSwag", "HellaSwag, validation as test", ""),
+    "boolq": ("BoolQ", "BoolQ with passage, validation as test", ""),
+    "piqa": ("PIQA", "PIQA, validation as test", ""),
+    "winogrande": ("WinoGrande", "WinoGrande XL, validation as test", ""),
+    "gsm8k": ("GSM8K", "GSM8K test", "GSM8K (options built here from gold answers and seeded distractors)"),
+    "math": ("MATH", "MATH test", "MATH (options built here from gold answers and seeded distractors)"),
+    "divlogic": ("DivLogicEval", "basic-skills logical reasoning", "DivLogicEval"),
+    "socialiqa": ("SocialIQA", "SocialIQA, validation as test", ""),
+    "codemmlu": ("CodeMMLU", "basic-skills coding", "CodeMMLU"),
+    "jama": ("JAMA", "MedQA (USMLE, English) test", "JAMA Clinical Challenge"),
+}
+GENERATED = ("gsm8k", "math")    # tasks whose records have an answer but no options
+
+# hub id, configuration, {our split: hub split}
+HUB = {
+    "arc_c": ("allenai/ai2_arc", "ARC-Challenge", {"train": "train", "test": "test"}),
+    "arc_e": ("allenai/ai2_arc", "ARC-Easy", {"train": "train", "test": "test"}),
+    "hellaswag": ("Rowan/hellaswag", None, {"train": "train", "test": "validation"}),
+    "boolq": ("google/boolq", None, {"train": "train", "test": "validation"}),
+    "piqa": ("baber/piqa", None, {"train": "train", "test": "validation"}),   # the original is still a script
+    "winogrande": ("allenai/winogrande", "winogrande_xl", {"train": "train", "test": "validation"}),
+    "gsm8k": ("openai/gsm8k", "main", {"train": "train", "test": "test"}),
+    "math": ("EleutherAI/hendrycks_math", ("algebra", "counting_and_probability", "geometry", "intermediate_algebra",
+             "number_theory", "prealgebra", "precalculus"), {"train": "train", "test": "test"}),
+    "divlogic": ("ttchungc/DivLogicEval", None, {"all": "polished"}),
+    "socialiqa": ("lighteval/siqa", None, {"train": "train", "test": "validation"}),
+    "codemmlu": ("Fsoft-AIC/CodeMMLU", ("programming_syntax", "software_principles", "api_frameworks", "dbms_sql",
+                 "code_completion", "code_repair", "execution_prediction", "fill_in_the_middle", "others"),
+                 {"all": "test"}),
+}
+
+
+def load_tasks(run: Run, names: list[str] | None = None) -> dict[str, Task]:
+    """The tasks of this run, loaded once per process, in configuration order.
+
+    Raises: UserError: missing files, damaged rows, too few examples.
+    """
+    d = run.cfg.data
+    wanted = names or d.train_tasks + d.test_tasks
+    cache = run.cache.setdefault("tasks", {})
+    for name in wanted:
+        if name not in cache:
+            cache[name] = load_task(run.cfg, name)
+    return {name: cache[name] for name in wanted}
+
+
+def load_task(cfg: Config, name: str) -> Task:
+    """Read, format and split one task. Raises: UserError."""
+    records = read_records(cfg, name)
+    pools = {split: _examples(cfg, name, rows) for split, rows in records.items()}
+    train, support, test = make_splits(cfg, name, pools)
+    source = {e.text: None for e in (test if cfg.data.prompts_from == "test" else train)}
+    prompts = tuple(source)[:cfg.data.num_prompts]
+    if not prompts:
+        raise UserError(f"task {name}: no unlabelled prompts remain with data.prompts_from={cfg.data.prompts_from}; "
+                        "lower data.num_test or add rows")
+    title, origin, stand_in = SPECS.get(name, (name, cfg.data.source, ""))
+    if cfg.data.source != "assets":
+        origin, stand_in = cfg.data.source, stand_in if name in GENERATED and cfg.data.math_form == "choice" else ""
+    if name in GENERATED and cfg.data.math_form == "generate":
+        stand_in = ""
+    return Task(name, title, "id" if name in cfg.data.train_tasks else "ood", origin, stand_in,
+                read_contexts(cfg).get(name, ""), train[:cfg.data.num_train], support, test, prompts)
+
+
+def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tuple[tuple, tuple, tuple]:
+    """Disjoint train, support and test examples; duplicates across splits are dropped from the training side.
+
+    Args: pools: {"train": …, "test": …} where the benchmark has both, else {"all": …}, cut in the order test,
+        support, train after one seeded shuffle.
+    Raises: UserError: fewer than num_support examples remain.
+    """
+    d, rng = cfg.data, rng_for(cfg.seed, "split", name)
+    pools = {k: _unique(v) for k, v in pools.items()}
+    pools = {k: [v[i] for i in rng.permutation(len(v))] for k, v in pools.items()}
+    rest = pools.get("train", pools.get("all", []))
+    test = pools["test"][:d.num_test] if "test" in pools else rest[:d.num_test]
+    if "test" not in pools:
+        rest = rest[d.num_test:]
+    # the whole benchmark test set is kept out of training, not only the part scored here
+    held = {_key(e.text) for e in pools.get("test", test)}
+    rest = [e for e in rest if _key(e.text) not in held]
+    if len(rest) < d.num_support:
+        raise UserError(f"task {name}: {len(rest)} examples remain for the support set, data.num_support="
+                        f"{d.num_support} are needed (after {len(test)} for the test); lower data.num_test or "
+                        "data.num_support, or add rows")
+    return tuple(rest[d.num_support:]), tuple(rest[:d.num_support]), tuple(test)
+
+
+def _key(text: str) -> str:
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
+def _unique(examples: list[Example]) -> list[Example]:
+    seen: dict = {}
+    for e in examples:
+        seen.setdefault((_key(e.text), tuple(sorted(e.options))), e)
+    return list(seen.values())
+
+
+def read_records(cfg: Config, name: str) -> dict[str, list[dict]]:
+    """{split: records} from the configured source. Raises: UserError."""
+    if name in cfg.data.jsonl:
+        return _read_user_jsonl(cfg.data.jsonl[name])
+    if cfg.data.source == "assets":
+        return _read_assets(Path(cfg.data.dir), name)
+    if cfg.data.source == "hub":
+        return _read_hub(cfg, name)
+    raise UserError(f"data.jsonl: no file for task {name}; add `data.jsonl: {{{name}: {name}.jsonl}}`")
+
+
+def _read_assets(folder: Path, name: str) -> dict[str, list[dict]]:
+    folder = folder if folder.is_absolute() else ROOT / folder
+    files = {s: folder / f"{name}.{s}.jsonl.gz" for s in ("train", "test", "all")}
+    found = {s: f for s, f in files.items() if f.exists()}
+    if not ("all" in found or {"train", "test"} <= set(found)):
+        raise UserError(f"{files['train']}: missing; run `make assets`" if name in SPECS else
+                        f"task {name} is not one of the embedded tasks ({', '.join(SPECS)}); give its file as "
+                        f"data.jsonl={{{name}: file.jsonl}}")
+    out = {}
+    for split, file in found.items():
+        try:
+            with gzip.open(file, "rt") as f:
+                out[split] = [json.loads(line) for line in f]
+        except (OSError, EOFError, ValueError) as e:
+            raise UserError(f"{file}: damaged ({e}); delete it and run `make assets`") from None
+    return out
+
+
+def _read_user_jsonl(pattern: str) -> dict[str, list[dict]]:
+    """One file, or `my_{split}.jsonl` for splits train and test."""
+    files = {s: Path(pattern.format(split=s)) for s in ("train", "test")} if "{split}" in pattern \
+        else {"all": Path(pattern)}
+    seen: dict[str, str] = {}
+    return {split: read_user_file(path, seen) for split, path in files.items()}
+
+
+def read_user_file(path: Path, seen: dict[str, str] | None = None) -> list[dict]:
+    """Read and check a user's JSONL: {question, choices, gold} or {question, answer}; id and context are optional.
+
+    Raises: UserError: naming file and line of the first bad row, with an example of a good one.
+    """
+    seen = {} if seen is None else seen
+    good = '{"id": "q1", "question": "Which ...?", "choices": ["one", "two"], "gold": 0}'
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot read ({e}); expected UTF-8 JSON lines such as {good}") from None
+    rows = []
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{n}"
+
+        def bad(what, where=where):
+            return UserError(f"{where}: {what}; a good row: {good}")
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise bad(f"not JSON ({e})") from None
+        if not isinstance(row, dict):
+            raise bad(f"expected an object, got {type(row).__name__}")
+        row = {**row, "question": row.get("question", row.get("prompt"))}
+        if not isinstance(row["question"], str) or not row["question"].strip():
+            raise bad("`question` is missing or empty")
+        row["id"] = str(row.get("id", f"{path.stem}-{n}"))
+        if row["id"] in seen:
+            raise bad(f"id {row['id']!r} was used before, at {seen[row['id']]}")
+        seen[row["id"]] = where
+        choices = row.get("choices")
+        if choices is not None:
+            if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
+                raise bad("`choices` must be a list of at least two texts")
+            if not all(c.strip() for c in choices):
+                raise bad(f"option {[bool(c.strip()) for c in choices].index(False)} is empty")
+            row["gold"] = _read_gold(row.get("gold"), len(choices), bad)
+        elif not str(row.get("answer") or "").strip():
+            raise bad("neither `choices` with `gold` nor `answer` is given")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: no rows; expected JSON lines such as {good}")
+    return rows
+
+
+def _read_gold(gold, n: int, bad) -> int:
+    if gold is None or isinstance(gold, bool):
+        raise bad("`gold` is missing: the index of the right option, or its letter")
+    if isinstance(gold, str) and len(gold) == 1 and gold.upper() in LETTERS:
+        gold = LETTERS.index(gold.upper())
+    if not isinstance(gold, int) or not 0 <= gold < n:
+        raise bad(f"`gold` is {gold!r}, expected 0..{n - 1} or A..{LETTERS[n - 1]}")
+    return gold
+
+
+def _read_hub(cfg: Config, name: str) -> dict[str, list[dict]]:
+    """Records from `datasets.load_dataset`, by hub id or from a local folder of parquet/JSON files (data.hub)."""
+    from datasets import load_dataset
+    if name not in HUB and name not in cfg.data.hub:
+        raise UserError(f"task {name}: no hub data set known (JAMA is licensed: bring your own file); use "
+                        f"data.jsonl={{{name}: file.jsonl}} or data.hub={{{name}: org/name}}")
+    path, configs, splits = HUB.get(name, ("", None, {"train": "train", "test": "test"}))
+    if name in cfg.data.hub:
+        path, configs = cfg.data.hub[name], None if Path(cfg.data.hub[name]).is_dir() else configs
+    out = {}
+    for ours, theirs in splits.items():
+        rows = []
+        for config in configs if isinstance(configs, tuple) else (configs,):
+            try:
+                ds = load_dataset(path, config, split=theirs, revision=None)
+            except Exception as e:   # the library raises many types; each means the same to the user
+                raise UserError(f"data.source=hub: cannot load {path} {config or ''} split {theirs} "
+                                f"({type(e).__name__}: {str(e)[:160]}); check the network, or set "
+                                f"data.hub={{{name}: folder}} or data.jsonl={{{name}: file.jsonl}}") from None
+            rows += [_hub_record(cfg, name, config, i, r, ds.column_names) for i, r in enumerate(ds)]
+        out[ours] = [r for r in rows if r is not None]
+    return out
+
+
+_COLUMNS = {   # candidates in order; data.columns overrides
+    "question": ("question", "query", "goal", "sentence", "problem", "ctx", "premise", "premises"),
+    "context": ("passage", "context", "problem_description"),
+    "choices": ("choices", "options", "endings"),
+    "gold": ("answerKey", "label", "answer", "gold"),
+}
+_SPLIT_CHOICES = (("sol1", "sol2"), ("option1", "option2"), ("answerA", "answerB", "answerC"), ("A", "B", "C", "D"))
+
+
+def _hub_record(cfg: Config, name: str, config: str | None, i: int, row: dict, columns: list[str]) -> dict | None:
+    """One hub row as a record; rows without a label are dropped."""
+    asked = cfg.data.columns.get(name, {})
+    col = {k: asked.get(k) or next((c for c in names if c in row), None) for k, names in _COLUMNS.items()}
+    missing = [c for c in asked.values() if c not in row]
+    if col["question"] is None or missing:
+        raise UserError(f"data.columns.{name}: {missing or ['question']} not among the columns {columns}")
+    rec = {"id": f"{name}-{config + '-' if config and name in ('math', 'codemmlu') else ''}{i}",
+           "question": row[col["question"]], "context": row[col["context"]] if col["context"] else ""}
+    if name == "math":
+        from assets import last_boxed
+        return rec | {"context": "", "answer": last_boxed(row["solution"]), "kind": row.get("type", config)}
+    if name == "gsm8k":
+        return rec | {"answer": row["answer"].split("####")[-1].strip().replace(",", ""), "solution": row["answer"]}
+    if name == "hellaswag":
+        rec["question"] = _hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+        return _with_gold(rec, [_hellaswag_text(e) for e in row["endings"]], row["label"], None)
+    if name == "boolq":
+        return rec | {"choices": ["yes", "no"], "gold": 0 if row["answer"] else 1}
+    choices = row[col["choices"]] if col["choices"] else \
+        next(([row[c] for c in group] for group in _SPLIT_CHOICES if group[0] in row), None)
+    if choices is None or col["gold"] is None:
+        raise UserError(f"data.columns.{name}: no choices or gold among the columns {columns}; set "
+                        f"data.columns={{{name}: {{question: …, choices: …, gold: …}}}}")
+    labels = choices["label"] if isinstance(choices, dict) else None
+    choices = choices["text"] if isinstance(choices, dict) else choices
+    # these two count their string labels from 1
+    offset = 1 if name in ("winogrande", "socialiqa") else 0
+    return _with_gold(rec, list(choices), row[col["gold"]], labels, offset)
+
+
+def _with_gold(rec: dict, choices: list[str], gold, labels: list | None, offset: int = 0) -> dict | None:
+    if labels is not None and gold in labels:
+        index = labels.index(gold)
+    elif isinstance(gold, str) and gold.strip().upper() in LETTERS and gold.strip():
+        index = LETTERS.index(gold.strip().upper())
+    elif str(gold).strip().lstrip("-").isdigit():
+        index = int(gold) - offset
+    else:
+        return None
+    return rec | {"choices": choices, "gold": index} if 0 <= index < len(choices) else None
+
+
+def _hellaswag_text(text: str) -> str:
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _examples(cfg: Config, name: str, records: list[dict]) -> list[Example]:
+    """Records as the examples of the configured format."""
+    if records and "choices" not in records[0] and cfg.data.math_form == "choice":
+        records = add_distractors(records, cfg.seed)
+    return [make_example(name, r, cfg.data.format) for r in records]
+
+
+def make_example(name: str, r: dict, form: str) -> Example:
+    """One record in the cloze or the letter format. A record without choices becomes a generation example."""
+    q, context = r["question"].strip(), (r.get("context") or "").strip()
+    if "choices" not in r or r["choices"] is None:
+        body = f"{context}\n{q}".strip()
+        prompt = f"Question: {body}\nAnswer:" if form == "cloze" else body
+        return Example(r["id"], prompt, (), None, str(r["answer"]))
+    choices, gold = tuple(c.strip() for c in r["choices"]), r["gold"]
+    if form == "letter":
+        options = "\n".join(f"{LETTERS[i]}: {c}" for i, c in enumerate(choices))
+        head = f"{context}\n{q}" if context else q
+        return Example(r["id"], f"{head}\n{options}", tuple(f"[{LETTERS[i]}]" for i in range(len(choices))), gold,
+                       f"[{LETTERS[gold]}]")
+    if name == "winogrande" and q.count("_") == 1:   # partial evaluation: the text after the blank is scored
+        before, after = q.split("_")
+        return Example(r["id"], before.strip(), choices, gold, choices[gold], " " + after.strip())
+    if name in ("hellaswag", "divlogic"):
+        prompt = q
+    elif name == "codemmlu" and q.endswith("return"):   # a function stub to be completed, not a question
+        prompt = r["question"].rstrip()
+    elif name == "boolq":
+        prompt = f"{context}\nQuestion: {q.rstrip('?')}?\nAnswer:"
+    else:
+        prompt = f"Question: {context + ' ' if context else ''}{q}\nAnswer:"
+    return Example(r["id"], prompt, choices, gold, choices[gold])
+
+
+def add_distractors(records: list[dict], seed: int, n: int = 4) -> list[dict]:
+    """A multiple-choice form of gsm8k/math, built here: the gold answer among seeded distractors.
+
+    Distractors are, in this order of preference: numbers of the worked solution or the question, the gold answer
+    shifted or scaled, answers of the same look to other problems of the same kind.
+    """
+    alike: dict[tuple, list[str]] = {}
+    for r in records:
+        alike.setdefault(_shape(r), []).append(r["answer"])
+    out = []
+    for r in records:
+        rng, pool = rng_for(seed, "distractors", r["id"]), alike[_shape(r)]
+        wrong = _near_numbers(r, rng) + [pool[i] for i in rng.integers(len(pool), size=4 * n)]
+        wrong = [w for w in dict.fromkeys(wrong) if w and w != r["answer"]][:n - 1]
+        if not r["answer"] or len(wrong) < n - 1:
+            continue
+        choices = [*wrong, r["answer"]]
+        order = rng.permutation(n)
+        out.append({**r, "choices": [choices[i] for i in order], "gold": int(list(order).index(n - 1))})
+    return out
+
+
+def _shape(r: dict) -> tuple:
+    """Answers of one kind and look: a lone fraction among integers would give itself away."""
+    a = r["answer"]
+    return r.get("kind", ""), "integer" if re.fullmatch(r"-?\d+", a) else "tex" if "\\" in a else "text"
+
+
+def _near_numbers(r: dict, rng) -> list[str]:
+    if not re.fullmatch(r"-?\d+", r["answer"]):
+        return []
+    gold = int(r["answer"])
+    seen = re.findall(r"(?<![\w.])\d+(?![\w.])", r.get("solution", "") + " " + r["question"])
+    near = [str(gold + k) for k in (1, -1, 2, 10) if gold + k >= 0 or gold < 0] + [str(gold * 2), str(gold * 10)]
+    seen, near = list(dict.fromkeys(seen)), list(dict.fromkeys(near))
+    # one from the problem itself where it has one, the rest near the answer: a model that copies gets none for free
+    picked = [seen[i] for i in rng.permutation(len(seen))]
+    picked = [s for s in picked if s != r["answer"]][:1]
+    return picked + [near[i] for i in rng.permutation(len(near))]
+
+
+def strip_label(example: Example) -> Example:
+    """The same input without its label."""
+    return replace(example, gold=None, answer="")
+
+
+def read_contexts(cfg: Config) -> dict[str, str]:
+    """{task: paragraph} of policy.contexts. Raises: UserError."""
+    path = Path(cfg.policy.contexts)
+    path = path if path.is_absolute() or path.exists() else ROOT / path
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as e:
+        raise UserError(f"policy.contexts={path}: cannot read ({str(e)[:100]}); expected YAML lines "
+                        "`task: paragraph`") from None
+    if not isinstance(tree, dict) or not all(isinstance(v, str) for v in tree.values()):
+        raise UserError(f"policy.contexts={path}: expected YAML lines `task: paragraph`")
+    return {k: " ".join(v.split()) for k, v in tree.items()}
+
+
+def describe_tasks(tasks: dict[str, Task], prompts_from: str) -> dict:
+    """Sizes, chance and majority rates and example ids of each task, for tasks.json."""
+    out = {}
+    for t in tasks.values():
+        golds = [e.gold for e in t.test if e.gold is not None]
+        out[t.name] = {
+            "domain": t.domain, "title": t.title, "source": t.source, "stand_in_for": t.stand_in_for or None,
+            "n_train": len(t.train), "n_support": len(t.support), "n_test": len(t.test), "n_prompts": len(t.prompts),
+            "prompts_from": prompts_from,
+            "chance": round(sum(1 / len(e.options) for e in t.test if e.options) / len(t.test), 4),
+            "majority": round(max((golds.count(g) for g in set(golds)), default=0) / len(t.test), 4),
+            "support_ids": [e.id for e in t.support], "test_ids": [e.id for e in t.test]}
+    return out

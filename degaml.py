@@ -1,0 +1,159 @@
+"""The command: one stage of the pipeline, or all of them, on a run folder.
+
+    python degaml.py stage=all config=configs/smollm2.yaml
+    torchrun --nproc-per-node=2 degaml.py stage=generator config=configs/smollm2.yaml generator.lr=1e-3
+
+Order: default < config=file.yaml < key=value. The same command continues after an interruption.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from config import ROOT, UserError, load_config
+
+
+def run_assets(cfg, run) -> dict:
+    """Extract and convert the embedded model, encoder and data."""
+    from assets import fetch_assets
+    return fetch_assets(_here(cfg.data.dir), _here(cfg.model.name), _here(cfg.generator.encoder))
+
+
+def run_config(cfg, run) -> dict:
+    """Print the resolved configuration and check that data and model are there, without running anything."""
+    import yaml
+
+    from data import describe_tasks, load_tasks
+    print(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
+    for t in describe_tasks(load_tasks(run), cfg.data.prompts_from).values():
+        print(f"{t['title']:13} train {t['n_train']:5} support {t['n_support']:3} test {t['n_test']:5} "
+              f"prompts {t['n_prompts']:4} | {t['source']}")
+    return {}
+
+
+def run_collect(cfg, run) -> dict:
+    """LoRA checkpoints of the training tasks."""
+    from generator import collect_adapters
+    return collect_adapters(cfg, run)
+
+
+def run_generator(cfg, run) -> dict:
+    """Prompt states and one generator per left-out task."""
+    from generator import train_generators
+    return train_generators(cfg, run)
+
+
+def run_policy(cfg, run) -> dict:
+    """Meta-train the policy (policy.mode=meta; per_task trains inside adapt)."""
+    from policy import train_policies
+    return train_policies(cfg, run)
+
+
+def run_adapt(cfg, run) -> dict:
+    """Generate, propose, execute and select for every target."""
+    from policy import adapt_targets
+    return adapt_targets(cfg, run)
+
+
+def run_baselines(cfg, run) -> dict:
+    """Baselines that adapt on the same support labels."""
+    from baselines import train_baselines
+    return train_baselines(cfg, run)
+
+
+def run_evaluate(cfg, run) -> dict:
+    """Score every method on the held-out test examples."""
+    from policy import evaluate_methods
+    return evaluate_methods(cfg, run)
+
+
+def run_report(cfg, run) -> dict:
+    """Tables, figures and the HTML page, from stored files only."""
+    from report import make_report
+    return make_report(cfg, run) if run.rank == 0 else {}
+
+
+def run_contexts(cfg, run) -> dict:
+    """Write a task context for each target that has none, with the base model."""
+    from policy import write_contexts
+    return write_contexts(cfg, run)
+
+
+def run_all(cfg, run) -> dict:
+    """Every stage in order."""
+    out: dict = {}
+    for name in ORDER:
+        out |= run_stage(name, cfg, run)
+    return out
+
+
+ORDER = ("collect", "generator", "policy", "adapt", "baselines", "evaluate", "report")
+STAGES = {"assets": run_assets, "config": run_config, "collect": run_collect, "generator": run_generator,
+          "policy": run_policy, "adapt": run_adapt, "baselines": run_baselines, "evaluate": run_evaluate,
+          "report": run_report, "contexts": run_contexts, "all": run_all}
+
+
+def run_stage(name: str, cfg, run) -> dict:
+    """Run one stage on every rank, keep its seconds, and say what came out."""
+    from runtime import read_json, write_json
+    start = time.monotonic()
+    out = STAGES[name](cfg, run)
+    run.barrier()
+    if run.rank == 0 and name not in ("all", "config", "assets"):
+        path = run.path / "stages" / f"{name}.json"
+        before = read_json(path)["seconds"] if path.exists() else 0.0
+        took = time.monotonic() - start
+        # a rerun that finds everything done must not erase what the work cost
+        write_json(path, {"seconds": round(max(before, took), 1), **out})
+        run.log(f"stage {name}: {took:.0f} s " + " ".join(f"{k}={_show(v)}" for k, v in out.items()))
+    return out
+
+
+def _show(v) -> str:
+    return f"{v:.4g}" if isinstance(v, float) else str(v)
+
+
+def _here(path: str) -> Path:
+    return Path(path) if Path(path).is_absolute() else ROOT / path
+
+
+def main(argv: list[str]) -> int:
+    """Parse, open the run folder, run the stage. Returns the exit status: 0, or 2 for a user's mistake."""
+    if argv in (["-h"], ["--help"], ["help"]):
+        print(__doc__, "\nstages:")
+        for name, f in STAGES.items():
+            print(f"  {name:10} {f.__doc__.splitlines()[0]}")
+        return 0
+    try:
+        cfg, stage = load_config(argv)
+        if stage not in STAGES:
+            raise UserError(f"stage={stage}: unknown; legal: {', '.join(STAGES)}")
+        from runtime import open_run
+        os.chdir(ROOT)   # relative paths in a configuration mean the repository's
+        run = open_run(cfg, stage, argv)
+        run_stage(stage, cfg, run)
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        print(f"error: {e.filename or 'run folder'}: {e.strerror}; free space or choose another folder (run=...); "
+              "what is finished is kept, the same command continues", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    import torch.distributed as dist
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)

@@ -1,0 +1,440 @@
+"""Paper D, stage 1: LoRA checkpoints of the training tasks, and the generator that maps a batch of prompts to an adapter.
+
+    python degaml.py stage=collect config=configs/smollm2.yaml     -> adapters/<task>/step_0060.safetensors …
+    python degaml.py stage=generator config=configs/smollm2.yaml   -> generator/<left out task>/generator.safetensors
+
+Everything is leave-one-out: the generator of a training task is trained without it, the one named `none` on all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import UserError
+from data import load_tasks
+from lora import (
+    Adapter,
+    TokenCode,
+    average_adapters,
+    from_tokens,
+    init_adapter,
+    load_adapter,
+    rate,
+    save_adapter,
+    to_tokens,
+    train_adapter,
+)
+from runtime import Run, load_tensors, read_json, rng_for, save_tensors, seed_for, sha256, write_json
+from scoring import LM, choice_loss, input_text, lm_loss, load_lm, make_row
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+def collect_adapters(cfg, run: Run) -> dict:
+    """LoRA trajectories of the training tasks, one checkpoint per step, all from one A initialisation.
+
+    Source: paper D, E.4: `pretrain_steps` at `pretrain_lr`, then `finetune_steps` at `finetune_lr`; the optimiser
+    state carries over. Writes adapters/<task>/ with the last `save_last` steps and a manifest.
+    Raises: UserError: a loss that is not finite; the state before it is saved.
+    """
+    tasks = load_tasks(run)
+    lm = load_lm(run)
+    units = sorted(cfg.data.train_tasks, key=lambda t: -_mean_length(lm, tasks[t]))
+    for name in run.deal(units):
+        if not run.finished(f"adapters/{name}", "collect"):
+            _collect_one(cfg, run, lm, tasks[name])
+    manifests = [read_json(run.path / f"adapters/{t}/manifest.json") for t in cfg.data.train_tasks]
+    if len({m["init_sha"] for m in manifests}) != 1:
+        raise UserError(f"{run.path / 'adapters'}: the tasks do not share one A initialisation; delete the folder and "
+                        "run stage=collect again")
+    return {"collect/last_loss": sum(m["last_loss"] for m in manifests) / len(manifests)}
+
+
+def _mean_length(lm: LM, task) -> float:
+    return sum(len(e.text) for e in task.train[:50])
+
+
+def _collect_one(cfg, run: Run, lm: LM, task) -> None:
+    c, folder, start = cfg.collect, run.path / f"adapters/{task.name}", time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    steps = c.pretrain_steps + c.finetune_steps
+    rng = rng_for(cfg.seed, "collect", task.name)
+    order = np.concatenate([rng.permutation(len(task.train)) for _ in
+                            range(1 + steps * c.batch_size // len(task.train))])
+    rows = {}
+
+    def batches():
+        for s in run.track(range(steps), f"collect {task.name}"):
+            index = order[s * c.batch_size:(s + 1) * c.batch_size]
+            for i in index:
+                rows.setdefault(i, make_row(lm, task.train[i]))
+            yield [rows[i] for i in index]
+
+    def lr(s):
+        if s < c.pretrain_steps:
+            return rate(s, c.pretrain_steps, c.pretrain_lr, c.warmup_steps, c.schedule)
+        return rate(s - c.pretrain_steps, c.finetune_steps, c.finetune_lr, 0, c.schedule)
+
+    def on_step(s, loss, snapshot):
+        losses.append(loss)
+        if s % 5 == 4 or s == steps - 1:
+            run.metric(stage="collect", unit=task.name, step=s + 1, loss=round(loss, 5), lr=lr(s))
+        if s >= steps - c.save_last:
+            save_tensors(folder / f"step_{s + 1:04d}.safetensors", snapshot())
+
+    losses: list[float] = []
+    first = init_adapter(lm.layout, cfg.seed)
+    loss_fn = {"lm": lm_loss, "choice": choice_loss}[c.loss]
+    try:
+        train_adapter(lm.model, lm.layout, first, batches(), lambda b: loss_fn(lm, b), lr=lr, clip=c.clip,
+                      on_step=on_step)
+    except FloatingPointError as e:
+        step, last, adapter = e.args
+        save_tensors(folder / "before_failure.safetensors", adapter)
+        raise UserError(f"collect {task.name}: the loss is not finite at step {step + 1} (last finite {last:.4f}); the "
+                        f"adapter before it is in {folder / 'before_failure.safetensors'}; lower collect.pretrain_lr") \
+            from None
+    write_json(folder / "manifest.json", {
+        "task": task.name, "steps": steps, "last_loss": losses[-1], "losses": [round(x, 4) for x in losses],
+        "init_sha": adapter_hash({k: v for k, v in first.items() if "lora_A" in k}),
+        "sha256": {f.name: sha256(f) for f in sorted(folder.glob("step_*.safetensors"))}})
+    run.finish(f"adapters/{task.name}", "collect", start)
+    run.log(f"collect {task.name}: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.monotonic() - start:.0f} s", True)
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """Identity of an adapter's numbers."""
+    import hashlib
+    h = hashlib.sha256()
+    for k in sorted(adapter):
+        h.update(k.encode() + adapter[k].contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def load_checkpoints(run: Run, lm: LM, task: str) -> list[Adapter]:
+    """The collected checkpoints of a task, oldest first. Raises: UserError: missing, or changed since they were made."""
+    folder = run.path / f"adapters/{task}"
+    out = []
+    for name, digest in read_json(folder / "manifest.json")["sha256"].items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise UserError(f"{folder / name}: missing, truncated or changed since it was made (hash differs from "
+                            f"manifest.json); delete {folder} and run stage=collect again")
+        out.append(load_adapter(folder / name, lm.layout))
+    return out
+
+
+def last_checkpoint(run: Run, lm: LM, task: str) -> Adapter:
+    """The adapter trained on the task's own train split (method `own`)."""
+    name = sorted(read_json(run.path / f"adapters/{task}/manifest.json")["sha256"])[-1]
+    return load_adapter(run.path / f"adapters/{task}/{name}", lm.layout)
+
+
+def training_tasks(cfg, left_out: str) -> list[str]:
+    """The tasks a model named after its left-out task may learn from."""
+    return [t for t in cfg.data.train_tasks if t != left_out]
+
+
+def left_out_for(cfg, target: str) -> str:
+    """Leave-one-out name of a target: itself in-domain, `none` out of domain."""
+    return target if target in cfg.data.train_tasks else "none"
+
+
+def mean_adapter(run: Run, lm: LM, target: str) -> Adapter:
+    """Control: element-wise mean of the training tasks' last checkpoints, without the target's."""
+    return average_adapters([last_checkpoint(run, lm, t)
+                             for t in training_tasks(run.cfg, left_out_for(run.cfg, target))])
+
+
+# ------------------------------------------------------------------------------------------------------ prompt states
+
+def encode_prompts(cfg, run: Run) -> None:
+    """Cache the frozen encoder's token states of every task's prompts, once per prompt.
+
+    Writes prompts/<task>.states.npy, (prompts, L, d) float16, and <task>.pooled.npy, (prompts, d) float32.
+    """
+    tasks = load_tasks(run)
+    for name in run.deal(list(tasks)):
+        if not run.finished(f"prompts/{name}", "prompts"):
+            start, folder = time.monotonic(), run.path / f"prompts/{name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            states, pooled = encode_texts(run, task_texts(run, name), f"encode {name}")
+            np.save(folder / "states.npy", states.half().numpy())
+            np.save(folder / "pooled.npy", pooled.numpy())
+            run.finish(f"prompts/{name}", "prompts", start)
+
+
+def task_texts(run: Run, name: str) -> list[str]:
+    """The task's unlabelled prompts exactly as the base model reads them.
+
+    Question-only text instead made generated adapters no better than their mean (trial run).
+    """
+    lm = load_lm(run)
+    if lm.form == "cloze":
+        return list(load_tasks(run)[name].prompts)
+    from data import Example
+    return [input_text(lm, Example("", p, ("",))) for p in load_tasks(run)[name].prompts]
+
+
+@torch.no_grad()
+def encode_texts(run: Run, texts: list[str], label: str = "encode") -> tuple[Tensor, Tensor]:
+    """(n, L, d) states at all L positions, padding included, and (n, d) mean-pooled, L2-normalised embeddings.
+
+    Source: paper D, E.1 (all-MiniLM-L6-v2, last hidden state, no pooling).
+    """
+    if "encoder" not in run.cache:
+        from transformers import AutoModel, AutoTokenizer
+        try:
+            run.cache["encoder"] = (AutoTokenizer.from_pretrained(run.cfg.generator.encoder),
+                                    AutoModel.from_pretrained(run.cfg.generator.encoder).to(run.device).eval())
+        except (OSError, ValueError) as e:
+            raise UserError(f"generator.encoder={run.cfg.generator.encoder}: cannot be loaded "
+                            f"({str(e).splitlines()[0][:120]}); run `make assets` or name a folder or hub id") from None
+    tokenizer, encoder = run.cache["encoder"]
+    states, pooled = [], []
+    for at in run.track(range(0, len(texts), 32), label):
+        x = tokenizer(texts[at:at + 32], padding="max_length", truncation=True, return_tensors="pt",
+                      max_length=run.cfg.generator.max_length).to(run.device)
+        h = encoder(**x).last_hidden_state
+        m = x["attention_mask"][..., None]
+        states.append(h.cpu())
+        pooled.append(F.normalize((h * m).sum(1) / m.sum(1), dim=-1).cpu())
+    return torch.cat(states), torch.cat(pooled)
+
+
+def load_states(run: Run, task: str) -> np.ndarray:
+    """(prompts, L, d) float16, memory-mapped."""
+    return np.load(run.path / f"prompts/{task}/states.npy", mmap_mode="r")
+
+
+def draw_prompts(cfg, task: str, count: int, *key) -> np.ndarray:
+    """Indices of one prompt batch: `num_prompts` drawn without replacement and shuffled; repeated cyclically if the
+    task has fewer (spec, section 2)."""
+    n = cfg.generator.num_prompts
+    order = rng_for(cfg.generator.seed, "prompts", task, *key).permutation(count)
+    return np.resize(order, n)
+
+
+# ----------------------------------------------------------------------------------------------------------- decoder
+
+class HyperConvLayer(nn.Module):
+    """(B, N, L, C) -> (B, N', L', C'): two crossed pairs of 2-D convolutions, then one over the prompt axis.
+
+    Implements: paper D, eq. 9 with Drag-and-Drop's axes: W = conv C->C' over (L, N), then L->L' over (N, C');
+    H = conv L->L' over (N, C), then C->C' over (L', N), then tanh; out = conv N->N' of (W + H + b)/3.
+    """
+
+    def __init__(self, shape: list[int], out: list[int], kernel: int):
+        super().__init__()
+        (n, length, c), (n2, length2, c2) = shape, out
+
+        def conv(a, b, bias=False):
+            return nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=bias)
+        self.norm = nn.LayerNorm([length, c])
+        self.w1, self.w2 = conv(c, c2), conv(length, length2)
+        self.h1, self.h2 = conv(length, length2), conv(c, c2)
+        self.bias = nn.Parameter(torch.empty(length2, c2).uniform_(-1, 1) / (length2 * c2))
+        self.out = conv(n, n2, bias=True)
+        self.residual = list(shape) == list(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        w = self.w1(y.permute(0, 3, 2, 1))                       # (B, C', L, N)
+        w = self.w2(w.permute(0, 2, 3, 1)).permute(0, 2, 1, 3)   # (B, L', N, C') -> (B, N, L', C')
+        h = self.h1(y.permute(0, 2, 1, 3))                       # (B, L', N, C)
+        h = torch.tanh(self.h2(h.permute(0, 3, 1, 2))).permute(0, 3, 2, 1)   # (B, C', L', N) -> (B, N, L', C')
+        y = self.out((w + h + self.bias) / 3)
+        return x + y if self.residual else y
+
+
+class HyperConvDecoder(nn.Sequential):
+    """The whole flow of (N, L, C) shapes; the last one is the weight tokens' (T, r[+2], k[+2])."""
+
+    def __init__(self, flow: list[list[int]], kernel: int):
+        super().__init__(*(HyperConvLayer(a, b, kernel) for a, b in zip(flow, flow[1:], strict=False)))
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+@dataclass
+class Generator:
+    """A trained generator: decoder, weight-token code, and the layout it writes."""
+
+    decoder: HyperConvDecoder
+    code: TokenCode
+    left_out: str
+
+
+def train_generators(cfg, run: Run) -> dict:
+    """One generator per left-out task that this run's targets need. Writes generator/<left out>/generator.safetensors."""
+    encode_prompts(cfg, run)
+    targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
+    wanted = sorted({left_out_for(cfg, t) for t in targets}, key=lambda t: t != "none")
+    losses = []
+    for left_out in run.deal(wanted):
+        if not run.finished(f"generator/{left_out}", "generator"):
+            _train_one(cfg, run, left_out)
+        losses.append(read_json(run.path / f"generator/{left_out}/DONE.json")["recon_mse"])
+    return {"generator/recon_mse": sum(losses) / len(losses)} if losses else {}
+
+
+def _train_one(cfg, run: Run, left_out: str) -> None:
+    """MSE regression from prompt batches to checkpoints (paper D, eq. 10)."""
+    g, start, lm = cfg.generator, time.monotonic(), load_lm(run)
+    tasks = training_tasks(cfg, left_out)
+    states = {t: load_states(run, t) for t in tasks}
+    tokens = {t: torch.stack([to_tokens(a, lm.layout) for a in load_checkpoints(run, lm, t)]) for t in tasks}
+    code = TokenCode.fit(g.scale_code, lm.layout, torch.cat(list(tokens.values())))
+    targets = {t: code.encode(v) for t, v in tokens.items()}
+    del tokens
+    weight = token_weights(targets, g.criterion_weight).to(run.device)
+    folder = run.path / f"generator/{left_out}"
+    torch.manual_seed(seed_for(g.seed, "generator"))
+    decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel).to(run.device)
+    opt = torch.optim.AdamW(decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay)
+    done = _resume(folder / "state.safetensors", decoder, opt)
+    cast = torch.bfloat16 if g.dtype == "bfloat16" or (g.dtype == "auto" and run.dtype == torch.bfloat16) else None
+    last = float("nan")
+    for step in run.track(range(done, g.steps), f"generator without {left_out}" if left_out != "none" else
+                          "generator on all"):
+        opt.param_groups[0]["lr"] = rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
+        pairs = draw_pairs(cfg, states, targets, step)
+        loss_sum = 0.0
+        for at in range(0, len(pairs), g.micro_batch):
+            condition, target = _load_pairs(cfg, pairs[at:at + g.micro_batch], states, targets, step, at)
+            with torch.autocast(run.device, torch.bfloat16, enabled=cast is not None):
+                out = decoder(condition.to(run.device))
+            loss = (weight * (out.float() - target.to(run.device)).square()).mean() * (len(condition) / len(pairs))
+            loss.backward()
+            loss_sum += loss.detach()
+        norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
+        value = float(loss_sum)
+        if not (math.isfinite(value) and torch.isfinite(norm)):
+            _save_state(folder / "state.safetensors", decoder, opt, step)
+            raise UserError(f"generator without {left_out}: the loss is not finite at step {step + 1} (last finite "
+                            f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        last = value
+        if step % 10 == 9 or step + 1 == g.steps:
+            run.metric(stage="generator", unit=left_out, step=step + 1, loss=round(value, 5),
+                       lr=opt.param_groups[0]["lr"])
+        if (step + 1) % g.save_every == 0 and step + 1 < g.steps:
+            _save_state(folder / "state.safetensors", decoder, opt, step + 1)
+    save_tensors(folder / "generator.safetensors", {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}
+                 | {f"code.{k}": v for k, v in code.constants.items()})
+    (folder / "state.safetensors").unlink(missing_ok=True)
+    run.finish(f"generator/{left_out}", "generator", start, tasks=tasks, recon_mse=last,
+               parameters=sum(p.numel() for p in decoder.parameters()))
+    run.log(f"generator without {left_out}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
+
+
+def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple[str, np.ndarray, int]]:
+    """(task, prompt indices, checkpoint) of one step: `batch_size` pairs dealt evenly over the training tasks, each
+    drawn from the task's pool of `pairs_per_task` random pairs (paper D, E.4)."""
+    g, out, tasks = cfg.generator, [], list(targets)
+    rng = rng_for(g.seed, "step", step)
+    for i in range(g.batch_size):
+        task = tasks[(i + step * g.batch_size) % len(tasks)]
+        pair = int(rng.integers(g.pairs_per_task))
+        checkpoint = int(rng_for(g.seed, "pair", task, pair).integers(len(targets[task])))
+        out.append((task, draw_prompts(cfg, task, len(states[task]), "pair", pair), checkpoint))
+    return out
+
+
+def _load_pairs(cfg, pairs, states, targets, step: int, at: int) -> tuple[Tensor, Tensor]:
+    """(B, N, L, d) conditions and (B, T, …) targets, with Drag-and-Drop's noise."""
+    condition = torch.from_numpy(np.stack([states[t][np.asarray(i)] for t, i, _ in pairs])).float()
+    target = torch.stack([targets[t][c] for t, _, c in pairs])
+    if cfg.generator.noise:
+        gen = torch.Generator().manual_seed(seed_for(cfg.generator.seed, "noise", step, at))
+        condition += cfg.generator.noise * torch.randn(condition.shape, generator=gen)
+        target = target + 0.1 * cfg.generator.noise * torch.randn(target.shape, generator=gen)
+    return condition, target
+
+
+def token_weights(targets: dict[str, Tensor], kind: str) -> Tensor:
+    """(1, T, 1, 1) loss weights with mean 1: each token's spread over a task's checkpoints, averaged over tasks.
+
+    Source: Drag-and-Drop's criterion weight (spec, section 1).
+    """
+    first = next(iter(targets.values()))
+    if kind == "none":
+        return torch.ones(1, first.shape[1], 1, 1)
+    per_task = []
+    for t in targets.values():
+        spread = t.std(0).mean((-1, -2))
+        per_task.append(spread / spread.mean().clamp_min(1e-30))
+    return torch.stack(per_task).mean(0).view(1, -1, 1, 1)
+
+
+def _save_state(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, step: int) -> None:
+    state = {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()} | {"step": torch.tensor(step)}
+    for i, s in opt.state_dict()["state"].items():
+        state |= {f"m.{i}": s["exp_avg"].cpu(), f"v.{i}": s["exp_avg_sq"].cpu()}
+    save_tensors(path, state)
+
+
+def _resume(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer) -> int:
+    """Load weights, moments and step if an interrupted training left them; randomness depends on the step alone."""
+    if not path.is_file():
+        return 0
+    state = load_tensors(path)
+    decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})
+    step = int(state["step"])
+    for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):
+        if f"m.{i}" in state:
+            opt.state[p] = {"step": torch.tensor(float(step)), "exp_avg": state[f"m.{i}"].to(p.device),
+                            "exp_avg_sq": state[f"v.{i}"].to(p.device)}
+    return step
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+def load_generator(run: Run, left_out: str) -> Generator:
+    """The trained generator of a left-out set, kept for the process. Raises: UserError."""
+    key = f"generator/{left_out}"
+    if key not in run.cache:
+        lm, g = load_lm(run), run.cfg.generator
+        if not run.finished(key, "generator"):
+            raise UserError(f"{run.path / key}: not trained yet; run stage=generator")
+        state = load_tensors(run.path / key / "generator.safetensors")
+        code = TokenCode(g.scale_code, lm.layout, {k[5:]: v for k, v in state.items() if k.startswith("code.")})
+        decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel).to(run.device).eval()
+        decoder.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("decoder.")})
+        run.cache[key] = Generator(decoder.requires_grad_(False), code, left_out)
+    return run.cache[key]
+
+
+@torch.no_grad()
+def generate_adapter(run: Run, target: str, batch: int, prompts_of: str = "",
+                     left_out: str | None = None) -> tuple[Adapter, np.ndarray]:
+    """One draw from q_phi(adapter | task): the adapter of the `batch`-th independent prompt batch of a target.
+
+    Args: prompts_of: condition on another task's prompts (the control `wrong_prompts`). left_out: which generator,
+        if not the target's own leave-one-out one (meta-training of the policy).
+    Returns: the adapter, without gradient, and the indices of the prompts it was conditioned on.
+    """
+    source = prompts_of or target
+    gen = load_generator(run, left_out_for(run.cfg, target) if left_out is None else left_out)
+    states = load_states(run, source)
+    index = draw_prompts(run.cfg, source, len(states), "generate", batch)
+    condition = torch.from_numpy(states[index]).float()[None].to(run.device)
+    with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
+        out = gen.decoder(condition)[0]
+    adapter = from_tokens(gen.code.decode(out.float().cpu()), gen.code.layout)
+    if any(v.requires_grad for v in adapter.values()):   # the policy's gradients must not reach the generator
+        raise RuntimeError("a generated adapter carries a gradient")
+    return adapter, index
+
+
+def save_generated(folder: Path, adapter: Adapter, run: Run) -> None:
+    """A generated adapter as a PEFT folder."""
+    save_adapter(folder, adapter, load_lm(run).layout, run.cfg.model.name, run.cfg.model.revision)

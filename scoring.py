@@ -1,0 +1,459 @@
+"""Log-likelihood and generation scoring with any adapter, and the losses that train on the same packed rows.
+
+A question is one row: its context once, its options behind it as branches that see the context and themselves but not each
+other. Rows of similar length share a forward pass, the vocabulary projection runs at scored positions only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import UserError
+from data import GENERATE_SYSTEM, LETTER_SYSTEM, Example
+from lora import Adapter, Layout, attach_lora, clear_adapters, find_layout, swap_adapter
+from runtime import Run
+
+
+@dataclass
+class LM:
+    """A frozen base model ready for adapters.
+
+    Attributes: model, tokenizer: of transformers. layout: of the task adapters. form: data.format. max_tokens: of a
+        row's context. budget: tokens per forward pass. forwards, backwards: passes counted in rows, for cost reports.
+    """
+
+    model: torch.nn.Module
+    tokenizer: object
+    layout: Layout
+    form: str = "cloze"
+    max_tokens: int = 512
+    budget: int = 1024
+    forwards: int = 0
+    backwards: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed question.
+
+    Attributes: context: token ids. branches: token ids per option. starts: first scored position in each branch.
+        chars: length of each option's text, for length normalisation. gold: index of the right branch.
+    """
+
+    context: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    chars: tuple[int, ...]
+    gold: int | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.context) + sum(map(len, self.branches))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says about one example: raw = summed log-probability per option, norm = raw per character."""
+
+    raw: tuple[float, ...]
+    norm: tuple[float, ...]
+
+    def of(self, metric: str) -> tuple[float, ...]:
+        return self.norm if metric == "norm" else self.raw
+
+    def pick(self, metric: str) -> int:
+        s = self.of(metric)
+        return max(range(len(s)), key=s.__getitem__)
+
+
+def load_lm(run: Run) -> LM:
+    """The base model of this run, loaded once per process. Raises: UserError: not to be had."""
+    if "lm" not in run.cache:
+        cfg = run.cfg
+        model, tokenizer = load_base(cfg.model.name, cfg.model.revision, run.dtype, run.device)
+        layout = find_layout(model, cfg.model.rank, cfg.model.alpha, cfg.model.token_width, cfg.model.modules)
+        attach_lora(model, layout)
+        run.cache["lm"] = LM(model, tokenizer, layout, cfg.data.format, cfg.data.max_tokens, cfg.evaluate.token_budget)
+    return run.cache["lm"]
+
+
+def load_base(name: str, revision: str, dtype: torch.dtype, device: str):
+    """(model, tokenizer) by folder or hub id, frozen, in evaluation mode. Raises: UserError."""
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+    from transformers.masking_utils import sdpa_mask
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+    except (OSError, ValueError) as e:
+        raise UserError(f"model.name={name}: cannot be loaded ({str(e).splitlines()[0][:160]}); run `make assets` for "
+                        "the embedded model, or name a folder or hub id") from None
+    AttentionInterface.register("packed", _packed_attention)
+    AttentionMaskInterface.register("packed", sdpa_mask)
+    model.set_attn_implementation("packed")
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention over packed rows. (B, H, T, D) query, (B, H', T, D) key and value, boolean mask -> (B, T, H, D).
+
+    On a CPU the fused kernel's backward takes ten times the two plain matrix products at these lengths (<= ~300), so
+    training there writes them out; everything else is `scaled_dot_product_attention`.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    groups = query.shape[1] // key.shape[1]
+    if query.device.type != "cpu" or not torch.is_grad_enabled() or kwargs.get("softcap"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                      **kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    b, h, t, d = query.shape
+    q = (query * scaling).reshape(b * key.shape[1], groups * t, d)   # heads that share a key stacked as more queries
+    k, v = key.reshape(-1, *key.shape[2:]), value.reshape(-1, *value.shape[2:])
+    weights = torch.bmm(q, k.transpose(1, 2)).view(b, h, t, -1)
+    if attention_mask is not None:
+        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min) \
+            if attention_mask.dtype == torch.bool else weights + attention_mask
+    weights = torch.softmax(weights, -1, dtype=torch.float32).to(v.dtype)
+    out = torch.bmm(weights.view(b * key.shape[1], groups * t, -1), v).view(b, h, t, v.shape[-1])
+    return out.transpose(1, 2).contiguous(), None
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+def chat_prompt(tokenizer, system: str, user: str) -> str:
+    """A system and a user message up to where the assistant answers."""
+    if tokenizer.chat_template is None:
+        return f"{system}\n\n{user}\n"
+    return tokenizer.apply_chat_template([{"role": "system", "content": system}, {"role": "user", "content": user}],
+                                         tokenize=False, add_generation_prompt=True)
+
+
+def input_text(lm: LM, example: Example) -> str:
+    """The exact text the model reads before it answers."""
+    if lm.form == "cloze":
+        return example.text
+    return chat_prompt(lm.tokenizer, LETTER_SYSTEM if example.options else GENERATE_SYSTEM, example.prompt)
+
+
+def encode(lm: LM, text: str) -> list[int]:
+    """Token ids with the tokenizer's own opening token, if it has one, and no closing token."""
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    tok = lm.tokenizer
+    opens = tok.bos_token_id is not None and tok("a")["input_ids"][:1] == [tok.bos_token_id] \
+        and not text.startswith(tok.bos_token)
+    return [tok.bos_token_id, *ids] if opens else ids
+
+
+def make_row(lm: LM, example: Example) -> Row:
+    """Tokenise an example as lm-evaluation-harness does: context and continuation together, then cut where the
+    context alone ends; what the options' contexts share becomes the row's context."""
+    answers = example.options or (example.answer,)
+    if lm.form == "letter":
+        pairs = [(input_text(lm, example), a) for a in answers]
+    elif example.suffix:
+        pairs = [(f"{example.prompt} {o}", example.suffix) for o in answers]
+    else:
+        pairs = [(example.prompt, " " + a) for a in answers]
+    wholes = [encode(lm, c + a) for c, a in pairs]
+    cuts = [len(encode(lm, c)) for c, _ in pairs]
+    shared = _common_prefix(wholes, min(min(cuts), min(map(len, wholes)) - 1))
+    drop = max(0, shared - lm.max_tokens)
+    return Row(tuple(wholes[0][drop:shared]), tuple(tuple(w[shared:]) for w in wholes),
+               tuple(c - shared for c in cuts), tuple(max(1, len(a.strip())) for _, a in pairs), example.gold)
+
+
+def _common_prefix(sequences: list[list[int]], limit: int) -> int:
+    n = 0
+    while n < limit and len({s[n] for s in sequences}) == 1:
+        n += 1
+    return max(n, 1)
+
+
+def gold_row(row: Row) -> Row:
+    """The context with the right answer only, for the language-model loss."""
+    g = row.gold or 0
+    return Row(row.context, (row.branches[g],), (row.starts[g],), (row.chars[g],), 0)
+
+
+def prompt_row(lm: LM, text: str) -> Row:
+    """Unlabelled text as a row without branches."""
+    return Row(tuple(encode(lm, text)[-lm.max_tokens:]), (), (), ())
+
+
+def plan_batches(rows: list[Row], budget: int) -> list[list[int]]:
+    """Indices grouped by length so that rows x longest stays within `budget` tokens; longest first."""
+    order = sorted(range(len(rows)), key=lambda i: (-rows[i].length, i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * rows[batches[-1][0]].length <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def pack(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Lay rows into as few equal sequences as they need (first fit, longest first) and mask them from each other.
+
+    Returns: ids (S, T), positions (S, T), mask (S, 1, T, T) bool, and for each row where its tokens start in the
+        flattened (S * T) order. Branches restart at the position where their context ended.
+    """
+    width = max(r.length for r in rows)
+    if torch.is_grad_enabled() and len(rows) > 1:   # training batches mix lengths: a longer sequence wastes less
+        width = max(96, width)
+    used: list[int] = []
+    starts = [0] * len(rows)
+    for i in sorted(range(len(rows)), key=lambda i: -rows[i].length):
+        bin_ = next((b for b, u in enumerate(used) if u + rows[i].length <= width), None)
+        if bin_ is None:
+            bin_ = len(used)
+            used.append(0)
+        starts[i] = bin_ * width + used[bin_]
+        used[bin_] += rows[i].length
+    # seg: branch number in the row (0 = context); own: row number, padding sees only itself
+    ids, pos, seg = (torch.zeros(len(used) * width, dtype=torch.long) for _ in range(3))
+    own = torch.arange(len(used) * width) + len(rows)
+    for i, r in enumerate(rows):
+        n = len(r.context)
+        span = slice(starts[i], starts[i] + r.length)
+        ids[span] = torch.tensor([*r.context, *(t for b in r.branches for t in b)])
+        pos[span] = torch.tensor([*range(n), *(n + j for b in r.branches for j in range(len(b)))])
+        seg[span] = torch.tensor([0] * n + [k + 1 for k, b in enumerate(r.branches) for _ in b])
+        own[span] = i
+    ids, pos, seg, own = (x.view(len(used), width) for x in (ids, pos, seg, own))
+    mask = (own[:, :, None] == own[:, None, :]) & ((seg[:, :, None] == seg[:, None, :]) | (seg[:, None, :] == 0))
+    mask &= torch.ones(width, width, dtype=torch.bool).tril()
+    return ids.to(device), pos.to(device), mask[:, None].to(device), starts
+
+
+def hidden_states(lm: LM, rows: list[Row]) -> tuple[Tensor, list[int]]:
+    """(S * T, d) final hidden states after the last norm, and where each row starts in them."""
+    lm.forwards += len(rows)
+    lm.backwards += len(rows) * torch.is_grad_enabled()
+    flat, starts, at = [], [0] * len(rows), 0
+    for group in _similar_lengths(rows):
+        ids, pos, mask, begins = pack([rows[i] for i in group], lm.model.device)
+        out = lm.model.get_decoder()(ids, attention_mask=mask, position_ids=pos, use_cache=False).last_hidden_state
+        flat.append(out.view(-1, out.shape[-1]))
+        for i, begin in zip(group, begins, strict=True):
+            starts[i] = at + begin
+        at += ids.numel()
+    return (torch.cat(flat) if len(flat) > 1 else flat[0]), starts
+
+
+def _similar_lengths(rows: list[Row], enough: int = 512) -> list[list[int]]:
+    """Row numbers in groups of at least `enough` tokens, longest first: attention costs the square of a group's longest
+    row, and beyond a few hundred tokens a matrix product gets no faster."""
+    groups: list[list[int]] = []
+    size = enough
+    for i in sorted(range(len(rows)), key=lambda i: -rows[i].length):
+        if size >= enough:
+            groups.append([])
+            size = 0
+        groups[-1].append(i)
+        size += rows[i].length
+    return groups
+
+
+def project(lm: LM, hidden: Tensor) -> Tensor:
+    """(…, d) hidden states -> (…, V) float32 logits."""
+    logits = lm.model.get_output_embeddings()(hidden).float()
+    cap = getattr(lm.model.config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def scored_positions(rows: list[Row], starts: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """(flat position whose logits predict, target id, branch number over all rows) of every scored token."""
+    where, target, branch, n = [], [], [], 0
+    for r, start in zip(rows, starts, strict=True):
+        last, at = start + len(r.context) - 1, start + len(r.context)
+        for b, first in zip(r.branches, r.starts, strict=True):
+            for j in range(first, len(b)):
+                where.append(at + j - 1 if j else last)
+                target.append(b[j])
+                branch.append(n)
+            at, n = at + len(b), n + 1
+    return where, target, branch
+
+
+def branch_logprobs(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int]) -> list[Tensor]:
+    """Summed log-probability of each branch, one (options,) tensor per row."""
+    where, target, branch = scored_positions(rows, starts)
+    logits = project(lm, hidden[where])
+    picked = -F.cross_entropy(logits, torch.tensor(target, device=logits.device), reduction="none")
+    sums = torch.zeros(sum(len(r.branches) for r in rows), device=logits.device)
+    return list(sums.index_add(0, torch.tensor(branch, device=logits.device), picked)
+                .split([len(r.branches) for r in rows]))
+
+
+def score_examples(lm: LM, adapter: Adapter | None, examples: list[Example], *, layout: Layout | None = None,
+                   slot: tuple[int, float] | None = None) -> list[Scores]:
+    """Score every option of every example.
+
+    Args: slot: (steps, lr) of latent steering, or None.
+    """
+    rows = [make_row(lm, e) for e in examples]
+    out: list[Scores | None] = [None] * len(rows)
+    swap_adapter(lm.model, layout or lm.layout, adapter)
+    try:
+        with torch.no_grad():
+            for batch in plan_batches(rows, lm.budget):
+                group = [rows[i] for i in batch]
+                hidden, starts = hidden_states(lm, group)
+                if slot is not None:
+                    deltas = slot_deltas(lm, group, hidden, starts, *slot).to(hidden.dtype)
+                    for delta, start, row in zip(deltas, starts, group, strict=True):
+                        hidden[start:start + row.length] += delta
+                for i, sums in zip(batch, branch_logprobs(lm, group, hidden, starts), strict=True):
+                    raw = sums.tolist()
+                    out[i] = Scores(tuple(raw), tuple(s / c for s, c in zip(raw, rows[i].chars, strict=True)))
+    finally:
+        clear_adapters(lm.model)
+    return out
+
+
+def slot_deltas(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int], steps: int, lr: float) -> Tensor:
+    """(B, d) float32 latent-steering vectors, one per row, optimised on the row's context alone.
+
+    Implements: SLOT (paper T, Algorithm 3). The loss is the mean NLL of the context's tokens 2..n; its gradient is
+    W^T mean(p - y), and logits(delta) = z0 + W delta with z0 cached, so no autograd runs through the head.
+    Differs: mean instead of sum (spec, contradiction 30); AdamW betas (0.9, 0.999), eps 1e-5, decay 1e-8 as in the
+    reference code.
+    """
+    w = lm.model.get_output_embeddings().weight
+    deltas = torch.zeros(len(rows), hidden.shape[-1], device=hidden.device)
+    for i, r in enumerate(rows):
+        n = len(r.context)
+        if n < 2 or steps == 0:
+            continue
+        z0 = project(lm, hidden[starts[i]:starts[i] + n - 1])
+        y = w[list(r.context[1:])].float().mean(0)
+        delta, m, v = deltas[i], torch.zeros_like(deltas[i]), torch.zeros_like(deltas[i])
+        for t in range(1, steps + 1):
+            shift = F.linear(delta.to(w.dtype), w).float()
+            p = torch.softmax(z0 + shift, -1).mean(0)
+            g = F.linear(p.to(w.dtype), w.t()).float() - y
+            m.mul_(0.9).add_(g, alpha=0.1)
+            v.mul_(0.999).addcmul_(g, g, value=0.001)
+            delta.mul_(1 - lr * 1e-8)
+            delta.addcdiv_(m / (1 - 0.9 ** t), (v / (1 - 0.999 ** t)).sqrt() + 1e-5, value=-lr)
+    return deltas
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+def lm_loss(lm: LM, rows: list[Row]) -> Tensor:
+    """Mean over examples of the mean NLL of the right answer's tokens. () float32."""
+    rows = [gold_row(r) for r in rows]
+    sums = torch.cat(branch_logprobs(lm, rows, *hidden_states(lm, rows)))
+    lengths = torch.tensor([len(r.branches[0]) - r.starts[0] for r in rows], device=sums.device)
+    return -(sums / lengths).mean()
+
+
+def choice_loss(lm: LM, rows: list[Row]) -> Tensor:
+    """`lm_loss` plus the cross-entropy of the right option under a softmax over the options' raw log-probabilities."""
+    total = 0.0
+    for sums, r in zip(branch_logprobs(lm, rows, *hidden_states(lm, rows)), rows, strict=True):
+        nll = -sums[r.gold] / (len(r.branches[r.gold]) - r.starts[r.gold])
+        total = total + nll + F.cross_entropy(sums[None], torch.tensor([r.gold], device=sums.device))
+    return total / len(rows)
+
+
+def prompt_nll(lm: LM, rows: list[Row]) -> Tensor:
+    """(B,) mean token NLL of each row's context: ln of the input perplexity (paper T, eq. 6)."""
+    hidden, starts = hidden_states(lm, rows)
+    which = torch.tensor([i for i, r in enumerate(rows) for _ in r.context[1:]], device=hidden.device)
+    where = [start + j for r, start in zip(rows, starts, strict=True) for j in range(len(r.context) - 1)]
+    target = torch.tensor([t for r in rows for t in r.context[1:]], device=hidden.device)
+    nll = F.cross_entropy(project(lm, hidden[where]), target, reduction="none")
+    sums = torch.zeros(len(rows), device=hidden.device).index_add(0, which, nll)
+    return sums / torch.tensor([max(1, len(r.context) - 1) for r in rows], device=hidden.device)
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+@torch.no_grad()
+def generate_answers(lm: LM, adapter: Adapter | None, examples: list[Example], max_new_tokens: int,
+                     batch_size: int = 16) -> list[str]:
+    """Greedy answers, longest inputs first, left-padded."""
+    texts = [input_text(lm, e) for e in examples]
+    ids = [encode(lm, t)[-lm.max_tokens:] for t in texts]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
+    out = [""] * len(ids)
+    swap_adapter(lm.model, lm.layout, adapter)
+    try:
+        for at in range(0, len(order), batch_size):
+            batch = order[at:at + batch_size]
+            width = max(len(ids[i]) for i in batch)
+            x = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=lm.model.device)
+            mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=x.device)
+            lm.forwards += len(batch)
+            y = lm.model.generate(x, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+                                  pad_token_id=pad)
+            for i, text in zip(batch, lm.tokenizer.batch_decode(y[:, width:], skip_special_tokens=True), strict=True):
+                out[i] = text
+    finally:
+        clear_adapters(lm.model)
+    return out
+
+
+def parse_letter(text: str, num_options: int, strict: bool) -> int | None:
+    """The option a generated answer names, or None.
+
+    Strict: the answer opens with the bracketed letter, as the prompt asks. Lenient: the first bracketed option
+    anywhere, else the first standalone letter or, for options 1..4, digit.
+    """
+    letters = "ABCDEFGHIJ"[:num_options]
+    pattern = rf"\s*\[([{letters}])\]" if strict else rf"\[\s*([{letters}{letters.lower()}1-{num_options}])\s*\]"
+    found = re.match(pattern, text) if strict else re.search(pattern, text)
+    if found is None and not strict:
+        found = re.search(rf"(?<![A-Za-z0-9])([{letters}1-{num_options}])(?![A-Za-z0-9'])", text)
+    if found is None:
+        return None
+    c = found[1].upper()
+    return int(c) - 1 if c.isdigit() else letters.index(c)
+
+
+def match_answer(text: str, answer: str, strict: bool) -> bool:
+    """Exact match of a generated number or expression. Strict: after `####`; lenient: the last number or box too."""
+    def clean(s):
+        return re.sub(r"[\s$,]|\\left|\\right|\\!|\.$", "", s).strip()
+    marked = re.search(r"####\s*(.+)", text)
+    if marked:
+        return clean(marked[1]) == clean(answer)
+    if strict:
+        return False
+    from assets import last_boxed
+    guess = last_boxed(text) or next(iter(re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)[::-1]), "")
+    return bool(guess) and clean(guess) == clean(answer)
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+def accuracy(scores: list[Scores], examples: list[Example], metric: str) -> float:
+    return sum(s.pick(metric) == e.gold for s, e in zip(scores, examples, strict=True)) / len(examples)
+
+
+def gold_logprob(scores: list[Scores], examples: list[Example], metric: str) -> float:
+    """Mean log-probability of the right option under a softmax over the options."""
+    total = 0.0
+    for s, e in zip(scores, examples, strict=True):
+        v = s.of(metric)
+        top = max(v)
+        total += v[e.gold] - top - math.log(sum(math.exp(x - top) for x in v))
+    return total / len(examples)
+
+
+def compare(new: list[Scores], old: list[Scores], examples: list[Example], metric: str) -> tuple[int, int, float]:
+    """(wins, losses, gain in mean gold log-probability) of `new` over `old` on the same examples."""
+    right = [(n.pick(metric) == e.gold, o.pick(metric) == e.gold) for n, o, e in zip(new, old, examples, strict=True)]
+    return (sum(n and not o for n, o in right), sum(o and not n for n, o in right),
+            gold_logprob(new, examples, metric) - gold_logprob(old, examples, metric))

@@ -1,0 +1,358 @@
+"""The strategy families, as data (a validated JSON object) and as execution on a generated adapter.
+
+TTT      test-time training on unlabelled prompts          (paper D, F.1; paper T, G.1; TLM)
+LORA     two-subspace mixing of the adapter                (paper T, G.2, eq. 9-11)
+TTS      several generated adapters, routed or ensembled   (paper T, G.3)
+Latent   per-question steering of the last hidden state    (paper T, G.4, Algorithm 3; SLOT)
+SFT      supervised steps on the support labels            (ours; paper D calls its families "not exhaustive")
+
+Each family takes (target, parameters) and returns a `Refined` that `score_refined` can score. `none` keeps the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Example
+from lora import Adapter, train_adapter
+from runtime import rng_for
+from scoring import (
+    LM,
+    Scores,
+    choice_loss,
+    lm_loss,
+    make_row,
+    prompt_nll,
+    prompt_row,
+    score_examples,
+)
+
+METHODS = ("avg_sim_score", "avg_prompt_embed", "max_confidence", "majority_vote", "sum_logprobs")
+ROUTERS = METHODS[:2]
+_ALIASES = {"TTL": "TTT", "LORA": "LORA", "LORA_MIXING": "LORA", "LS": "Latent", "LATENT": "Latent"}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A validated choice of family and fields. Its canonical JSON is its identity and cache key."""
+
+    family: str
+    fields: tuple[tuple[str, object], ...] = ()
+
+    def __getitem__(self, name: str):
+        return dict(self.fields)[name]
+
+    def as_dict(self) -> dict:
+        return {"family": self.family, **dict(self.fields)}
+
+    def __str__(self) -> str:
+        return json.dumps(self.as_dict(), sort_keys=True)
+
+
+KEEP = Strategy("none")
+
+
+def schema(bounds) -> dict[str, dict[str, dict]]:
+    """{family: {field: JSON schema}}: the action space under `strategies.*` of the configuration."""
+    def integer(high, low=1):
+        return {"type": "integer", "minimum": low, "maximum": high}
+
+    def number(low, high):
+        return {"type": "number", "minimum": low, "maximum": high}
+    b = bounds
+    return {
+        "TTT": {"ttl_steps": integer(b.max_ttl_steps), "learning_rate": number(1e-7, b.max_ttl_lr),
+                "batch_size": integer(b.max_batch_size), "shuffle_data": {"type": "boolean"}},
+        "LORA": {"lambda": number(0, 1)},
+        "TTS": {"num_prompt_batches": integer(b.max_prompt_batches), "method": {"enum": list(METHODS)}},
+        "Latent": {"slot_steps": integer(b.max_slot_steps, 0), "slot_lr": number(1e-4, b.max_slot_lr)},
+        "SFT": {"sft_steps": integer(b.max_sft_steps), "learning_rate": number(1e-6, b.max_sft_lr),
+                "batch_size": integer(b.max_batch_size), "loss": {"enum": ["lm", "choice"]}},
+    }
+
+
+def proposal_schema(bounds, families: list[str]) -> dict:
+    """The JSON schema proposals are sampled under: one object per family, fields in order, nothing else.
+
+    Fields listed in `strategies.proposal_grid` take one of the listed values; the others any value in bounds.
+    """
+    options = []
+    for family in families:
+        fields = {"family": {"enum": [family]}}
+        for name, spec in schema(bounds)[family].items():
+            grid = bounds.proposal_grid.get(f"{family}.{name}")
+            fields[name] = {"enum": grid} if grid else spec
+        options.append({"type": "object", "properties": fields, "required": list(fields),
+                        "additionalProperties": False})
+    return {"anyOf": options}
+
+
+def parse_strategy(text: str | dict, bounds, families: list[str]) -> Strategy:
+    """Read a proposal: the first balanced {...}, names and aliases resolved, every field checked.
+
+    Raises: ValueError: saying which field, what it is and what is legal. Nothing is silently clipped but a mixing
+        ratio outside [0, 1] (spec, section 5).
+    """
+    obj = text if isinstance(text, dict) else _first_object(text)
+    family = _ALIASES.get(str(obj.get("family")).upper(), str(obj.get("family")))
+    if family not in families:
+        raise ValueError(f"family {obj.get('family')!r} is not one of {list(families)}")
+    spec, out = schema(bounds)[family], {}
+    renamed = {"times": "slot_steps", "learning_rate": "slot_lr"} if family == "Latent" else \
+        {"num_lora_adpt": "num_prompt_batches"} if family == "TTS" else {}
+    given = {renamed.get(k, k): v for k, v in obj.items() if k != "family"}
+    if extra := sorted(set(given) - set(spec)):
+        raise ValueError(f"{family}: unknown field {extra[0]!r}; expected {list(spec)}")
+    for name, s in spec.items():
+        if name not in given:
+            raise ValueError(f"{family}: field {name!r} is missing")
+        out[name] = _check(f"{family}.{name}", given[name], s)
+    return Strategy(family, tuple(out.items()))
+
+
+def _first_object(text: str) -> dict:
+    decoder = json.JSONDecoder()
+    for i, c in enumerate(text):
+        if c == "{":
+            try:
+                obj, _ = decoder.raw_decode(text[i:])
+                return obj
+            except ValueError:
+                continue
+    raise ValueError(f"no JSON object in {text[:60]!r}")
+
+
+def _check(name: str, value, spec: dict):
+    if "enum" in spec:
+        if value not in spec["enum"]:
+            raise ValueError(f"{name} is {value!r}, expected one of {spec['enum']}")
+        return value
+    if spec["type"] == "boolean":
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}, expected true or false")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a number")
+    if spec["type"] == "integer":
+        if int(value) != value:
+            raise ValueError(f"{name} is {value!r}, expected a whole number")
+        value = int(value)
+    else:
+        value = float(value)
+    if name == "LORA.lambda":
+        return min(1.0, max(0.0, value))
+    if not spec["minimum"] <= value <= spec["maximum"]:
+        raise ValueError(f"{name} is {value}, expected {spec['minimum']}..{spec['maximum']}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------- execution
+
+@dataclass
+class Target:
+    """A task as the strategies see it: unlabelled prompts, the adapter to refine, and a way to draw more adapters.
+
+    Attributes:
+        start: adapter to refine. draw: prompt-batch number -> (adapter, prompt indices). texts: unlabelled prompts as
+        the model reads them. pooled: (prompts, d) their embeddings. embed: texts -> (n, d). bounds: cfg.strategies.
+    """
+
+    name: str
+    lm: LM
+    start: Adapter
+    draw: Callable[[int], tuple[Adapter, np.ndarray]]
+    texts: list[str]
+    pooled: Tensor
+    embed: Callable[[list[str]], Tensor]
+    bounds: object
+    seed: int
+    clip: float = 1.0
+    cache: dict = field(default_factory=dict)
+
+
+@dataclass
+class Refined:
+    """What a strategy made: one adapter, or several with a way to combine them, or latent steering on top.
+
+    Attributes: combine: "" for one adapter, else a TTS method. prompts: prompt indices per adapter, for routing.
+    """
+
+    adapters: list[Adapter]
+    combine: str = ""
+    slot: tuple[int, float] | None = None
+    prompts: list[np.ndarray] = field(default_factory=list)
+    notes: dict = field(default_factory=dict)
+
+
+def execute(target: Target, strategy: Strategy, labelled: list[Example] = ()) -> Refined:
+    """Carry a strategy out on a target's adapter. `labelled` is read by SFT only."""
+    if strategy.family == "TTT":
+        return train_on_prompts(target, strategy)
+    if strategy.family == "LORA":
+        lam = strategy["lambda"]
+        return Refined([mix_subspaces(target.start, lam, target.bounds.mix)])
+    if strategy.family == "TTS":
+        draws = [target.draw(b) for b in range(strategy["num_prompt_batches"])]
+        return Refined([a for a, _ in draws], strategy["method"], prompts=[i for _, i in draws])
+    if strategy.family == "Latent":
+        return Refined([target.start], slot=(strategy["slot_steps"], strategy["slot_lr"]))
+    if strategy.family == "SFT":
+        return Refined([train_on_support(target, strategy, list(labelled))[strategy["sft_steps"]]])
+    return Refined([target.start])
+
+
+def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
+    """Test-time training: minimise the input NLL of unlabelled prompts, weighted towards the surprising ones.
+
+    Implements: paper T, eq. 7, with S * ln P in place of eq. 8's S * P (reference code; spec, section 3): weight
+    lambda * exp(nll - threshold) where nll > threshold, else 0, detached; mean over the selected prompts. Continues
+    from the generated adapter; one step is one update.
+    """
+    lm, b, size = target.lm, target.bounds, strategy["batch_size"]
+    rows = [prompt_row(lm, t) for t in target.texts]
+    order = np.arange(len(rows))
+    if strategy["shuffle_data"]:
+        order = rng_for(target.seed, "ttt", target.name).permutation(order)
+    index = np.resize(order, strategy["ttl_steps"] * size).reshape(-1, size)
+    selected = []
+
+    def loss_fn(batch):
+        nll = prompt_nll(lm, [rows[i] for i in batch])
+        gate = nll.detach() > b.ttl_threshold if b.ttl_threshold else torch.ones_like(nll, dtype=torch.bool)
+        selected.append(int(gate.sum()))
+        if not gate.any():
+            return None
+        weight = b.ttl_lambda * torch.exp(nll.detach() - b.ttl_threshold)
+        return (weight * nll)[gate].sum() / gate.sum()
+
+    adapter = train_adapter(lm.model, lm.layout, target.start, index, loss_fn,
+                            lr=lambda s: strategy["learning_rate"], clip=target.clip)
+    return Refined([adapter], notes={"selected": sum(selected), "seen": len(selected) * size})
+
+
+def mix_subspaces(adapter: Adapter, lam: float, mode: str) -> Adapter:
+    """Two-subspace mixing of halves A = [A1; A2], B = [B1, B2], by A' = M A, so that it stays a LoRA of rank r.
+
+    interp   M = (1 - lam) I + lam [[I, I], [I, I]]: paper T, eq. 11 at lam = 1, the plain adapter at 0.
+    halves   both halves of A become lam A1 + (1 - lam) A2 (the authors' release).
+    magdir   Frobenius norm and direction of plain and full mixing interpolated separately (paper D, F.1).
+    An odd last row is left as it is.
+    """
+    out = dict(adapter)
+    for key_a, a in adapter.items():
+        if "lora_A" not in key_a:
+            continue
+        b = adapter[key_a.replace("lora_A", "lora_B")]
+        h = a.shape[0] // 2
+        swapped = torch.cat([a[h:2 * h], a[:h], torch.zeros_like(a[2 * h:])])   # (butterfly - I) A
+        if mode == "halves":
+            mixed = lam * a[:h] + (1 - lam) * a[h:2 * h]
+            out[key_a] = torch.cat([mixed, mixed, a[2 * h:]])
+        elif mode == "interp" or lam == 0:
+            out[key_a] = a + lam * swapped
+        else:
+            plain, full = _update_norm(a, b), _update_norm(a + swapped, b)
+            if plain == 0 or full == 0:
+                continue
+            p, q = (1 - lam) / plain, lam / full
+            direction = (p + q) * a + q * swapped
+            size = (1 - lam) * plain + lam * full
+            out[key_a] = direction * (size / max(_update_norm(direction, b), 1e-30))
+    return out
+
+
+def _update_norm(a: Tensor, b: Tensor) -> float:
+    """Frobenius norm of B A without forming it."""
+    return float(((b.t() @ b) * (a @ a.t())).sum().clamp_min(0).sqrt())
+
+
+def train_on_support(target: Target, strategy: Strategy, labelled: list[Example],
+                     at_steps: list[int] = ()) -> dict[int, Adapter]:
+    """Supervised steps on labelled examples, from the target's adapter; constant rate after two warm-up steps.
+
+    With a constant rate the first s steps of a longer training are the training of s steps, so one trajectory yields
+    every step count in `at_steps` exactly.
+    Returns: {steps: adapter} for `sft_steps` and `at_steps`.
+    """
+    lm, steps, size = target.lm, strategy["sft_steps"], min(strategy["batch_size"], len(labelled))
+    rows = [make_row(lm, e) for e in labelled]
+    rng = rng_for(target.seed, "sft", target.name, len(labelled), size)
+    order = np.concatenate([rng.permutation(len(rows)) for _ in range(1 + steps * size // len(rows))])
+    loss_fn = choice_loss if strategy["loss"] == "choice" else lm_loss
+    out: dict[int, Adapter] = {}
+
+    def on_step(s, loss, snapshot):
+        if s + 1 == steps or s + 1 in at_steps:
+            out[s + 1] = snapshot()
+
+    train_adapter(lm.model, lm.layout, target.start, order[:steps * size].reshape(steps, size),
+                  lambda batch: loss_fn(lm, [rows[i] for i in batch]),
+                  lr=lambda s: strategy["learning_rate"] * min(1.0, (s + 1) / 3), clip=target.clip, on_step=on_step)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
+
+def score_refined(target: Target, refined: Refined, examples: list[Example]) -> list[Scores]:
+    """Score examples with what a strategy made."""
+    lm = target.lm
+    if refined.combine in ROUTERS:
+        choice = route(target, refined, [e.text for e in examples])
+        out: list[Scores] = [None] * len(examples)
+        for i, adapter in enumerate(refined.adapters):   # grouped by adapter: one swap per group
+            group = [j for j, c in enumerate(choice) if c == i]
+            if group:
+                for j, s in zip(group, score_examples(lm, adapter, [examples[j] for j in group]), strict=True):
+                    out[j] = s
+        return out
+    each = [_score_cached(target, a, examples, refined.slot) for a in refined.adapters]
+    if not refined.combine:
+        return each[0]
+    return [Scores(*(combine([s.of(m) for s in group], refined.combine) for m in ("raw", "norm")))
+            for group in zip(*each, strict=True)]
+
+
+def _score_cached(target: Target, adapter: Adapter, examples: list[Example], slot) -> list[Scores]:
+    """Drawn adapters are scored once per example set, however many ensembles share them."""
+    key = (id(adapter), slot, tuple(e.id for e in examples))
+    if key not in target.cache:
+        target.cache[key] = (adapter, score_examples(target.lm, adapter, examples, slot=slot))
+    return target.cache[key][1]
+
+
+def route(target: Target, refined: Refined, texts: list[str]) -> list[int]:
+    """Adapter per question: the prompt batch nearest to it in Euclidean distance (paper D, footnote 6).
+
+    avg_sim_score (M1): mean distance to the batch's prompts. avg_prompt_embed (M2): distance to their mean embedding.
+    """
+    q = target.embed(texts)
+    distances = []
+    for index in refined.prompts:
+        p = target.pooled[torch.as_tensor(index)]
+        distances.append(torch.cdist(q, p).mean(1) if refined.combine == "avg_sim_score"
+                         else (q - p.mean(0)).norm(dim=1))
+    return torch.stack(distances).argmin(0).tolist()
+
+
+def combine(scores: list[tuple[float, ...]], method: str) -> tuple[float, ...]:
+    """One score per option from several adapters', so that the largest is the ensemble's answer.
+
+    With log p_a(o) = log-softmax over the options: sum_logprobs sums them, max_confidence takes the largest over
+    adapters, majority_vote counts votes, ties by summed probability, then option order.
+    """
+    log_p = torch.log_softmax(torch.tensor(scores, dtype=torch.float64), -1)
+    if len(scores) == 1:
+        return tuple(log_p[0].tolist())
+    if method == "sum_logprobs":
+        return tuple((log_p.sum(0) / len(scores)).tolist())
+    if method == "max_confidence":
+        return tuple(log_p.max(0).values.tolist())
+    votes = torch.bincount(log_p.argmax(-1), minlength=log_p.shape[1]).double()
+    return tuple((votes + log_p.exp().mean(0) / 2).tolist())
