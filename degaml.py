@@ -38,6 +38,17 @@ def run_config(cfg, run) -> dict:
     return {}
 
 
+def run_check(cfg, run) -> dict:
+    """Load every split, the model's layout and the encoder's folder, so that a mistake shows before the work starts."""
+    from data import load_tasks
+    from scoring import load_lm
+    tasks = load_tasks(run)
+    layout = load_lm(run).layout
+    print(f"{len(tasks)} tasks, {layout.num_tokens} weight tokens of ({layout.rank}, {layout.width}), "
+          f"D = {layout.size:,}: ready")
+    return {}
+
+
 def run_collect(cfg, run) -> dict:
     """LoRA checkpoints of the training tasks."""
     from generator import collect_adapters
@@ -95,7 +106,7 @@ def run_all(cfg, run) -> dict:
 
 
 ORDER = ("collect", "generator", "policy", "adapt", "baselines", "evaluate", "report")
-STAGES = {"assets": run_assets, "config": run_config, "collect": run_collect, "generator": run_generator,
+STAGES = {"assets": run_assets, "config": run_config, "check": run_check, "collect": run_collect, "generator": run_generator,
           "policy": run_policy, "adapt": run_adapt, "baselines": run_baselines, "evaluate": run_evaluate,
           "report": run_report, "contexts": run_contexts, "all": run_all}
 
@@ -106,7 +117,7 @@ def run_stage(name: str, cfg, run) -> dict:
     start = time.monotonic()
     out = STAGES[name](cfg, run)
     run.barrier()
-    if run.rank == 0 and name not in ("all", "config", "assets"):
+    if run.rank == 0 and name not in ("all", "config", "check", "assets"):
         path = run.path / "stages" / f"{name}.json"
         before = read_json(path)["seconds"] if path.exists() else 0.0
         took = time.monotonic() - start

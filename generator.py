@@ -294,7 +294,7 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
     code = TokenCode.fit(g.scale_code, lm.layout, torch.cat(list(tokens.values())))
     targets = {t: code.encode(v) for t, v in tokens.items()}
     del tokens
-    weight = token_weights(targets, g.criterion_weight).to(run.device)
+    weight = token_weights(targets).to(run.device) if g.criterion_weight == "std" else None
     folder = run.path / f"generator/{left_out}"
     torch.manual_seed(seed_for(g.seed, "generator"))
     decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel).to(run.device)
@@ -311,7 +311,9 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
             condition, target = _load_pairs(cfg, pairs[at:at + g.micro_batch], states, targets, step, at)
             with torch.autocast(run.device, torch.bfloat16, enabled=cast is not None):
                 out = decoder(condition.to(run.device))
-            loss = (weight * (out.float() - target.to(run.device)).square()).mean() * (len(condition) / len(pairs))
+            loss = F.mse_loss(out.float(), target.to(run.device), weight=weight.expand(out.shape)) if weight is not None \
+                else F.mse_loss(out.float(), target.to(run.device))
+            loss = loss * (len(condition) / len(pairs))
             loss.backward()
             loss_sum += loss.detach()
         norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
@@ -360,14 +362,11 @@ def _load_pairs(cfg, pairs, states, targets, step: int, at: int) -> tuple[Tensor
     return condition, target
 
 
-def token_weights(targets: dict[str, Tensor], kind: str) -> Tensor:
+def token_weights(targets: dict[str, Tensor]) -> Tensor:
     """(1, T, 1, 1) loss weights with mean 1: each token's spread over a task's checkpoints, averaged over tasks.
 
     Source: Drag-and-Drop's criterion weight (spec, section 1).
     """
-    first = next(iter(targets.values()))
-    if kind == "none":
-        return torch.ones(1, first.shape[1], 1, 1)
     per_task = []
     for t in targets.values():
         spread = t.std(0).mean((-1, -2))

@@ -200,10 +200,14 @@ def reward_of(result: dict, policy) -> int:
 
 
 def choose(results: dict[str, dict], margin: int) -> tuple[Strategy, dict]:
-    """The final choice: most wins minus losses, ties by mean gold log-probability; below `margin`, keep the adapter."""
-    best = max(results, key=lambda k: (results[k]["wins"] - results[k]["losses"], results[k]["gold_logp_gain"]),
-               default=None)
-    if best is None or results[best]["wins"] - results[best]["losses"] < margin:
+    """The final choice: most wins minus losses, ties by mean gold log-probability.
+
+    The generated adapter is kept unless a strategy wins at least `margin` more examples than it loses and also raises
+    the mean gold log-probability: on 20 examples either alone is too easily had by chance.
+    """
+    best = max((k for k, r in results.items() if r["wins"] - r["losses"] >= margin and r["gold_logp_gain"] > 0),
+               key=lambda k: (results[k]["wins"] - results[k]["losses"], results[k]["gold_logp_gain"]), default=None)
+    if best is None:
         return KEEP, {"wins": 0, "losses": 0, "gold_logp_gain": 0.0}
     obj = json.loads(best)
     return Strategy(obj.pop("family"), tuple(obj.items())), results[best]

@@ -29,8 +29,9 @@ from config import Config, UserError, differences, flatten
 
 # What a stage's output depends on. Keys that only choose *which* units are worked on are left out.
 _DATA = ["seed", "dtype", "model", "data"]
+_ADAPTER = ["model.name", "model.revision", "model.rank", "model.alpha", "model.modules"]
 DEPENDS = {
-    "collect": [*_DATA, "collect"],
+    "collect": ["seed", "dtype", *_ADAPTER, "data", "collect"],
     "prompts": ["seed", "data", "generator.encoder", "generator.max_length"],
     "generator": [*_DATA, "collect", "generator"],
     "policy": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
@@ -180,7 +181,8 @@ def _describe(run: Run, stage: str, argv: list[str]) -> None:
     write_json(run.path / "env.json", environment(run))
     run.log(f"{run.cfg.name}: stage {stage} | {run.device} {str(run.dtype)[6:]} | {run.world} rank(s) x "
             f"{torch.get_num_threads()} thread(s) | run folder {run.path}")
-    run.log("not the default: " + json.dumps(differences(run.cfg)))
+    with open(run.path / "log.txt", "a") as f:
+        f.write("not the default: " + json.dumps(differences(run.cfg)) + "\n")
 
 
 def environment(run: Run) -> dict:

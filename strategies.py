@@ -345,7 +345,8 @@ def combine(scores: list[tuple[float, ...]], method: str) -> tuple[float, ...]:
     """One score per option from several adapters', so that the largest is the ensemble's answer.
 
     With log p_a(o) = log-softmax over the options: sum_logprobs sums them, max_confidence takes the largest over
-    adapters, majority_vote counts votes, ties by summed probability, then option order.
+    adapters, majority_vote is the mean probability with its largest value moved to the option most adapters voted for,
+    ties by summed probability, then option order.
     """
     log_p = torch.log_softmax(torch.tensor(scores, dtype=torch.float64), -1)
     if len(scores) == 1:
@@ -354,5 +355,8 @@ def combine(scores: list[tuple[float, ...]], method: str) -> tuple[float, ...]:
         return tuple((log_p.sum(0) / len(scores)).tolist())
     if method == "max_confidence":
         return tuple(log_p.max(0).values.tolist())
-    votes = torch.bincount(log_p.argmax(-1), minlength=log_p.shape[1]).double()
-    return tuple((votes + log_p.exp().mean(0) / 2).tolist())
+    mean = log_p.exp().mean(0)
+    votes = torch.bincount(log_p.argmax(-1), minlength=len(mean))
+    winner, top = int((votes + mean / 2).argmax()), int(mean.argmax())   # ties by summed probability
+    mean[[winner, top]] = mean[[top, winner]]   # still a distribution, and its largest entry is the vote's winner
+    return tuple(mean.log().tolist())

