@@ -87,8 +87,18 @@ def run_evaluate(cfg, run) -> dict:
 
 def run_report(cfg, run) -> dict:
     """Tables, figures and the HTML page, from stored files only."""
-    from report import make_report
-    return make_report(cfg, run) if run.rank == 0 else {}
+    from report import format_console_table, make_report
+    from runtime import read_json
+    if run.rank:
+        return {}
+    out = make_report(cfg, run)
+    print(format_console_table(read_json(Path(out["results"]))))
+    print(f"\nreport:  {out['report']}")
+    adapters = [p.parent for m in ("degaml_plus", "degaml", "generator")
+                for p in sorted((run.path / "adapted" / m).glob("*/adapter_model.safetensors"))]
+    if adapters:
+        print(f"adapter: {adapters[0]}   (PeftModel.from_pretrained(base_model, this folder))")
+    return {}
 
 
 def run_contexts(cfg, run) -> dict:

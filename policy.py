@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from config import UserError
-from data import Task, load_tasks
+from data import Task, describe_tasks, load_tasks
 from generator import (
     adapter_hash,
     draw_prompts,
@@ -375,7 +375,7 @@ def adapt_targets(cfg, run: Run) -> dict:
             save_generated(run.path / f"adapted/generator/{task.name}", generate_adapter(run, task.name, 0)[0], run)
             run.finish(f"adapted/generator/{task.name}", "adapt", start)
     if run.rank == 0:
-        _keep_example_ids(run, tasks)
+        _keep_example_ids(run, wanted)
     return {}
 
 
@@ -414,9 +414,8 @@ def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
             f"{time.monotonic() - start:.0f} s", True)
 
 
-def _keep_example_ids(run: Run, tasks: dict) -> None:
-    from data import describe_tasks
-    write_json(run.path / "tasks.json", describe_tasks(tasks, run.cfg.data.prompts_from))
+def _keep_example_ids(run: Run, wanted: list[Task]) -> None:
+    write_json(run.path / "tasks.json", describe_tasks({t.name: t for t in wanted}, run.cfg.data.prompts_from))
 
 
 def load_refined(run: Run, target: Target, folder: Path) -> Refined:
@@ -433,10 +432,10 @@ def load_refined(run: Run, target: Target, folder: Path) -> Refined:
 def evaluate_methods(cfg, run: Run) -> dict:
     """Score every configured method on every target's test examples. Writes scores/<method>/<task>.jsonl."""
     tasks = load_tasks(run)
-    if run.rank == 0:
-        _keep_example_ids(run, tasks)
     wanted = [tasks[t] for t in cfg.data.targets or tasks]
-    for task in run.deal(sorted(wanted, key=lambda t: -sum(e.prompt.__len__() + len("".join(e.options)) for e in t.test))):
+    if run.rank == 0:
+        _keep_example_ids(run, wanted)
+    for task in run.deal(sorted(wanted, key=lambda t: -sum(len(e.prompt + "".join(e.options)) for e in t.test))):
         _evaluate_task(cfg, run, task)
     return {}
 
