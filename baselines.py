@@ -44,7 +44,7 @@ def _train_no_meta(cfg, run: Run, task) -> None:
     target = make_target(run, task)
     target.start = init_adapter(lm.layout, cfg.seed)
     reference = score_examples(lm, None, support)
-    rewards = Rewards(run, run.path / f"adapted/rewards/{task.name}.no_meta.jsonl", target, support, reference)
+    rewards = Rewards(run, f"{task.name}.no_meta", target, support, reference)
     candidates = proposed_sft(run, task.name)
     steps = sorted({s["sft_steps"] for s in candidates})
     results = {str(s): rewards.of(s, steps) for s in run.track(candidates, f"no_meta {task.name}")}

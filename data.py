@@ -1,7 +1,7 @@
-"""Tasks: twelve benchmarks from the assets, the Hugging Face hub or a user's JSONL, as prompts with options and honest splits.
+"""Tasks: twelve benchmarks from the assets, the hub or a user's JSONL, as prompts with options and honest splits.
 
-Every source yields the same records {id, question, context, choices, gold, answer}; one function turns a record into the
-`Example` a model sees, so the three sources cannot drift apart. Splits depend on the seed and the task's name only.
+Every source yields the same records {id, question, context, choices, gold, answer}; one function turns a record into
+the `Example` a model sees, so the three sources cannot drift apart. Splits depend on the seed and the task's name.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from config import ROOT, Config, UserError
 from runtime import Run, rng_for
 
 LETTERS = "ABCDEFGHIJ"
-LETTER_SYSTEM = ("You answer multiple-choice questions. Reply with nothing but the letter of the right option in square "
-                 "brackets, for example [A].")
+LETTER_SYSTEM = ("You answer multiple-choice questions. Reply with nothing but the letter of the right option in "
+                 "square brackets, for example [A].")
 GENERATE_SYSTEM = "Solve the problem. End with the final answer on a line of its own, after ####."
 
 

@@ -116,9 +116,9 @@ def run_all(cfg, run) -> dict:
 
 
 ORDER = ("collect", "generator", "policy", "adapt", "baselines", "evaluate", "report")
-STAGES = {"assets": run_assets, "config": run_config, "check": run_check, "collect": run_collect, "generator": run_generator,
-          "policy": run_policy, "adapt": run_adapt, "baselines": run_baselines, "evaluate": run_evaluate,
-          "report": run_report, "contexts": run_contexts, "all": run_all}
+STAGES = {"assets": run_assets, "config": run_config, "check": run_check, "collect": run_collect,
+          "generator": run_generator, "policy": run_policy, "adapt": run_adapt, "baselines": run_baselines,
+          "evaluate": run_evaluate, "report": run_report, "contexts": run_contexts, "all": run_all}
 
 
 def run_stage(name: str, cfg, run) -> dict:

@@ -1,9 +1,9 @@
-"""Paper D, stage 1: LoRA checkpoints of the training tasks, and the generator that maps a batch of prompts to an adapter.
+"""Paper D, stage 1: LoRA checkpoints of the training tasks, and the generator from a batch of prompts to an adapter.
 
     python degaml.py stage=collect config=configs/smollm2.yaml     -> adapters/<task>/step_0060.safetensors …
     python degaml.py stage=generator config=configs/smollm2.yaml   -> generator/<left out task>/generator.safetensors
 
-Everything is leave-one-out: the generator of a training task is trained without it, the one named `none` on all of them.
+Everything is leave-one-out: the generator of a training task is trained without it, the one named `none` on all.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def adapter_hash(adapter: Adapter) -> str:
 
 
 def load_checkpoints(run: Run, lm: LM, task: str) -> list[Adapter]:
-    """The collected checkpoints of a task, oldest first. Raises: UserError: missing, or changed since they were made."""
+    """The collected checkpoints of a task, oldest first. Raises: UserError: missing, or changed since."""
     folder = run.path / f"adapters/{task}"
     out = []
     for name, digest in read_json(folder / "manifest.json")["sha256"].items():
@@ -273,7 +273,7 @@ class Generator:
 
 
 def train_generators(cfg, run: Run) -> dict:
-    """One generator per left-out task that this run's targets need. Writes generator/<left out>/generator.safetensors."""
+    """One generator per left-out task that the targets need. Writes generator/<left out>/generator.safetensors."""
     encode_prompts(cfg, run)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     wanted = sorted({left_out_for(cfg, t) for t in targets}, key=lambda t: t != "none")
@@ -302,8 +302,8 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
     done = _resume(folder / "state.safetensors", decoder, opt)
     cast = torch.bfloat16 if g.dtype == "bfloat16" or (g.dtype == "auto" and run.dtype == torch.bfloat16) else None
     last = float("nan")
-    for step in run.track(range(done, g.steps), f"generator without {left_out}" if left_out != "none" else
-                          "generator on all"):
+    label = "generator on all tasks" if left_out == "none" else f"generator without {left_out}"
+    for step in run.track(range(done, g.steps), label):
         opt.param_groups[0]["lr"] = rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
         pairs = draw_pairs(cfg, states, targets, step)
         loss_sum = 0.0
@@ -311,16 +311,15 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
             condition, target = _load_pairs(cfg, pairs[at:at + g.micro_batch], states, targets, step, at)
             with torch.autocast(run.device, torch.bfloat16, enabled=cast is not None):
                 out = decoder(condition.to(run.device))
-            loss = F.mse_loss(out.float(), target.to(run.device), weight=weight.expand(out.shape)) if weight is not None \
-                else F.mse_loss(out.float(), target.to(run.device))
-            loss = loss * (len(condition) / len(pairs))
+            each = None if weight is None else weight.expand(out.shape)
+            loss = F.mse_loss(out.float(), target.to(run.device), weight=each) * (len(condition) / len(pairs))
             loss.backward()
             loss_sum += loss.detach()
         norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
         value = float(loss_sum)
         if not (math.isfinite(value) and torch.isfinite(norm)):
             _save_state(folder / "state.safetensors", decoder, opt, step)
-            raise UserError(f"generator without {left_out}: the loss is not finite at step {step + 1} (last finite "
+            raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
                             f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
         opt.step()
         opt.zero_grad(set_to_none=True)
@@ -335,7 +334,7 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
     (folder / "state.safetensors").unlink(missing_ok=True)
     run.finish(f"generator/{left_out}", "generator", start, tasks=tasks, recon_mse=last,
                parameters=sum(p.numel() for p in decoder.parameters()))
-    run.log(f"generator without {left_out}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
+    run.log(f"{label}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
 
 
 def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple[str, np.ndarray, int]]:

@@ -1,7 +1,8 @@
 """An adapter: its layout in a model, swapping it in, fine-tuning it on packed rows, its weight tokens, its PEFT folder.
 
-The base model is loaded once and never changed or cast; `attach_lora` replaces its adapted linear layers by `LoraLinear`,
-into which `swap_adapter` puts any adapter in a few milliseconds. An adapter is {PEFT key: float32 tensor on the CPU}.
+The base model is loaded once and never changed or cast; `attach_lora` replaces its adapted linear layers by
+`LoraLinear`, into which `swap_adapter` puts any adapter in a few milliseconds. An adapter is {PEFT key: float32 CPU
+tensor}.
 """
 
 from __future__ import annotations
@@ -315,7 +316,7 @@ class TokenCode:
                             (torch.log(sd + 1e-8) - c["log_mean"]) / c["log_std"])
 
     def decode(self, coded: Tensor) -> Tensor:
-        """The inverse of `encode`; a predicted standard deviation below zero is zero, or the block's sign would flip."""
+        """The inverse of `encode`; a predicted standard deviation below zero counts as zero, not as a flipped sign."""
         c, coded = self.constants, coded.float()
         if self.kind in ("fixed", "element"):
             return coded * c["std"] + c["mean"]

@@ -1,4 +1,4 @@
-"""Paper D/T, stage 3: the policy LLM proposes a strategy as JSON, rewards come from the support set, ReST-EM improves it.
+"""Stage 3: the policy LLM proposes a strategy as JSON, rewards come from the support set, ReST-EM improves it.
 
     python degaml.py stage=policy config=…     (policy.mode=meta: paper D, Algorithm 2)
     python degaml.py stage=adapt config=…      -> adapted/<degaml | degaml_plus>/<task>/
@@ -9,8 +9,8 @@ The policy is the base model with an adapter of its own. Test labels are read by
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from config import UserError
 from data import Task, describe_tasks, load_tasks
 from generator import (
     adapter_hash,
-    draw_prompts,
     encode_texts,
     generate_adapter,
     last_checkpoint,
@@ -31,19 +30,54 @@ from generator import (
     task_texts,
     training_tasks,
 )
-from lora import Adapter, Layout, attach_lora, clear_adapters, find_layout, init_adapter, load_adapter, rate, \
-    save_adapter, swap_adapter, train_adapter
-from runtime import Run, read_json, read_jsonl, rng_for, seed_for, write_json, write_jsonl, write_text
-from scoring import LM, Row, Scores, accuracy, branch_logprobs, chat_prompt, compare, encode, generate_answers, \
-    gold_logprob, hidden_states, load_lm, match_answer, parse_letter, score_examples
-from strategies import KEEP, Refined, Strategy, Target, execute, parse_strategy, proposal_schema, score_refined, \
-    train_on_support
+from lora import (
+    Adapter,
+    Layout,
+    attach_lora,
+    clear_adapters,
+    find_layout,
+    init_adapter,
+    load_adapter,
+    rate,
+    save_adapter,
+    swap_adapter,
+    train_adapter,
+)
+from runtime import Run, fingerprint, read_json, read_jsonl, rng_for, seed_for, write_json, write_jsonl, write_text
+from scoring import (
+    LM,
+    Row,
+    Scores,
+    accuracy,
+    branch_logprobs,
+    chat_prompt,
+    compare,
+    encode,
+    generate_answers,
+    gold_logprob,
+    hidden_states,
+    load_lm,
+    match_answer,
+    parse_letter,
+    score_examples,
+)
+from strategies import (
+    KEEP,
+    Refined,
+    Strategy,
+    Target,
+    execute,
+    parse_strategy,
+    proposal_schema,
+    score_refined,
+    train_on_support,
+)
 
 FAMILIES_OF = {"degaml": lambda cfg: [f for f in cfg.policy.families if f != "SFT"],
                "degaml_plus": lambda cfg: [*(f for f in cfg.policy.families if f != "SFT"), "SFT"]}
 
-SYSTEM = ("You are a specialist in adapting language models. You choose how a model's adapter is refined for a task it has "
-          "not seen, and you answer with one JSON object and nothing else.")
+SYSTEM = ("You are a specialist in adapting language models. You choose how a model's adapter is refined for a task "
+          "it has not seen, and you answer with one JSON object and nothing else.")
 DESCRIPTIONS = {
     "TTT": "Test-time training: gradient steps that lower the perplexity of the task's unlabelled questions.\n"
            '{"family": "TTT", "ttl_steps": <integer>, "learning_rate": <float>, "batch_size": <integer>, '
@@ -69,12 +103,14 @@ def proposal_prompt(lm: LM, task: Task, families: list[str], support: list[Score
     Source: paper T, G.6 for structure and fields; paper D, section 2.2 for the state. The wording is ours.
     """
     right = sum(s.pick(metric) == e.gold for s, e in zip(support, task.support, strict=True))
+    log_p = gold_logprob(support, list(task.support), metric)
     order = rng_for("families", task.name).permutation(families)   # the first one listed is proposed too often
     options = "\n".join(f"({i + 1}) {DESCRIPTIONS[f]}" for i, f in enumerate(order))
     user = (f"Task: {task.title}. {task.context or 'No description is available.'}\n"
             f"State: with the generated adapter the model answers {right} of {len(task.support)} labelled examples "
-            f"correctly; mean log-probability of the right answer {gold_logprob(support, list(task.support), metric):.2f}.\n"
-            f"Choose the one strategy family and the settings that should help most. Families and their JSON:\n{options}\n"
+            f"correctly; mean log-probability of the right answer {log_p:.2f}.\n"
+            "Choose the one strategy family and the settings that should help most. Families and their JSON:\n"
+            f"{options}\n"
             f"Give only the JSON object for {task.title}.")
     return chat_prompt(lm.tokenizer, SYSTEM, user)
 
@@ -214,18 +250,26 @@ def choose(results: dict[str, dict], margin: int) -> tuple[Strategy, dict]:
 
 
 class Rewards:
-    """Results of strategies on one task, kept in a file so that no strategy is executed twice."""
+    """Results of strategies on one task, kept in a file so that no strategy is executed twice.
 
-    def __init__(self, run: Run, path: Path, target: Target, support: list, reference: list[Scores]):
-        self.run, self.path, self.target, self.support, self.reference = run, path, target, support, reference
+    The file belongs to one configuration (its name carries the hash) and one starting adapter (`name`).
+    """
+
+    def __init__(self, run: Run, name: str, target: Target, support: list, reference: list[Scores]):
+        key = hashlib.sha256(json.dumps(fingerprint(run.cfg, "adapt")).encode()).hexdigest()[:8]
+        self.path = path = run.path / f"adapted/rewards-{key}/{name}.jsonl"
+        self.run, self.target, self.support, self.reference = run, target, support, reference
         self.known = {r["strategy"]: r for r in (read_jsonl(path) if path.exists() else [])}
 
     def of(self, strategy: Strategy, at_steps: list[int] = ()) -> dict:
         key = str(strategy)
         if key not in self.known:
             cfg = self.run.cfg
-            found = evaluate_strategy(self.target, strategy, self.support, self.reference, cfg.evaluate.metric,
-                                      cfg.policy.folds, at_steps)
+            try:
+                found = evaluate_strategy(self.target, strategy, self.support, self.reference, cfg.evaluate.metric,
+                                          cfg.policy.folds, at_steps)
+            except FloatingPointError:   # a training that diverged lost every example
+                found = {key: {"wins": 0, "losses": len(self.support), "gold_logp_gain": -100.0, "diverged": True}}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = [{"strategy": k, **r} for k, r in found.items() if k not in self.known]
             self.known |= {r["strategy"]: r for r in new}
@@ -335,14 +379,16 @@ def train_policies(cfg, run: Run) -> dict:
 
 def _meta_train(cfg, run: Run, left_out: str, method: str) -> None:
     """Paper D, Algorithm 2, lines 6-17: rewards on the training tasks' support sets, gradients on the policy only."""
-    start, lm, layout, folder = time.monotonic(), load_lm(run), policy_layout(run), run.path / f"policy/{left_out}/{method}"
+    start, lm, layout = time.monotonic(), load_lm(run), policy_layout(run)
+    root = run.path / f"policy/{left_out}"
     tasks = load_tasks(run)
     states = []
     for name in training_tasks(cfg, left_out):
         task = tasks[name]
         target = make_target(run, task, left_out)
-        reference = score_examples(lm, target.start, list(task.support))
-        rewards = Rewards(run, run.path / f"policy/{left_out}/rewards/{name}.jsonl", target, list(task.support), reference)
+        support = list(task.support)
+        reference = score_examples(lm, target.start, support)
+        rewards = Rewards(run, f"{name}.without_{left_out}", target, support, reference)
         states.append((task, rewards, proposal_prompt(lm, task, FAMILIES_OF[method](cfg), reference,
                                                       cfg.evaluate.metric)))
     policy, episodes = None, []
@@ -354,8 +400,8 @@ def _meta_train(cfg, run: Run, left_out: str, method: str) -> None:
             episodes += [{"task": task.name, **e} for e in new]
             samples += rewarded(new, prompt, cfg.policy.max_samples)
         policy = train_policy(run, layout, samples, seed_for(cfg.seed, left_out, method, it)) or policy
-    save_adapter(folder, policy or init_adapter(layout, 0), layout, cfg.model.name, cfg.model.revision)
-    write_jsonl(folder / "episodes.jsonl", episodes)
+    save_adapter(root / method, policy or init_adapter(layout, 0), layout, cfg.model.name, cfg.model.revision)
+    write_jsonl(root / method / "episodes.jsonl", episodes)
     run.finish(f"policy/{left_out}/{method}", "policy", start)
 
 
@@ -386,7 +432,7 @@ def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
     families, layout, support = FAMILIES_OF[method](cfg), policy_layout(run), list(task.support)
     target = make_target(run, task)
     reference = score_examples(lm, target.start, support)
-    rewards = Rewards(run, run.path / f"adapted/rewards/{task.name}.jsonl", target, support, reference)
+    rewards = Rewards(run, task.name, target, support, reference)
     prompt = proposal_prompt(lm, task, families, reference, cfg.evaluate.metric)
     policy, episodes, iterations = None, [], cfg.policy.iterations
     if cfg.policy.mode == "meta":   # the policy is ready; it proposes once
@@ -487,13 +533,14 @@ def _variants(cfg, run: Run, lm: LM, task: Task, target: Target | None, method: 
 
 
 def _test_rows(cfg, run: Run, lm: LM, task: Task, target: Target | None, method: str, memo: dict) -> list[dict]:
-    """One row per test example; correctness is averaged over a method's variants."""
+    """One row per test example; correctness is averaged over a method's variants.
+
+    Generated answers (strict, lenient) come from the first adapter of an ensemble.
+    """
     test = list(task.test)
     scored, written = [], []
     for refined in _variants(cfg, run, lm, task, target, method):
-        single = len(refined.adapters) == 1 and not refined.combine
-        key = (adapter_hash(refined.adapters[0]) if single and refined.adapters[0] else "base", refined.slot) \
-            if single else id(refined)
+        key = (refined.combine, refined.slot, *(a and adapter_hash(a) for a in refined.adapters))
         if key not in memo:
             memo[key] = score_refined(target, refined, test) if target else \
                 score_examples(lm, refined.adapters[0], test)
@@ -538,8 +585,8 @@ def write_contexts(cfg, run: Run) -> dict:
             continue
         shown = "\n\n".join(f"{e.text} {e.options[e.gold] if e.options else e.answer}" for e in task.support[:4])
         prompt = chat_prompt(lm.tokenizer, "You describe benchmark tasks in plain, neutral English.",
-                             f"Examples of a task:\n\n{shown}\n\nIn one paragraph, say what the task asks and which skills "
-                             "it tests. Do not quote the examples.")
+                             f"Examples of a task:\n\n{shown}\n\nIn one paragraph, say what the task asks and which "
+                             "skills it tests. Do not quote the examples.")
         ids = torch.tensor([encode(lm, prompt)], device=lm.model.device)
         text = lm.model.generate(ids, max_new_tokens=120, do_sample=False, pad_token_id=lm.tokenizer.eos_token_id)
         found[name] = " ".join(lm.tokenizer.decode(text[0, ids.shape[1]:], skip_special_tokens=True).split())

@@ -38,7 +38,7 @@ DEPENDS = {
     "adapt": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
     "evaluate": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate"],
 }
-_CHOICES = ("data.targets", "evaluate.methods", "generator.save_every", "evaluate.prompt_batches")
+_CHOICES = ("data.targets", "evaluate.methods", "generator.save_every")
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Log-likelihood and generation scoring with any adapter, and the losses that train on the same packed rows.
 
-A question is one row: its context once, its options behind it as branches that see the context and themselves but not each
-other. Rows of similar length share a forward pass, the vocabulary projection runs at scored positions only.
+A question is one row: its context once, its options behind it as branches that see the context and themselves but not
+each other. Rows of similar length share a forward pass; the vocabulary projection runs at scored positions only.
 """
 
 from __future__ import annotations
