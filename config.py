@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, field_validator
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT = ROOT / "configs" / "default.yaml"
@@ -30,10 +30,18 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+def _no_bool(value):
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool)]
+Count = Annotated[Int, Field(ge=0)]
+Positive = Annotated[Int, Field(ge=1)]
+Rate = Annotated[Float, Field(gt=0, le=1)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
 Family = Literal["TTT", "LORA", "TTS", "Latent", "SFT"]
 
 
@@ -58,11 +66,11 @@ class Data(_Section):
     format: Literal["cloze", "letter"]
     math_form: Literal["choice", "generate"]
     num_train: Positive
-    num_support: Annotated[int, Field(ge=2)]
+    num_support: Annotated[Int, Field(ge=2)]
     num_test: Positive
     num_prompts: Positive
     prompts_from: Literal["train", "test"]
-    max_tokens: Annotated[int, Field(ge=32)]
+    max_tokens: Annotated[Int, Field(ge=32)]
 
 
 class Collect(_Section):
@@ -74,13 +82,13 @@ class Collect(_Section):
     schedule: Literal["constant", "cosine"]
     batch_size: Positive
     loss: Literal["lm", "choice"]
-    clip: Annotated[float, Field(gt=0)]
-    save_last: Annotated[int, Field(ge=2)]
+    clip: Annotated[Float, Field(gt=0)]
+    save_last: Annotated[Int, Field(ge=2)]
 
 
 class Generator(_Section):
     encoder: str
-    max_length: Annotated[int, Field(ge=8, le=512)]
+    max_length: Annotated[Int, Field(ge=8, le=512)]
     num_prompts: Positive
     flow: list[Annotated[list[Positive], Field(min_length=3, max_length=3)]]
     kernel: Positive
@@ -89,35 +97,36 @@ class Generator(_Section):
     steps: Positive
     lr: Rate
     warmup_steps: Count
-    weight_decay: Annotated[float, Field(ge=0)]
-    clip: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[Float, Field(ge=0)]
+    clip: Annotated[Float, Field(gt=0)]
     batch_size: Positive
     micro_batch: Positive
     pairs_per_task: Positive
-    noise: Annotated[float, Field(ge=0)]
+    noise: Annotated[Float, Field(ge=0)]
     dtype: Literal["auto", "float32", "bfloat16"]
     save_every: Positive
-    seed: int
+    seed: Int
 
-    @model_validator(mode="after")
-    def _odd_kernel(self):
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd ('same' padding), got {self.kernel}: try {self.kernel + 1}")
-        return self
+    @field_validator("kernel")
+    @classmethod
+    def _odd_kernel(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd ('same' padding): try {kernel + 1}")
+        return kernel
 
 
 class Strategies(_Section):
     max_ttl_steps: Positive
     max_ttl_lr: Rate
-    ttl_threshold: Annotated[float, Field(ge=0)]
-    ttl_lambda: Annotated[float, Field(gt=0)]
+    ttl_threshold: Annotated[Float, Field(ge=0)]
+    ttl_lambda: Annotated[Float, Field(gt=0)]
     mix: Literal["interp", "halves", "magdir"]
-    max_prompt_batches: Annotated[int, Field(ge=1, le=50)]
-    max_slot_steps: Annotated[int, Field(ge=1, le=20)]
+    max_prompt_batches: Annotated[Int, Field(ge=1, le=50)]
+    max_slot_steps: Annotated[Int, Field(ge=1, le=20)]
     max_slot_lr: Rate
-    max_sft_steps: Annotated[int, Field(ge=1, le=200)]
+    max_sft_steps: Annotated[Int, Field(ge=1, le=200)]
     max_sft_lr: Rate
-    max_batch_size: Annotated[int, Field(ge=1, le=64)]
+    max_batch_size: Annotated[Int, Field(ge=1, le=64)]
     proposal_grid: dict[str, list]
 
 
@@ -127,14 +136,14 @@ class Policy(_Section):
     proposals: Positive
     iterations: Positive
     min_per_family: Count
-    temperature: Annotated[float, Field(gt=0)]
-    top_p: Annotated[float, Field(gt=0, le=1)]
+    temperature: Annotated[Float, Field(gt=0)]
+    top_p: Annotated[Float, Field(gt=0, le=1)]
     top_k: Positive
     max_new_tokens: Positive
     reward_margin: Count
     select_margin: Count
     tie_reward: StrictBool
-    folds: Annotated[int, Field(ge=2)]
+    folds: Annotated[Int, Field(ge=2)]
     contexts: str
     rank: Positive
     alpha: Positive
@@ -150,7 +159,7 @@ class Evaluate(_Section):
     methods: Annotated[list[Literal["base", "mean", "wrong_prompts", "own", "generator", "degaml",
                                     "degaml_plus", "no_meta"]], Field(min_length=1)]
     prompt_batches: Positive
-    token_budget: Annotated[int, Field(ge=32)]
+    token_budget: Annotated[Int, Field(ge=32)]
     max_new_tokens: Positive
     generate: StrictBool
 
@@ -165,7 +174,7 @@ class Config(_Section):
 
     name: str
     run: str
-    seed: int
+    seed: Int
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16"]
     overwrite: StrictBool
@@ -224,7 +233,8 @@ def _unflatten(flat: dict) -> dict:
 
 def _read(path: Path) -> dict:
     if not path.is_file():
-        have = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.yaml")))
+        have = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.yaml")
+                                if p.name not in ("contexts.yaml", "paper_tables.yaml")))
         raise UserError(f"config={path}: no such file; presets here: {have}")
     tree = parse_yaml(path.read_text(), str(path)) or {}
     if not isinstance(tree, dict):

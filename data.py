@@ -148,6 +148,8 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
     # the whole benchmark test set is kept out of training, not only the part scored here
     held = {_key(e.text) for e in pools.get("test", test)}
     rest = [e for e in rest if _key(e.text) not in held]
+    support, seen = rest[:d.num_support], {_key(e.text) for e in rest[:d.num_support]}
+    rest = support + [e for e in rest[d.num_support:] if _key(e.text) not in seen]
     if len(rest) < d.num_support:
         raise UserError(f"task {name}: {len(rest)} examples remain for the support set, data.num_support="
                         f"{d.num_support} are needed (after {len(test)} for the test); lower data.num_test or "
@@ -190,6 +192,9 @@ def _read_assets(folder: Path, name: str) -> dict[str, list[dict]]:
         try:
             with gzip.open(file, "rt") as f:
                 out[split] = [json.loads(line) for line in f]
+            if split != "all":   # both files count from 0
+                for r in out[split]:
+                    r["id"] = r["id"].replace("-", f"-{split}-", 1)
         except (OSError, EOFError, ValueError) as e:
             raise UserError(f"{file}: damaged ({e}); delete it and run `make assets`") from None
     return out
@@ -211,7 +216,7 @@ def read_user_file(path: Path, seen: dict[str, str] | None = None) -> list[dict]
     seen = {} if seen is None else seen
     good = '{"id": "q1", "question": "Which ...?", "choices": ["one", "two"], "gold": 0}'
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot read ({e}); expected UTF-8 JSON lines such as {good}") from None
     rows = []
@@ -231,6 +236,8 @@ def read_user_file(path: Path, seen: dict[str, str] | None = None) -> list[dict]
         row = {**row, "question": row.get("question", row.get("prompt"))}
         if not isinstance(row["question"], str) or not row["question"].strip():
             raise bad("`question` is missing or empty")
+        if not isinstance(row.get("context") or "", str):
+            raise bad("`context` must be a text")
         row["id"] = str(row.get("id", f"{path.stem}-{n}"))
         if row["id"] in seen:
             raise bad(f"id {row['id']!r} was used before, at {seen[row['id']]}")
@@ -242,8 +249,13 @@ def read_user_file(path: Path, seen: dict[str, str] | None = None) -> list[dict]
             if not all(c.strip() for c in choices):
                 raise bad(f"option {[bool(c.strip()) for c in choices].index(False)} is empty")
             row["gold"] = _read_gold(row.get("gold"), len(choices), bad)
-        elif not str(row.get("answer") or "").strip():
+        elif row.get("answer") is None or not str(row["answer"]).strip():
             raise bad("neither `choices` with `gold` nor `answer` is given")
+        else:
+            row["answer"] = str(row["answer"]).strip()
+            row.pop("choices", None)
+        if rows and ("choices" in row) != ("choices" in rows[0]):
+            raise bad("rows with and without `choices` in one file")
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: no rows; expected JSON lines such as {good}")
@@ -256,7 +268,7 @@ def _read_gold(gold, n: int, bad) -> int:
     if isinstance(gold, str) and len(gold) == 1 and gold.upper() in LETTERS:
         gold = LETTERS.index(gold.upper())
     if not isinstance(gold, int) or not 0 <= gold < n:
-        raise bad(f"`gold` is {gold!r}, expected 0..{n - 1} or A..{LETTERS[n - 1]}")
+        raise bad(f"`gold` is {gold!r}, expected 0..{n - 1} or A..{LETTERS[:n][-1]}")
     return gold
 
 
@@ -279,7 +291,11 @@ def _read_hub(cfg: Config, name: str) -> dict[str, list[dict]]:
                 raise UserError(f"data.source=hub: cannot load {path} {config or ''} split {theirs} "
                                 f"({type(e).__name__}: {str(e)[:160]}); check the network, or set "
                                 f"data.hub={{{name}: folder}} or data.jsonl={{{name}: file.jsonl}}") from None
-            rows += [_hub_record(cfg, name, config, i, r, ds.column_names) for i, r in enumerate(ds)]
+            try:
+                rows += [_hub_record(cfg, name, config, f"{ours}-{i}", r, ds.column_names) for i, r in enumerate(ds)]
+            except KeyError as e:
+                raise UserError(f"data.columns.{name}: {path} has no column {e}; its columns are {ds.column_names}; "
+                                f"use data.jsonl={{{name}: file.jsonl}}") from None
         out[ours] = [r for r in rows if r is not None]
     return out
 
@@ -293,7 +309,7 @@ _COLUMNS = {   # candidates in order; data.columns overrides
 _SPLIT_CHOICES = (("sol1", "sol2"), ("option1", "option2"), ("answerA", "answerB", "answerC"), ("A", "B", "C", "D"))
 
 
-def _hub_record(cfg: Config, name: str, config: str | None, i: int, row: dict, columns: list[str]) -> dict | None:
+def _hub_record(cfg: Config, name: str, config: str | None, i: str, row: dict, columns: list[str]) -> dict | None:
     """One hub row as a record; rows without a label are dropped."""
     asked = cfg.data.columns.get(name, {})
     col = {k: asked.get(k) or next((c for c in names if c in row), None) for k, names in _COLUMNS.items()}
@@ -357,6 +373,9 @@ def make_example(name: str, r: dict, form: str) -> Example:
         return Example(r["id"], prompt, (), None, str(r["answer"]))
     choices, gold = tuple(c.strip() for c in r["choices"]), r["gold"]
     if form == "letter":
+        if len(choices) > len(LETTERS):
+            raise UserError(f"{r['id']}: {len(choices)} options, the letter format has {len(LETTERS)} letters; use "
+                            "data.format=cloze")
         options = "\n".join(f"{LETTERS[i]}: {c}" for i, c in enumerate(choices))
         head = f"{context}\n{q}" if context else q
         return Example(r["id"], f"{head}\n{options}", tuple(f"[{LETTERS[i]}]" for i in range(len(choices))), gold,
@@ -388,7 +407,8 @@ def add_distractors(records: list[dict], seed: int, n: int = 4) -> list[dict]:
     for r in records:
         rng, pool = rng_for(seed, "distractors", r["id"]), alike[_shape(r)]
         wrong = _near_numbers(r, rng) + [pool[i] for i in rng.integers(len(pool), size=4 * n)]
-        wrong = [w for w in dict.fromkeys(wrong) if w and w != r["answer"]][:n - 1]
+        same = {_plain_tex(r["answer"])}
+        wrong = [w for w in wrong if w and not (_plain_tex(w) in same or same.add(_plain_tex(w)))][:n - 1]
         if not r["answer"] or len(wrong) < n - 1:
             continue
         choices = [*wrong, r["answer"]]
@@ -403,17 +423,22 @@ def _shape(r: dict) -> tuple:
     return r.get("kind", ""), "integer" if re.fullmatch(r"-?\d+", a) else "tex" if "\\" in a else "text"
 
 
+def _plain_tex(text: str) -> str:
+    return re.sub(r"\\left|\\right|\\[!,]|[\s$]", "", text).replace("dfrac", "frac").replace("tfrac", "frac")
+
+
 def _near_numbers(r: dict, rng) -> list[str]:
     if not re.fullmatch(r"-?\d+", r["answer"]):
         return []
-    gold = int(r["answer"])
-    seen = re.findall(r"(?<![\w.])\d+(?![\w.])", r.get("solution", "") + " " + r["question"])
-    near = [str(gold + k) for k in (1, -1, 2, 10) if gold + k >= 0 or gold < 0] + [str(gold * 2), str(gold * 10)]
-    seen, near = list(dict.fromkeys(seen)), list(dict.fromkeys(near))
-    # one from the problem itself where it has one, the rest near the answer: a model that copies gets none for free
-    picked = [seen[i] for i in rng.permutation(len(seen))]
-    picked = [s for s in picked if s != r["answer"]][:1]
-    return picked + [near[i] for i in rng.permutation(len(near))]
+    gold, text = int(r["answer"]), (r.get("solution") or "") + " " + r["question"]
+    seen = [int(x) for x in re.findall(r"(?<![\w.])\d+(?![\w.])", text.replace(",", ""))]
+    near = [gold + k for k in (1, 2, 10, -1, -2, -10)] + [gold * 2, gold * 10, gold // 2, gold // 10]
+    pool = [*seen, *near]
+    pool = [x for x in dict.fromkeys(pool) if x != gold and (x >= 0 or gold < 0)]
+    pool = [pool[i] for i in rng.permutation(len(pool))]
+    # how many are smaller is drawn first: the gold answer's rank by size gives nothing away
+    low, high, k = [x for x in pool if x < gold], [x for x in pool if x > gold], int(rng.integers(4))
+    return [str(x) for x in low[:k] + high[:3 - k] + low[k:] + high[3 - k:]]
 
 
 def strip_label(example: Example) -> Example:

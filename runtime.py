@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from config import Config, UserError, differences, flatten
@@ -264,7 +264,7 @@ def read_json(path: Path):
 
 def read_jsonl(path: Path) -> list[dict]:
     """All whole lines; a last line cut short by a kill is dropped, damage elsewhere is an error."""
-    lines = Path(path).read_text().splitlines()
+    lines = Path(path).read_text().rstrip("\n").split("\n")   # other separators may stand inside a text
     rows = []
     for i, line in enumerate(lines):
         try:
@@ -280,7 +280,8 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     """safetensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata)
+    # through bytes: the library's own writer reports a full disk by an error type of its own, and makes files 0600
+    tmp.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata))
     os.replace(tmp, path)
 
 

@@ -109,7 +109,8 @@ def _packed_attention(module, query, key, value, attention_mask, scaling=None, d
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     groups = query.shape[1] // key.shape[1]
-    if query.device.type != "cpu" or not torch.is_grad_enabled() or kwargs.get("softcap"):
+    cap = kwargs.pop("softcap", None)
+    if not cap and (query.device.type != "cpu" or not torch.is_grad_enabled() or attention_mask is None):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -117,6 +118,8 @@ def _packed_attention(module, query, key, value, attention_mask, scaling=None, d
     q = (query * scaling).reshape(b * key.shape[1], groups * t, d)   # heads that share a key stacked as more queries
     k, v = key.reshape(-1, *key.shape[2:]), value.reshape(-1, *value.shape[2:])
     weights = torch.bmm(q, k.transpose(1, 2)).view(b, h, t, -1)
+    if cap:
+        weights = cap * torch.tanh(weights / cap)
     if attention_mask is not None:
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min) \
             if attention_mask.dtype == torch.bool else weights + attention_mask
@@ -173,7 +176,7 @@ def _common_prefix(sequences: list[list[int]], limit: int) -> int:
     n = 0
     while n < limit and len({s[n] for s in sequences}) == 1:
         n += 1
-    return max(n, 1)
+    return n
 
 
 def gold_row(row: Row) -> Row:
@@ -369,9 +372,11 @@ def choice_loss(lm: LM, rows: list[Row]) -> Tensor:
 def prompt_nll(lm: LM, rows: list[Row]) -> Tensor:
     """(B,) mean token NLL of each row's context: ln of the input perplexity (paper T, eq. 6)."""
     hidden, starts = hidden_states(lm, rows)
-    which = torch.tensor([i for i, r in enumerate(rows) for _ in r.context[1:]], device=hidden.device)
+    which = torch.tensor([i for i, r in enumerate(rows) for _ in r.context[1:]], dtype=torch.long,
+                         device=hidden.device)
     where = [start + j for r, start in zip(rows, starts, strict=True) for j in range(len(r.context) - 1)]
-    target = torch.tensor([t for r in rows for t in r.context[1:]], device=hidden.device)
+    target = torch.tensor([t for r in rows for t in r.context[1:]], dtype=torch.long,
+                          device=hidden.device)
     nll = F.cross_entropy(project(lm, hidden[where]), target, reduction="none")
     sums = torch.zeros(len(rows), device=hidden.device).index_add(0, which, nll)
     return sums / torch.tensor([max(1, len(r.context) - 1) for r in rows], device=hidden.device)
@@ -411,11 +416,11 @@ def parse_letter(text: str, num_options: int, strict: bool) -> int | None:
     Strict: the answer opens with the bracketed letter, as the prompt asks. Lenient: the first bracketed option
     anywhere, else the first standalone letter or, for options 1..4, digit.
     """
-    letters = "ABCDEFGHIJ"[:num_options]
-    pattern = rf"\s*\[([{letters}])\]" if strict else rf"\[\s*([{letters}{letters.lower()}1-{num_options}])\s*\]"
+    letters, digits = "ABCDEFGHIJ"[:num_options], f"1-{min(num_options, 9)}"
+    pattern = rf"\s*\[([{letters}])\]" if strict else rf"\[\s*([{letters}{letters.lower()}{digits}])\s*\]"
     found = re.match(pattern, text) if strict else re.search(pattern, text)
     if found is None and not strict:
-        found = re.search(rf"(?<![A-Za-z0-9])([{letters}1-{num_options}])(?![A-Za-z0-9'])", text)
+        found = re.search(rf"(?<![A-Za-z0-9])([{letters}{digits}])(?![A-Za-z0-9'])", text)
     if found is None:
         return None
     c = found[1].upper()
