@@ -276,7 +276,7 @@ def train_generators(cfg, run: Run) -> dict:
     """One generator per left-out task that the targets need. Writes generator/<left out>/generator.safetensors."""
     encode_prompts(cfg, run)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    wanted = sorted({left_out_for(cfg, t) for t in targets}, key=lambda t: t != "none")
+    wanted = sorted({left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "none", t))   # the same on every rank
     losses = []
     for left_out in run.deal(wanted):
         if not run.finished(f"generator/{left_out}", "generator"):

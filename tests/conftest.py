@@ -1,4 +1,5 @@
-"""Shared fixtures: a tiny random model, encoder and five synthetic tasks, built offline; and the real assets.
+"""Shared fixtures: tiny random models, an encoder and five synthetic tasks, built offline; and the real
+assets.
 
 The tiny model goes through `save_pretrained` and `load_base`, the path a user's own model takes.
 """
@@ -10,20 +11,19 @@ import re
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"   # read when the hub library is first imported, by a test
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 TRAIN_TASKS, TEST_TASKS = ("alpha", "beta", "gamma"), ("delta", "epsilon")
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-WORDS = ["river", "stone", "cloud", "forest", "engine", "window", "garden", "letter", "number", "planet", "copper",
-         "silver", "market", "bridge", "candle", "pencil", "rocket", "basket", "mirror", "ladder"]
+WORDS = ["river", "stone", "cloud", "forest", "engine", "window", "garden", "letter", "number", "planet",
+         "copper", "silver", "market", "bridge", "candle", "pencil", "rocket", "basket", "mirror", "ladder"]
 
 
 def tiny_rows(task: str, count: int = 60) -> list[dict]:
@@ -48,40 +48,61 @@ def tiny_rows(task: str, count: int = 60) -> list[dict]:
 
 
 def byte_tokenizer():
-    """A byte-level BPE tokenizer with ChatML markers, trained on the synthetic rows: 400 entries, no opening token."""
+    """A byte-level BPE tokenizer with ChatML markers, trained on the synthetic rows: 400 entries, no
+    opening token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[AddedToken(s, special=True) for s in special],
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False,
+                                  special_tokens=[AddedToken(s, special=True) for s in special],
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     tok.train_from_iterator([f"Question: {r['question']}\nAnswer: {c}" for t in (*TRAIN_TASKS, *TEST_TASKS)
                              for r in tiny_rows(t) for c in r["choices"]], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                    chat_template=CHATML)
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory) -> Path:
-    """Folder of a two-layer random Llama (adapted dimensions 16, 32, 64) with its tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    folder = tmp_path_factory.mktemp("tiny_model")
+def save_tiny(folder: Path, kind: str = "llama", **more) -> Path:
+    """Save a two-layer random decoder of a transformers model type (adapted dimensions 16, 32, 64) with its
+    tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.2, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    model.save_pretrained(folder)
+    config = AutoConfig.for_model(kind, **{
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096,
+        "initializer_range": 0.2, "tie_word_embeddings": True, "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, **more})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """Folder of a two-layer random Llama with its tokenizer."""
+    return save_tiny(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_architecture(tmp_path_factory):
+    """name -> folder of a two-layer random model of that type, made once."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = save_tiny(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+    return make
+
+
 @pytest.fixture
 def tiny_lm(tiny_model_dir):
-    """The tiny model as `load_lm` makes it: packed attention, float32, rank 4, alpha 8, tokens of width 16."""
+    """The tiny model as `load_lm` makes it: packed attention, float32, rank 4, alpha 8, tokens of
+    width 16."""
     from lora import attach_lora, find_layout
     from scoring import LM, load_base
     model, tokenizer = load_base(str(tiny_model_dir), "main", torch.float32, "cpu")
@@ -101,7 +122,8 @@ def tiny_encoder_dir(tmp_path_factory) -> Path:
     tok = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tok.normalizer, tok.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     tok.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="[PAD]", unk_token="[UNK]",
+                                        cls_token="[CLS]",
                                         sep_token="[SEP]")
     torch.manual_seed(1)
     BertModel(BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -127,7 +149,8 @@ def tiny_jsonl(tiny_tasks_dir) -> dict[str, str]:
 
 @pytest.fixture
 def tiny_args(tmp_path, tiny_model_dir, tiny_encoder_dir, tiny_jsonl) -> list[str]:
-    """key=value words of a whole pipeline that takes seconds; its run folder is tmp_path/run. Later words win."""
+    """key=value words of a whole pipeline that takes seconds; its run folder is tmp_path/run. Later
+    words win."""
     values = {
         "name": "tiny", "run": str(tmp_path / "run"), "seed": 1, "device": "cpu", "dtype": "float32",
         "model.name": str(tiny_model_dir), "model.rank": 4, "model.alpha": 8, "model.token_width": 16,
@@ -135,14 +158,16 @@ def tiny_args(tmp_path, tiny_model_dir, tiny_encoder_dir, tiny_jsonl) -> list[st
         "data.test_tasks": list(TEST_TASKS), "data.num_train": 24, "data.num_support": 8, "data.num_test": 12,
         "data.num_prompts": 16, "data.max_tokens": 256,
         "collect.pretrain_steps": 6, "collect.pretrain_lr": 1e-2, "collect.finetune_steps": 3,
-        "collect.finetune_lr": 1e-3, "collect.warmup_steps": 1, "collect.batch_size": 4, "collect.save_last": 3,
+        "collect.finetune_lr": 1e-3, "collect.warmup_steps": 1, "collect.batch_size": 4,
+        "collect.save_last": 3,
         "generator.encoder": str(tiny_encoder_dir), "generator.max_length": 16, "generator.num_prompts": 4,
         "generator.flow": [[4, 16, 32], [8, 8, 16]], "generator.kernel": 3, "generator.scale_code": "element",
         "generator.criterion_weight": "none", "generator.steps": 6, "generator.lr": 1e-3,
         "generator.batch_size": 3, "generator.micro_batch": 2, "generator.pairs_per_task": 20,
         "generator.save_every": 2, "generator.seed": 1,
         "strategies.proposal_grid": {
-            "TTT.ttl_steps": [2], "TTT.learning_rate": [1e-3], "TTT.batch_size": [4], "LORA.lambda": [0.5, 1.0],
+            "TTT.ttl_steps": [2], "TTT.learning_rate": [1e-3], "TTT.batch_size": [4],
+            "LORA.lambda": [0.5, 1.0],
             "TTS.num_prompt_batches": [2], "Latent.slot_steps": [2], "Latent.slot_lr": [0.01, 0.1],
             "SFT.sft_steps": [2, 8], "SFT.learning_rate": [0.03], "SFT.batch_size": [4]},
         "strategies.max_sft_lr": 0.1,   # high enough for a random model to win rewards
@@ -155,11 +180,26 @@ def tiny_args(tmp_path, tiny_model_dir, tiny_encoder_dir, tiny_jsonl) -> list[st
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """The folder `make assets` fills. Its absence is a failure, not a skip: claims about the real model rest on it."""
+    """The folder `make assets` fills. Its absence is a failure, not a skip: claims about the real model
+    rest on it."""
     folder = ROOT / "assets"
-    wanted = ("data/arc_e.test.jsonl.gz", "data/jama.all.jsonl.gz", "models/smollm2-135m-instruct/model.safetensors",
+    wanted = ("data/arc_e.test.jsonl.gz", "data/jama.all.jsonl.gz",
+              "models/smollm2-135m-instruct/model.safetensors",
               "models/all-minilm-l6-v2/model.safetensors")
     missing = [w for w in wanted if not (folder / w).exists()]
     if missing:
         pytest.fail(f"{missing} not in {folder}: run make assets")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_lm(assets):
+    """The embedded SmolLM2-135M-Instruct in float32, with the default configuration's layout."""
+    from config import load_config
+    from lora import attach_lora, find_layout
+    from scoring import LM, load_base
+    m = load_config([])[0].model
+    model, tokenizer = load_base(str(assets / "models/smollm2-135m-instruct"), "main", torch.float32, "cpu")
+    layout = find_layout(model, m.rank, m.alpha, m.token_width, m.modules)
+    attach_lora(model, layout)
+    return LM(model, tokenizer, layout)

@@ -11,7 +11,8 @@ from lora import check_width
 
 NOT_PRESETS = {"default.yaml", "contexts.yaml", "paper_tables.yaml"}
 PRESETS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name not in NOT_PRESETS)
-DIMS = {"assets/models/smollm2-135m-instruct": [576, 192, 1536], "Qwen/Qwen2.5-0.5B-Instruct": [896, 128, 4864],
+DIMS = {"assets/models/smollm2-135m-instruct": [576, 192, 1536],
+        "Qwen/Qwen2.5-0.5B-Instruct": [896, 128, 4864],
         "Qwen/Qwen2.5-1.5B-Instruct": [1536, 256, 8960]}
 
 
@@ -22,7 +23,8 @@ def faults(*words: str) -> list[str]:
 
 
 def test_all_faults_at_once_golden(tmp_path):
-    """Every unknown key, wrong type and value out of range is named once, with its origin and the nearest key."""
+    """Every unknown key, wrong type and value out of range is named once, with its origin and the
+    nearest key."""
     preset = tmp_path / "my.yaml"
     preset.write_text("modle:\n  name: x\nevaluate:\n  metric: accuracy\ncollect:\n  batch_size: 0\n")
     assert faults(f"config={preset}", "generator.stepz=10", "colect.clip=2", "seed=1.5", "overwrite=1",
@@ -31,10 +33,12 @@ def test_all_faults_at_once_golden(tmp_path):
         f"  modle.name ({preset}): unknown key; did you mean `model.name`?",
         "  generator.stepz (command line): unknown key; did you mean `generator.steps`?",
         "  colect.clip (command line): unknown key; did you mean `collect.clip`?",
-        "  seed (command line): got 1.5; Input should be a valid integer, got a number with a fractional part",
+        "  seed (command line): got 1.5; Input should be a valid integer, got a number with a fractional "
+        "part",
         "  overwrite (command line): got 1; Input should be a valid boolean",
         f"  collect.batch_size ({preset}): got 0; Input should be greater than or equal to 1",
-        "  generator.lr (command line): got 'fast'; Input should be a valid number, unable to parse string as a number",
+        "  generator.lr (command line): got 'fast'; Input should be a valid number, unable to parse string "
+        "as a number",
         f"  evaluate.metric ({preset}): got 'accuracy'; Input should be 'norm', 'raw', 'strict' or 'lenient'"]
 
 
@@ -47,10 +51,13 @@ def test_even_kernel_is_named_with_an_odd_one():
 
 
 @pytest.mark.parametrize("word, start", [
-    ("seed=many", "seed (command line): got 'many'; "), ("data.train_tasks=arc_e", "data.train_tasks (command line): "),
-    ("generator.lr=2", "generator.lr (command line): got 2; "), ("generator.lr=0", "generator.lr (command line): got 0;"),
+    ("seed=many", "seed (command line): got 'many'; "),
+    ("data.train_tasks=arc_e", "data.train_tasks (command line): "),
+    ("generator.lr=2", "generator.lr (command line): got 2; "),
+    ("generator.lr=0", "generator.lr (command line): got 0;"),
     ("collect.pretrain_lr=-1e-4", "collect.pretrain_lr (command line): got -0.0001; "),
-    ("data.num_test=0", "data.num_test (command line): got 0; "), ("name=", "name (command line): got None; "),
+    ("data.num_test=0", "data.num_test (command line): got 0; "),
+    ("name=", "name (command line): got None; "),
     ("policy.families=[TTT, TTL]", "policy.families.1 (command line): got ['TTT', 'TTL']; "),
     ("evaluate.methods=[base, bse]", "evaluate.methods.1 (command line): got ['base', 'bse']; "),
     ("generator.flow=[[128, 384]]", "generator.flow.0 (command line): got [[128, 384]]; "),
@@ -59,7 +66,8 @@ def test_even_kernel_is_named_with_an_odd_one():
 def test_wrong_type_or_range_names_key_and_value(word, start):
     """One bad value gives one fault that starts with key, origin and what was got."""
     lines = faults(word)
-    assert lines[0] == "1 fault(s) in the configuration:" and lines[1].startswith("  " + start) and len(lines) == 2
+    assert lines[0] == "1 fault(s) in the configuration:" and lines[1].startswith("  " + start)
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize("word", ["generator.steps=true", "seed=false", "generator.lr=true"])
@@ -69,15 +77,18 @@ def test_a_boolean_is_no_number(word):
 
 
 @pytest.mark.parametrize("word, start", [
-    ("collect.save_last=500", "collect.save_last (command line): got 500; training has 125 steps: at most 125"),
+    ("collect.save_last=500",
+     "collect.save_last (command line): got 500; training has 125 steps: at most 125"),
     ("policy.folds=30", "policy.folds (command line): got 30 folds of 20 support examples"),
     ("data.targets=[foo]", "data.targets (command line): ['foo'] are in neither"),
     ("data.test_tasks=[arc_e]", "data.test_tasks (command line): ['arc_e'] are listed twice"),
     ("generator.num_prompts=64", "generator.flow (configs/default.yaml): its first entry must be"),
-    ("policy.min_per_family=9", "policy.min_per_family (command line): 9 x 4 families exceed policy.proposals = 20: "
+    ("policy.min_per_family=9",
+     "policy.min_per_family (command line): 9 x 4 families exceed policy.proposals = 20: "
                                 "at most 5"),
     ("evaluate.metric=strict", "evaluate.metric (command line): strict needs generated answers"),
-    ("data.train_tasks=[arc_e, arc_c]", "data.train_tasks (command line): leave-one-out needs at least 3 tasks")])
+    ("data.train_tasks=[arc_e, arc_c]",
+     "data.train_tasks (command line): leave-one-out needs at least 3 tasks")])
 def test_faults_across_two_keys(word, start):
     """Values that are legal alone but not together are refused with the limit they break."""
     assert faults(word)[1].startswith("  " + start)
@@ -108,7 +119,8 @@ def test_scientific_notation_in_file_and_on_the_command_line(tmp_path):
 
 
 def test_order_default_preset_command_line(tmp_path):
-    """default < config= < key=value, whatever the order of the words; `differences` lists just what changed."""
+    """default < config= < key=value, whatever the order of the words; `differences` lists just
+    what changed."""
     preset = tmp_path / "p.yaml"
     preset.write_text("seed: 5\nname: mine\n")
     cfg, stage = load_config(["seed=6", f"config={preset}", "stage=collect"])
@@ -122,7 +134,8 @@ def test_split_at_the_first_equals_sign():
     assert load_config(["name=a=b=c"])[0].name == "a=b=c"
 
 
-@pytest.mark.parametrize("text, ok", [("true", True), ("false", False), ("True", True), ("1", None), ("0", None),
+@pytest.mark.parametrize("text, ok", [("true", True), ("false", False), ("True", True), ("1", None),
+                                      ("0", None),
                                       ("'true'", None), ("maybe", None), ("", None)])
 def test_boolean_keys_take_booleans_only(text, ok):
     """No text or number turns into a truth value."""
@@ -153,7 +166,8 @@ def test_default_holds_every_key_of_the_schema():
 
 
 @pytest.mark.parametrize("width, dims, legal", [
-    (128, [576, 192, 1536], "[8, 12, 16, 24, 32, 48, 64, 96, 192]"), (192, [896, 128, 4864], "[8, 16, 32, 64, 128]"),
+    (128, [576, 192, 1536], "[8, 12, 16, 24, 32, 48, 64, 96, 192]"),
+    (192, [896, 128, 4864], "[8, 16, 32, 64, 128]"),
     (5, [12, 18], "[6]")])
 def test_token_width_names_the_legal_ones(width, dims, legal):
     """A width that divides not every dimension is refused with all that do."""
@@ -179,7 +193,8 @@ def test_files_that_are_no_configuration(tmp_path):
     assert faults(f"config={bad}") == [f"{bad}: expected `key: value` lines, got list"]
 
 
-@pytest.mark.parametrize("argv", [["stage=nonsense"], ["--stage", "all"], ["generator.lr"], ["generator.lrr=1"],
+@pytest.mark.parametrize("argv", [["stage=nonsense"], ["--stage", "all"], ["generator.lr"],
+                                  ["generator.lrr=1"],
                                   ["stage=collect", "seed=x"], ["config=missing.yaml"], ["name=[a"]])
 def test_main_turns_mistakes_into_one_error_line(argv, capsys, tmp_path):
     """A user's mistake: status 2, one `error:` on stderr, no traceback, nothing on stdout, no run folder."""

@@ -1,4 +1,5 @@
-"""The run folder: whole writes, DONE records, the lock, seeds, and what the user reads when a disk or a file fails."""
+"""The run folder: whole writes, DONE records, the lock, seeds, and what the user reads when a disk or a
+file fails."""
 
 import errno
 import json
@@ -39,7 +40,8 @@ def make_run(tmp_path, *words) -> Run:
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
-    """An interruption before the rename leaves text and tensor files as they were; afterwards writing works again."""
+    """An interruption before the rename leaves text and tensor files as they were; afterwards writing
+    works again."""
     text, tensors = tmp_path / "a.json", tmp_path / "a.safetensors"
     write_json(text, {"v": 1})
     save_tensors(tensors, {"x": torch.ones(3)})
@@ -48,7 +50,8 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
         raise failure
     with monkeypatch.context() as m:
         m.setattr(runtime.os, "replace", fail)
-        for write in (lambda: write_json(text, {"v": 2}), lambda: save_tensors(tensors, {"x": torch.zeros(3)})):
+        for write in (lambda: write_json(text, {"v": 2}),
+                      lambda: save_tensors(tensors, {"x": torch.zeros(3)})):
             with pytest.raises(type(failure)):
                 write()
     assert read_json(text) == {"v": 1} and torch.equal(load_tensors(tensors)["x"], torch.ones(3))
@@ -57,14 +60,14 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
 
 
 def test_file_system_error_while_saving_tensors_is_an_oserror(tmp_path):
-    """A disk that takes no more bytes (here: a file size limit) raises OSError, which the command explains; the old
-    file stays."""
+    """A disk that takes no more bytes (here: a file size limit) raises OSError, which the command explains;
+    the old file stays."""
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"x": torch.ones(3)})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        with pytest.raises(OSError) as e:
+        with pytest.raises(OSError, match="File too large") as e:
             save_tensors(path, {"x": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -97,7 +100,8 @@ def test_other_system_errors_are_not_hidden(tmp_path, tiny_args, monkeypatch):
 
 
 def test_unit_is_finished_only_under_its_configuration(tmp_path):
-    """No record: not finished. Same configuration: finished. A changed key is refused by name, both values shown."""
+    """No record: not finished. Same configuration: finished. A changed key is refused by name, both
+    values shown."""
     run = make_run(tmp_path)
     (tmp_path / "adapters/arc_e").mkdir(parents=True)
     assert not run.finished("adapters/arc_e", "collect")
@@ -123,7 +127,8 @@ def test_overwrite_removes_the_old_unit(tmp_path):
 
 @pytest.mark.parametrize("stage, word", [
     ("collect", "seed=1"), ("collect", "data.num_train=10"), ("collect", "model.rank=4"),
-    ("prompts", "data.prompts_from=test"), ("generator", "generator.lr=1e-4"), ("generator", "collect.clip=2"),
+    ("prompts", "data.prompts_from=test"), ("generator", "generator.lr=1e-4"),
+    ("generator", "collect.clip=2"),
     ("policy", "policy.epochs=1"), ("adapt", "strategies.mix=halves"), ("adapt", "evaluate.metric=raw"),
     ("evaluate", "evaluate.max_new_tokens=3"), ("evaluate", "evaluate.prompt_batches=7"),
     ("evaluate", "data.jsonl={arc_e: x.jsonl}")])
@@ -134,9 +139,11 @@ def test_keys_that_change_an_output_change_its_fingerprint(tmp_path, stage, word
 
 @pytest.mark.parametrize("stage", DEPENDS)
 def test_keys_that_change_no_output_leave_the_fingerprint(tmp_path, stage):
-    """Names, folders and the choice of targets and methods do not make finished work stale; a record survives JSON."""
+    """Names, folders and the choice of targets and methods do not make finished work stale; a record
+    survives JSON."""
     words = ["data.targets=[arc_e]", "evaluate.methods=[base]", "name=x", "run=elsewhere", "device=cpu",
-             "generator.save_every=7", "data.jsonl={arc_e: x.jsonl}", "strategies.proposal_grid={LORA.lambda: [0.5]}"]
+             "generator.save_every=7", "data.jsonl={arc_e: x.jsonl}",
+             "strategies.proposal_grid={LORA.lambda: [0.5]}"]
     a = fingerprint(make_run(tmp_path, *words).cfg, stage)
     assert a == fingerprint(make_run(tmp_path, *words[-2:]).cfg, stage) == json.loads(json.dumps(a))
 
@@ -160,7 +167,8 @@ def test_jsonl_torn_last_line_is_dropped(tmp_path):
         read_jsonl(path)
 
 
-@pytest.mark.parametrize("text", ["plain", "é 雪 \U0001f600", "line\nbreak\r\ttab", 'quo"te\\', "a\u2028b\u2029c",
+@pytest.mark.parametrize("text", ["plain", "é 雪 \U0001f600", "line\nbreak\r\ttab", 'quo"te\\',
+                                  "a\u2028b\u2029c",
                                   "a\x85b\x1cc\x0bd"])
 def test_jsonl_round_trip_of_any_text(tmp_path, text):
     """What is written is read back, whatever characters a question or an answer holds."""
@@ -168,7 +176,8 @@ def test_jsonl_round_trip_of_any_text(tmp_path, text):
     assert read_jsonl(tmp_path / "a.jsonl") == [{"t": text}, {"t": 1}]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:5], lambda b: b"", lambda b: b"\xff" * len(b)])
+@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:5], lambda b: b"",
+                                    lambda b: b"\xff" * len(b)])
 def test_corrupt_tensor_file_is_named(tmp_path, damage):
     """A truncated or overwritten safetensors file gives a UserError with its path and the way out."""
     path = tmp_path / "w.safetensors"
@@ -204,7 +213,8 @@ def test_second_process_in_the_folder_is_refused(tmp_path, tiny_args, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+        [sys.executable, "-c",
+         "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
          "print('held', flush=True); sys.stdin.read()", str(tmp_path / "run/.lock")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
@@ -233,7 +243,8 @@ def test_device_that_is_not_there(monkeypatch, tiny_args):
 
 
 def test_run_folder_holds_its_provenance(tmp_path, tiny_args):
-    """The stored configuration loads back to the same one; the command and the versions are kept, no host name is."""
+    """The stored configuration loads back to the same one; the command and the versions are kept, no
+    host name is."""
     cfg, _ = load_config(tiny_args)
     run = open_run(cfg, "collect", ["stage=collect", "seed=1"])
     assert load_config([f"config={run.path / 'config.yaml'}"])[0] == cfg

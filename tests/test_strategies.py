@@ -1,4 +1,4 @@
-"""The action space and its execution: validation, subspace mixing, test-time training, ensembles, steering, SFT."""
+"""The action space and its execution: validation, mixing, test-time training, ensembles, steering, SFT."""
 
 import json
 import math
@@ -48,9 +48,14 @@ def strategy(family: str, **fields) -> Strategy:
     return Strategy(family, tuple(fields.items()))
 
 
+def ttt(steps: int, lr: float, size: int) -> Strategy:
+    return strategy("TTT", ttl_steps=steps, learning_rate=lr, batch_size=size, shuffle_data=True)
+
+
 def random_adapter(layout, seed: int, size: float = 0.1) -> dict:
     g = torch.Generator().manual_seed(seed)
-    return {k: size * torch.randn(s, generator=g) for a, sa, b, sb in layout.keys() for k, s in ((a, sa), (b, sb))}
+    shapes = [pair for a, sa, b, sb in layout.keys() for pair in ((a, sa), (b, sb))]
+    return {k: size * torch.randn(s, generator=g) for k, s in shapes}
 
 
 def examples_of(task: str, count: int) -> list:
@@ -66,15 +71,16 @@ def target(tiny_lm) -> Target:
     def embed(words):
         g = [torch.Generator().manual_seed(len(w) * 1000 + ord(w[-2])) for w in words]
         return torch.nn.functional.normalize(torch.stack([torch.randn(6, generator=x) for x in g]), dim=-1)
-    return Target("delta", tiny_lm, random_adapter(tiny_lm.layout, 0), drawn.__getitem__, texts, embed(texts), embed,
-                  BOUNDS.model_copy(), seed=1)
+    start = random_adapter(tiny_lm.layout, 0)
+    bounds = BOUNDS.model_copy()
+    return Target("delta", tiny_lm, start, drawn.__getitem__, texts, embed(texts), embed, bounds, seed=1)
 
 
 def same(a: dict, b: dict) -> bool:
     return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# -------------------------------------------------------------------------------------------------------- validation
+# ------------------------------------------------------------------------------------------------- validation
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_good_objects_are_read(family):
@@ -93,9 +99,10 @@ BAD = [
     ("TTT", {"batch_size": 0}, "batch_size"), ("TTT", {"batch_size": 65}, "batch_size"),
     ("TTT", {"shuffle_data": "true"}, "shuffle_data"), ("TTT", {"shuffle_data": 1}, "shuffle_data"),
     ("LORA", {"lambda": "half"}, "lambda"), ("LORA", {"lambda": math.nan}, "lambda"),
-    ("LORA", {"lambda": math.inf}, "lambda"), ("LORA", {"lambda": False}, "lambda"), ("LORA", {"lambda": [1]}, "lambda"),
-    ("TTS", {"num_prompt_batches": 0}, "num_prompt_batches"), ("TTS", {"num_prompt_batches": 51}, "num_prompt_batches"),
-    ("TTS", {"method": "vote"}, "method"), ("TTS", {"method": None}, "method"), ("TTS", {"method": ["x"]}, "method"),
+    ("LORA", {"lambda": math.inf}, "lambda"), ("LORA", {"lambda": False}, "lambda"),
+    ("LORA", {"lambda": [1]}, "lambda"), ("TTS", {"num_prompt_batches": 0}, "num_prompt_batches"),
+    ("TTS", {"num_prompt_batches": 51}, "num_prompt_batches"), ("TTS", {"method": "vote"}, "method"),
+    ("TTS", {"method": None}, "method"), ("TTS", {"method": ["x"]}, "method"),
     ("Latent", {"slot_steps": -1}, "slot_steps"), ("Latent", {"slot_steps": 21}, "slot_steps"),
     ("Latent", {"slot_lr": 0}, "slot_lr"), ("Latent", {"slot_lr": 1.5}, "slot_lr"),
     ("SFT", {"sft_steps": 0}, "sft_steps"), ("SFT", {"sft_steps": 51}, "sft_steps"),
@@ -104,7 +111,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("family, change, field", BAD, ids=lambda v: json.dumps(v) if isinstance(v, dict) else str(v))
+@pytest.mark.parametrize("family, change, field", BAD, ids=str)
 def test_bad_field_is_named(family, change, field):
     """Out of range or of the wrong type is invalid, never clipped, and the text names the field."""
     with pytest.raises(ValueError, match=f"{family}.*{field}"):
@@ -150,13 +157,14 @@ def test_aliases(given, meant):
 
 def test_only_the_mixing_ratio_is_clipped():
     """lambda outside [0, 1] is clipped (spec, section 5)."""
-    got = [parse_strategy({"family": "LORA", "lambda": v}, BOUNDS, FAMILIES)["lambda"] for v in (-0.5, 1.7, 0, 0.25)]
-    assert got == [0.0, 1.0, 0.0, 0.25]
+    objects = [{"family": "LORA", "lambda": v} for v in (-0.5, 1.7, 0, 0.25)]
+    assert [parse_strategy(o, BOUNDS, FAMILIES)["lambda"] for o in objects] == [0.0, 1.0, 0.0, 0.25]
 
 
 def test_first_balanced_object_of_noisy_text():
     """Text around the object, broken braces before it and objects after it do not matter."""
-    text = 'Sure {here} it is: {"family": "TTS", {"family": "LORA", "lambda": 0.25} or {"family": "LORA", "lambda": 1}'
+    text = ('Sure {so}: {"family": "TTS", {"family": "LORA", "lambda": 0.25} or '
+            '{"family": "LORA", "lambda": 1}')
     assert parse_strategy(text, BOUNDS, FAMILIES) == strategy("LORA", **{"lambda": 0.25})
     for text in ("", "no object", '{"family": "LORA", "lambda": 0.', "[1, 2]"):
         with pytest.raises(ValueError, match="JSON"):
@@ -165,9 +173,10 @@ def test_first_balanced_object_of_noisy_text():
 
 def test_identity_ignores_order_and_spelling():
     """Field order, 5 or 5.0 and 1e-3 or 0.001 are one strategy, one key."""
-    texts = ['{"family": "TTT", "ttl_steps": 5, "learning_rate": 1e-3, "batch_size": 4, "shuffle_data": false}',
-             '{"shuffle_data": false, "batch_size": 4.0, "learning_rate": 0.001, "ttl_steps": 5.0, "family": "TTT"}']
-    a, b = (parse_strategy(t, BOUNDS, FAMILIES) for t in texts)
+    one = '{"family": "TTT", "ttl_steps": 5, "learning_rate": 1e-3, "batch_size": 4, "shuffle_data": false}'
+    two = '{"shuffle_data": false, "batch_size": 4.0, "learning_rate": 0.001, "ttl_steps": 5.0, ' \
+          '"family": "TTT"}'
+    a, b = (parse_strategy(t, BOUNDS, FAMILIES) for t in (one, two))
     assert a == b and hash(a) == hash(b) and str(a) == str(b)
     assert json.loads(str(a)) == a.as_dict()
 
@@ -183,7 +192,7 @@ def test_proposal_schema_offers_the_grid():
         assert o["additionalProperties"] is False and o["required"] == list(o["properties"])
 
 
-# ------------------------------------------------------------------------------------------------------------ mixing
+# ----------------------------------------------------------------------------------------------------- mixing
 
 def halves(rank: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(3)
@@ -212,7 +221,8 @@ def test_mix_is_the_butterfly_at_one():
     half = b1 @ a1 + b2 @ a2 + 0.5 * (b1 @ a2 + b2 @ a1)
     torch.testing.assert_close(update(mix_subspaces(adapter, 0.5, "interp")), half)
     torch.testing.assert_close(update(mix_subspaces(adapter, 0.5, "halves")), 0.5 * full)
-    torch.testing.assert_close(update(mix_subspaces(adapter, 0.2, "halves")), (b1 + b2) @ (0.2 * a1 + 0.8 * a2))
+    fifth = (b1 + b2) @ (0.2 * a1 + 0.8 * a2)
+    torch.testing.assert_close(update(mix_subspaces(adapter, 0.2, "halves")), fifth)
 
 
 @pytest.mark.parametrize("lam", [0.25, 0.5, 0.75])
@@ -245,7 +255,7 @@ def test_mix_of_an_untrained_adapter_is_no_update(mode):
     assert torch.equal(update(out), torch.zeros(5, 6))
 
 
-# ------------------------------------------------------------------------------------------------ test-time training
+# ----------------------------------------------------------------------------------------- test-time training
 
 def test_ttt_sample_weights(target, monkeypatch):
     """S = 0.1 exp(nll - 3) above the threshold, 0 at or below, detached; mean over the selected prompts."""
@@ -255,7 +265,7 @@ def test_ttt_sample_weights(target, monkeypatch):
         caught["loss_fn"] = loss_fn
         return adapter
     monkeypatch.setattr(strategies, "train_adapter", catch)
-    train_on_prompts(target, strategy("TTT", ttl_steps=1, learning_rate=1e-3, batch_size=4, shuffle_data=False))
+    train_on_prompts(target, ttt(1, 1e-3, 4))
 
     def loss_of(values):
         nll = torch.tensor(values, requires_grad=True)
@@ -274,7 +284,7 @@ def test_ttt_sample_weights(target, monkeypatch):
 def test_ttt_without_a_selected_prompt_changes_nothing(target):
     """No prompt above the threshold: the adapter is the given one, and the notes say so."""
     target.bounds.ttl_threshold = 100.0
-    out = train_on_prompts(target, strategy("TTT", ttl_steps=3, learning_rate=1e-3, batch_size=4, shuffle_data=True))
+    out = train_on_prompts(target, ttt(3, 1e-3, 4))
     assert same(out.adapters[0], target.start)
     assert out.notes == {"selected": 0, "seen": 12}
 
@@ -290,7 +300,7 @@ def test_ttt_lowers_the_prompts_nll(target):
             value = float(prompt_nll(lm, rows).mean())
         swap_adapter(lm.model, lm.layout, None)
         return value
-    many = train_on_prompts(target, strategy("TTT", ttl_steps=20, learning_rate=1e-2, batch_size=6, shuffle_data=True))
+    many = train_on_prompts(target, ttt(20, 1e-2, 6))
     assert mean_nll(many.adapters[0]) < mean_nll(target.start) - 0.1
     assert many.notes == {"selected": 120, "seen": 120}
 
@@ -298,14 +308,14 @@ def test_ttt_lowers_the_prompts_nll(target):
 def test_ttt_continues_from_the_given_adapter(target):
     """One tiny step moves every entry by at most the learning rate: no fresh initialisation."""
     target.bounds.ttl_threshold = 0.0
-    out = train_on_prompts(target, strategy("TTT", ttl_steps=1, learning_rate=1e-6, batch_size=4, shuffle_data=True))
+    out = train_on_prompts(target, ttt(1, 1e-6, 4))
     moved = max(float((out.adapters[0][k] - v).abs().max()) for k, v in target.start.items())
     assert 0 < moved < 2e-6
 
 
-# --------------------------------------------------------------------------------------------------- the frozen base
+# -------------------------------------------------------------------------------------------- the frozen base
 
-EXECUTED = [KEEP, strategy("TTT", ttl_steps=2, learning_rate=1e-2, batch_size=4, shuffle_data=True),
+EXECUTED = [KEEP, ttt(2, 1e-2, 4),
             strategy("LORA", **{"lambda": 0.5}), strategy("Latent", slot_steps=2, slot_lr=0.1),
             strategy("SFT", sft_steps=2, learning_rate=1e-2, batch_size=4, loss="choice"),
             *(strategy("TTS", num_prompt_batches=2, method=m) for m in METHODS)]
@@ -321,7 +331,7 @@ def test_execution_leaves_the_base_bit_unchanged(target, choice):
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     support = examples_of("delta", 6)
     scores = score_refined(target, execute(target, choice, support), support)
-    assert len(scores) == 6 and all(len(s.raw) == len(e.options) for s, e in zip(scores, support, strict=True))
+    assert [len(s.raw) for s in scores] == [len(e.options) for e in support]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
@@ -340,7 +350,7 @@ def test_a_failed_training_leaves_the_base_bare(target):
     assert all(m.A is None for m in target.lm.model.modules() if isinstance(m, LoraLinear))
 
 
-# --------------------------------------------------------------------------------------------------------- ensembles
+# -------------------------------------------------------------------------------------------------- ensembles
 
 TABLE = [tuple(math.log(p) for p in row) for row in ((.5, .4, .1), (.5, .4, .1), (.001, .3, .699))]
 
@@ -371,7 +381,7 @@ def test_majority_ties():
 
 @pytest.mark.parametrize("method", ENSEMBLES)
 def test_combine_reads_probabilities(method):
-    """An adapter's scores count through its softmax over the options: a constant added to them changes nothing."""
+    """An adapter counts through its softmax over the options: adding a constant changes nothing."""
     shifted = [tuple(x + 10 * i for x in row) for i, row in enumerate(TABLE)]
     assert combine(shifted, method) == pytest.approx(combine(TABLE, method))
 
@@ -455,15 +465,15 @@ def test_routed_scores_come_back_in_order(target, monkeypatch):
     assert calls == [0, 2, 3]
 
 
-# ------------------------------------------------------------------------------------------------- steering and SFT
+# ------------------------------------------------------------------------------------------- steering and SFT
 
 def test_latent_zero_steps_is_the_adapter(target):
     """No steps, no steering; some steps change the scores."""
     items = examples_of("delta", 6)
     plain = score_examples(target.lm, target.start, items)
-    none = score_refined(target, execute(target, strategy("Latent", slot_steps=0, slot_lr=0.1)), items)
-    assert none == plain
-    assert score_refined(target, execute(target, strategy("Latent", slot_steps=3, slot_lr=0.1)), items) != plain
+    none, some = (score_refined(target, execute(target, strategy("Latent", slot_steps=n, slot_lr=0.1)), items)
+                  for n in (0, 3))
+    assert none == plain and some != plain
 
 
 @pytest.mark.parametrize("loss", ["lm", "choice"])
@@ -485,7 +495,8 @@ def test_sft_prefix_property(target, loss):
 def test_sft_learns_the_support(target):
     """Supervised steps raise the log-probability of the labelled answers."""
     items = examples_of("delta", 6)
-    out = execute(target, strategy("SFT", sft_steps=12, learning_rate=1e-2, batch_size=64, loss="choice"), items)
+    s = strategy("SFT", sft_steps=12, learning_rate=1e-2, batch_size=64, loss="choice")
+    out = execute(target, s, items)
     after, before = (score_examples(target.lm, a, items) for a in (out.adapters[0], target.start))
     assert gold_logprob(after, items, "raw") > gold_logprob(before, items, "raw") + 0.5
 
@@ -502,7 +513,7 @@ def test_costs_are_counted(target):
         return lm.forwards - before[0], lm.backwards - before[1]
     assert cost(strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=4, loss="lm"), False) == (12, 12)
     assert cost(strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=9, loss="lm"), False) == (18, 18)
-    assert cost(strategy("TTT", ttl_steps=2, learning_rate=1e-3, batch_size=5, shuffle_data=True)) == (10 + 6, 10)
+    assert cost(ttt(2, 1e-3, 5)) == (10 + 6, 10)
     assert cost(strategy("LORA", **{"lambda": 0.5})) == (6, 0)
     assert cost(strategy("Latent", slot_steps=2, slot_lr=0.1)) == (6, 0)
     assert cost(strategy("TTS", num_prompt_batches=3, method="majority_vote")) == (18, 0)
