@@ -315,6 +315,8 @@ def _cross_checks(cfg: Config, where: dict) -> list[str]:
         fault("policy.folds", f"got {p.folds} folds of {d.num_support} support examples")
     if cfg.evaluate.metric in ("strict", "lenient") and not cfg.evaluate.generate:
         fault("evaluate.metric", f"{cfg.evaluate.metric} needs generated answers: evaluate.generate=true")
+    if "no_meta" in cfg.evaluate.methods and "degaml_plus" not in cfg.evaluate.methods:
+        fault("evaluate.methods", "no_meta tries the SFT settings proposed for degaml_plus: add degaml_plus")
     if len(d.train_tasks) < 3 and set(d.targets or d.train_tasks) & set(d.train_tasks):
         fault("data.train_tasks", "leave-one-out needs at least 3 tasks (2 remain to learn from)")
     return faults

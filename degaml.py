@@ -156,10 +156,12 @@ def main(argv: list[str]) -> int:
         cfg, stage = load_config(argv)
         if stage not in STAGES:
             raise UserError(f"stage={stage}: unknown; legal: {', '.join(STAGES)}")
-        from runtime import open_run
+        from runtime import open_run, write_config
         os.chdir(ROOT)   # relative paths in a configuration mean the repository's
         run = open_run(cfg, stage, argv)
         run_stage(stage, cfg, run)
+        if run.rank == 0:
+            write_config(run)
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -33,7 +33,7 @@ from lora import (
     to_tokens,
     train_adapter,
 )
-from runtime import Run, load_tensors, read_json, rng_for, save_tensors, seed_for, sha256, write_json
+from runtime import Run, fingerprint, load_tensors, read_json, rng_for, save_tensors, seed_for, sha256, write_json
 from scoring import LM, choice_loss, input_text, lm_loss, load_lm, make_row
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -299,7 +299,8 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
     torch.manual_seed(seed_for(g.seed, "generator"))
     decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel).to(run.device)
     opt = torch.optim.AdamW(decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay)
-    done = _resume(folder / "state.safetensors", decoder, opt)
+    made_with = seed_for(fingerprint(cfg, "generator"))
+    done = _resume(folder / "state.safetensors", decoder, opt, made_with)
     cast = torch.bfloat16 if g.dtype == "bfloat16" or (g.dtype == "auto" and run.dtype == torch.bfloat16) else None
     last = float("nan")
     label = "generator on all tasks" if left_out == "none" else f"generator without {left_out}"
@@ -318,7 +319,7 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
         norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
         value = float(loss_sum)
         if not (math.isfinite(value) and torch.isfinite(norm)):
-            _save_state(folder / "state.safetensors", decoder, opt, step)
+            _save_state(folder / "state.safetensors", decoder, opt, step, made_with)
             raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
                             f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
         opt.step()
@@ -328,7 +329,7 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
             run.metric(stage="generator", unit=left_out, step=step + 1, loss=round(value, 5),
                        lr=opt.param_groups[0]["lr"])
         if (step + 1) % g.save_every == 0 and step + 1 < g.steps:
-            _save_state(folder / "state.safetensors", decoder, opt, step + 1)
+            _save_state(folder / "state.safetensors", decoder, opt, step + 1, made_with)
     save_tensors(folder / "generator.safetensors", {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}
                  | {f"code.{k}": v for k, v in code.constants.items()})
     (folder / "state.safetensors").unlink(missing_ok=True)
@@ -373,18 +374,22 @@ def token_weights(targets: dict[str, Tensor]) -> Tensor:
     return torch.stack(per_task).mean(0).view(1, -1, 1, 1)
 
 
-def _save_state(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, step: int) -> None:
-    state = {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()} | {"step": torch.tensor(step)}
+def _save_state(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, step: int, made_with: int) -> None:
+    state = {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()}
+    state |= {"step": torch.tensor(step), "made_with": torch.tensor(made_with)}
     for i, s in opt.state_dict()["state"].items():
         state |= {f"m.{i}": s["exp_avg"].cpu(), f"v.{i}": s["exp_avg_sq"].cpu()}
     save_tensors(path, state)
 
 
-def _resume(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer) -> int:
-    """Load weights, moments and step if an interrupted training left them; randomness depends on the step alone."""
-    if not path.is_file():
+def _resume(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, made_with: int) -> int:
+    """Load weights, moments and step if an interrupted training of this configuration left them.
+
+    Randomness depends on the step alone, so nothing else needs restoring.
+    """
+    state = load_tensors(path) if path.is_file() else {}
+    if int(state.get("made_with", -1)) != made_with:   # none, or another configuration's: start afresh
         return 0
-    state = load_tensors(path)
     decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})
     step = int(state["step"])
     for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ _DATA = ["seed", "dtype", "model", "data"]
 _ADAPTER = ["model.name", "model.revision", "model.rank", "model.alpha", "model.modules"]
 DEPENDS = {
     "collect": ["seed", "dtype", *_ADAPTER, "data", "collect"],
-    "prompts": ["seed", "data", "generator.encoder", "generator.max_length"],
+    "prompts": ["seed", "model.name", "model.revision", "data", "generator.encoder", "generator.max_length"],
     "generator": [*_DATA, "collect", "generator"],
     "policy": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
     "adapt": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
@@ -174,8 +175,8 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
 
 
 def _describe(run: Run, stage: str, argv: list[str]) -> None:
-    import yaml
-    write_text(run.path / "config.yaml", yaml.safe_dump(run.cfg.model_dump(), sort_keys=False))
+    if not (run.path / "config.yaml").exists():   # a command that is refused must not redescribe the folder
+        write_config(run)
     with open(run.path / "command.txt", "a") as f:
         f.write("python degaml.py " + " ".join(argv) + "\n")
     write_json(run.path / "env.json", environment(run))
@@ -183,6 +184,11 @@ def _describe(run: Run, stage: str, argv: list[str]) -> None:
             f"{torch.get_num_threads()} thread(s) | run folder {run.path}")
     with open(run.path / "log.txt", "a") as f:
         f.write("not the default: " + json.dumps(differences(run.cfg)) + "\n")
+
+
+def write_config(run: Run) -> None:
+    """Keep the resolved configuration beside what it made."""
+    write_text(run.path / "config.yaml", yaml.safe_dump(run.cfg.model_dump(), sort_keys=False))
 
 
 def environment(run: Run) -> dict:
