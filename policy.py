@@ -256,7 +256,8 @@ class Rewards:
     """
 
     def __init__(self, run: Run, name: str, target: Target, support: list, reference: list[Scores]):
-        key = hashlib.sha256(json.dumps(fingerprint(run.cfg, "adapt")).encode()).hexdigest()[:8]
+        made_with = {k: v for k, v in fingerprint(run.cfg, "adapt").items() if k != "policy.select_margin"}
+        key = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:8]
         self.path = path = run.path / f"adapted/rewards-{key}/{name}.jsonl"
         self.run, self.target, self.support, self.reference = run, target, support, reference
         self.known = {r["strategy"]: r for r in (read_jsonl(path) if path.exists() else [])}
