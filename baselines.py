@@ -48,7 +48,7 @@ def _train_no_meta(cfg, run: Run, task) -> None:
     candidates = proposed_sft(run, task.name)
     steps = sorted({s["sft_steps"] for s in candidates})
     results = {str(s): rewards.of(s, steps) for s in run.track(candidates, f"no_meta {task.name}")}
-    strategy, result = choose(results, cfg.policy.select_margin)
+    strategy, result = choose(results, cfg.policy)
     folder = run.path / f"adapted/no_meta/{task.name}"
     save_adapter(folder, execute(target, strategy, support).adapters[0], lm.layout, cfg.model.name, cfg.model.revision)
     write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "wins": result["wins"],

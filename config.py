@@ -142,6 +142,7 @@ class Policy(_Section):
     max_new_tokens: Positive
     reward_margin: Count
     select_margin: Count
+    sft_margin: Count
     tie_reward: StrictBool
     folds: Annotated[Int, Field(ge=2)]
     contexts: str

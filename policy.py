@@ -172,7 +172,7 @@ def _sample(logits, policy, rng) -> list[int]:
 
 
 def plan_families(families: list[str], count: int, minimum: int) -> list[list[str]]:
-    """Which families each of `count` samples may use: `minimum` samples tied to each family, the rest free."""
+    """Which families each of `count` samples may use: `minimum` tied to each family, to explore, the rest free."""
     tied = [[f] for f in families for _ in range(minimum)][:count]
     return tied + [list(families)] * (count - len(tied))
 
@@ -235,14 +235,17 @@ def reward_of(result: dict, policy) -> int:
     return int(net >= policy.reward_margin or (policy.tie_reward and net == 0))
 
 
-def choose(results: dict[str, dict], margin: int) -> tuple[Strategy, dict]:
+def choose(results: dict[str, dict], policy) -> tuple[Strategy, dict]:
     """The final choice: most wins minus losses, ties by mean gold log-probability.
 
-    The generated adapter is kept unless a strategy wins at least `margin` more examples than it loses and also raises
-    the mean gold log-probability: on 20 examples either alone is too easily had by chance.
+    The generated adapter is kept unless a strategy wins at least `select_margin` (SFT: `sft_margin`) more examples than
+    it loses and also raises the mean gold log-probability: on 20 examples either alone is too easily had by chance.
     """
-    best = max((k for k, r in results.items() if r["wins"] - r["losses"] >= margin and r["gold_logp_gain"] > 0),
-               key=lambda k: (results[k]["wins"] - results[k]["losses"], results[k]["gold_logp_gain"]), default=None)
+    def passes(key):
+        margin = policy.sft_margin if json.loads(key)["family"] == "SFT" else policy.select_margin
+        return results[key]["wins"] - results[key]["losses"] >= margin and results[key]["gold_logp_gain"] > 0
+
+    best = max(filter(passes, results), key=lambda k: (results[k]["wins"] - results[k]["losses"], results[k]["gold_logp_gain"]), default=None)
     if best is None:
         return KEEP, {"wins": 0, "losses": 0, "gold_logp_gain": 0.0}
     obj = json.loads(best)
@@ -256,8 +259,7 @@ class Rewards:
     """
 
     def __init__(self, run: Run, name: str, target: Target, support: list, reference: list[Scores]):
-        made_with = {k: v for k, v in fingerprint(run.cfg, "adapt").items() if k != "policy.select_margin"}
-        key = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:8]
+        key = hashlib.sha256(json.dumps(fingerprint(run.cfg, "rewards")).encode()).hexdigest()[:8]
         self.path = path = run.path / f"adapted/rewards-{key}/{name}.jsonl"
         self.run, self.target, self.support, self.reference = run, target, support, reference
         self.known = {r["strategy"]: r for r in (read_jsonl(path) if path.exists() else [])}
@@ -325,9 +327,10 @@ def run_episodes(run: Run, task: Task, rewards: Rewards, families: list[str], pr
     """Sample proposals, execute each, reward it. Longer SFT trainings go first: they yield the shorter ones."""
     cfg, lm = run.cfg, load_lm(run)
     p = cfg.policy
-    plan = plan_families(families, p.proposals, p.min_per_family if iteration == 0 else 0)
-    texts = sample_proposals(lm, layout, policy, prompt, [proposal_schema(cfg.strategies, f) for f in plan], p,
-                             seed_for(cfg.seed, "propose", task.name, label, iteration))
+    key = (cfg.seed, "propose", task.name, label, iteration)
+    plan, rng = plan_families(families, p.proposals, p.min_per_family), rng_for(*key, "explore")
+    schemas = [proposal_schema(cfg.strategies, f, rng if len(f) < len(families) else None) for f in plan]
+    texts = sample_proposals(lm, layout, policy, prompt, schemas, p, seed_for(*key))
     parsed = []
     for text in texts:
         try:
@@ -447,7 +450,7 @@ def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
                                   seed_for(cfg.seed, task.name, method, it)) or policy
     proposed = {k: rewards.known[k] for e in episodes if e["valid"]
                 for k in [json.dumps(e["strategy"], sort_keys=True)]}
-    strategy, result = choose(proposed, cfg.policy.select_margin)
+    strategy, result = choose(proposed, cfg.policy)
     refined = execute(target, strategy, support)
     save_generated(folder, refined.adapters[0], run)
     write_jsonl(folder / "episodes.jsonl", episodes)

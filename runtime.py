@@ -35,6 +35,8 @@ DEPENDS = {
     "collect": ["seed", "dtype", *_ADAPTER, "data", "collect"],
     "prompts": ["seed", "model.name", "model.revision", "data", "generator.encoder", "generator.max_length"],
     "generator": [*_DATA, "collect", "generator"],
+    "rewards": [*_DATA, "collect", "generator", "strategies.ttl_threshold", "strategies.ttl_lambda", "strategies.mix",
+                "policy.folds", "evaluate.metric"],
     "policy": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
     "adapt": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
     "evaluate": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate"],

@@ -77,16 +77,20 @@ def schema(bounds) -> dict[str, dict[str, dict]]:
     }
 
 
-def proposal_schema(bounds, families: list[str]) -> dict:
+def proposal_schema(bounds, families: list[str], explore=None) -> dict:
     """The JSON schema proposals are sampled under: one object per family, fields in order, nothing else.
 
-    Fields listed in `strategies.proposal_grid` take one of the listed values; the others any value in bounds.
+    Fields listed in `strategies.proposal_grid` take one of the listed values; the others any value in bounds. With
+    `explore`, a numpy generator, only a random half of each list is offered: left alone, a small policy proposes the
+    same few settings every time.
     """
     options = []
     for family in families:
         fields = {"family": {"enum": [family]}}
         for name, spec in schema(bounds)[family].items():
             grid = bounds.proposal_grid.get(f"{family}.{name}")
+            if grid and explore is not None:
+                grid = [grid[i] for i in sorted(explore.permutation(len(grid))[:(len(grid) + 1) // 2])]
             fields[name] = {"enum": grid} if grid else spec
         options.append({"type": "object", "properties": fields, "required": list(fields),
                         "additionalProperties": False})
