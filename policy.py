@@ -245,7 +245,10 @@ def choose(results: dict[str, dict], policy) -> tuple[Strategy, dict]:
         margin = policy.sft_margin if json.loads(key)["family"] == "SFT" else policy.select_margin
         return results[key]["wins"] - results[key]["losses"] >= margin and results[key]["gold_logp_gain"] > 0
 
-    best = max(filter(passes, results), key=lambda k: (results[k]["wins"] - results[k]["losses"], results[k]["gold_logp_gain"]), default=None)
+    def rank(key):
+        return results[key]["wins"] - results[key]["losses"], results[key]["gold_logp_gain"]
+
+    best = max(filter(passes, results), key=rank, default=None)
     if best is None:
         return KEEP, {"wins": 0, "losses": 0, "gold_logp_gain": 0.0}
     obj = json.loads(best)

@@ -26,7 +26,7 @@ from scoring import load_lm
 TASKS = {"alpha": "id", "beta": "id", "gamma": "id", "delta": "ood", "epsilon": "ood"}
 METHODS = ["base", "mean", "wrong_prompts", "own", "generator", "degaml", "degaml_plus", "no_meta"]
 # a choice that ties is taken too, so that more than one family ends up in the results
-WORDS = ["policy.select_margin=0", "policy.tie_reward=true", "generator.steps=20"]
+WORDS = ["policy.select_margin=0", "policy.sft_margin=0", "policy.tie_reward=true", "generator.steps=20"]
 _FULL: dict = {}
 
 

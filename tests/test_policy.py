@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,18 +172,25 @@ def result(wins, losses, gain) -> dict:
     return {"wins": wins, "losses": losses, "gold_logp_gain": gain}
 
 
+def margins(label_free: int, sft: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(select_margin=label_free, sft_margin=sft)
+
+
 def test_choose_takes_net_wins_then_log_probability():
     """Most net wins, ties by gain; below the margin or without a gain, the adapter is kept."""
     a, b, c = (str(strategy("LORA", **{"lambda": v})) for v in (0.1, 0.2, 0.3))
     results = {a: result(3, 1, 0.1), b: result(2, 0, 0.4), c: result(4, 3, 9.0)}
-    best, found = choose(results, 1)
+    best, found = choose(results, margins(1))
     assert best["lambda"] == 0.2 and found == results[b]
-    assert choose(results, 2)[0]["lambda"] == 0.2
-    assert choose(results, 3) == (KEEP, result(0, 0, 0.0))
-    assert choose({a: result(5, 0, -0.1), b: result(1, 0, 0.1)}, 1)[0]["lambda"] == 0.2
-    assert choose({a: result(5, 0, 0.0)}, 1)[0] == KEEP and choose({}, 1)[0] == KEEP
-    assert choose({a: result(0, 0, 0.1)}, 0)[0]["lambda"] == 0.1
-    assert choose({a: result(0, 1, 5.0)}, 0)[0] == KEEP
+    assert choose(results, margins(2))[0]["lambda"] == 0.2
+    assert choose(results, margins(3)) == (KEEP, result(0, 0, 0.0))
+    assert choose({a: result(5, 0, -0.1), b: result(1, 0, 0.1)}, margins(1))[0]["lambda"] == 0.2
+    assert choose({a: result(5, 0, 0.0)}, margins(1))[0] == KEEP and choose({}, margins(1))[0] == KEEP
+    assert choose({a: result(0, 0, 0.1)}, margins(0))[0]["lambda"] == 0.1
+    assert choose({a: result(0, 1, 5.0)}, margins(0))[0] == KEEP
+    sft = '{"family": "SFT", "sft_steps": 5}'
+    assert choose({sft: result(1, 0, 0.1)}, margins(2, sft=1))[0].family == "SFT"
+    assert choose({sft: result(1, 0, 0.1)}, margins(1, sft=2))[0] == KEEP
 
 
 def test_rewarded_is_distinct_best_first_and_capped():
@@ -423,7 +431,7 @@ def test_test_labels_reach_evaluation_only(tiny_args, tiny_jsonl, tmp_path):
     """With every test gold changed, all up to the baselines is byte-identical; the evaluation is not."""
     bad, files = tmp_path / "corrupted", {}
     bad.mkdir()
-    loose = ["policy.select_margin=0", "policy.tie_reward=true", "data.targets=[alpha, delta, epsilon]"]
+    loose = ["policy.select_margin=0", "policy.sft_margin=0", "policy.tie_reward=true", "data.targets=[alpha, delta, epsilon]"]
     clean = make_run(tiny_args, *loose)
     for name, task in load_tasks(clean).items():
         hit = {e.id for e in task.test}

@@ -520,3 +520,14 @@ def test_costs_are_counted(target):
     assert cost(strategy("TTS", num_prompt_batches=3, method="sum_logprobs")) == (0, 0), "scored already"
     assert cost(strategy("TTS", num_prompt_batches=4, method="max_confidence")) == (6, 0)
     assert cost(strategy("TTS", num_prompt_batches=4, method="avg_sim_score")) == (6, 0)
+
+
+def test_exploring_offers_half_of_each_grid():
+    """With `explore` a random half of every listed field is offered, and over many draws each value is."""
+    grid = {"LORA.lambda": [0.1, 0.25, 0.5, 0.75, 1.0]}
+    bounds = load_config(["strategies.proposal_grid={LORA.lambda: [0.1, 0.25, 0.5, 0.75, 1.0]}"])[0].strategies
+    rng = np.random.default_rng(0)
+    seen = [proposal_schema(bounds, ["LORA"], rng)["anyOf"][0]["properties"]["lambda"]["enum"] for _ in range(40)]
+    assert all(len(s) == 3 and s == sorted(s) for s in seen)
+    assert {v for s in seen for v in s} == set(grid["LORA.lambda"])
+    assert proposal_schema(bounds, ["LORA"])["anyOf"][0]["properties"]["lambda"]["enum"] == grid["LORA.lambda"]
