@@ -116,6 +116,9 @@ def run_all(cfg, run) -> dict:
 
 
 ORDER = ("collect", "generator", "policy", "adapt", "baselines", "evaluate", "report")
+WORK = {"collect": ("adapters/*",), "generator": ("prompts/*", "generator/*"), "policy": ("policy/*/*",),
+        "adapt": ("adapted/generator/*", "adapted/degaml*/*"), "baselines": ("adapted/no_meta/*",),
+        "evaluate": ("scores/*/*",)}   # units of each stage, for its cost
 STAGES = {"assets": run_assets, "config": run_config, "check": run_check, "collect": run_collect,
           "generator": run_generator, "policy": run_policy, "adapt": run_adapt, "baselines": run_baselines,
           "evaluate": run_evaluate, "report": run_report, "contexts": run_contexts, "all": run_all}
@@ -128,11 +131,10 @@ def run_stage(name: str, cfg, run) -> dict:
     out = STAGES[name](cfg, run)
     run.barrier()
     if run.rank == 0 and name not in ("all", "config", "check", "assets"):
-        path = run.path / "stages" / f"{name}.json"
-        before = read_json(path)["seconds"] if path.exists() else 0.0
         took = time.monotonic() - start
-        # a rerun that finds everything done must not erase what the work cost
-        write_json(path, {"seconds": round(max(before, took), 1), **out})
+        # summed over finished units, so that neither a rerun nor an interruption changes what the work cost
+        units = [read_json(p)["seconds"] for w in WORK.get(name, ()) for p in run.path.glob(w + "/DONE.json")]
+        write_json(run.path / "stages" / f"{name}.json", {"seconds": round(sum(units) if units else took, 1), **out})
         run.log(f"stage {name}: {took:.0f} s " + " ".join(f"{k}={_show(v)}" for k, v in out.items()))
     return out
 

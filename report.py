@@ -863,7 +863,8 @@ def table_time(results: dict) -> dict:
         rows.append(["strategy search", _label(method),
                      f"{sum(t['seconds'] for t in tasks.values()):.1f}"])
     return _table("Time", ["What", "Name", "Seconds"], rows or [["stages", NOT_RUN, NOT_RUN]],
-                  ["Wall-clock seconds; scoring and search are parts of their stages."])
+                  ["Seconds of work summed over units; divide by the number of ranks for the time on the clock. "
+                   "Scoring and search are parts of their stages."])
 
 
 def table_seeds(results: dict) -> dict:

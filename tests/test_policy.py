@@ -431,7 +431,8 @@ def test_test_labels_reach_evaluation_only(tiny_args, tiny_jsonl, tmp_path):
     """With every test gold changed, all up to the baselines is byte-identical; the evaluation is not."""
     bad, files = tmp_path / "corrupted", {}
     bad.mkdir()
-    loose = ["policy.select_margin=0", "policy.sft_margin=0", "policy.tie_reward=true", "data.targets=[alpha, delta, epsilon]"]
+    loose = ["policy.select_margin=0", "policy.sft_margin=0", "policy.tie_reward=true",
+             "data.targets=[alpha, delta, epsilon]"]
     clean = make_run(tiny_args, *loose)
     for name, task in load_tasks(clean).items():
         hit = {e.id for e in task.test}
