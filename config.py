@@ -19,7 +19,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 ROOT = Path(__file__).resolve().parent
 DEFAULT = ROOT / "configs" / "default.yaml"
 FREE_MAPS = ("data.jsonl", "data.hub", "data.columns", "strategies.proposal_grid")   # maps with keys of their own
-FAMILIES = ("TTT", "LORA", "TTS", "Latent", "SFT")
 
 
 class UserError(Exception):
@@ -41,7 +40,6 @@ Float = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0, le=1)]
-Fraction = Annotated[Float, Field(ge=0, le=1)]
 Family = Literal["TTT", "LORA", "TTS", "Latent", "SFT"]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -439,11 +439,6 @@ def _near_numbers(r: dict, rng) -> list[str]:
     # how many are smaller is drawn first: the gold answer's rank by size gives nothing away
     low, high, k = [x for x in pool if x < gold], [x for x in pool if x > gold], int(rng.integers(4))
     return [str(x) for x in low[:k] + high[:3 - k] + low[k:] + high[3 - k:]]
-
-
-def strip_label(example: Example) -> Example:
-    """The same input without its label."""
-    return replace(example, gold=None, answer="")
 
 
 def read_contexts(cfg: Config) -> dict[str, str]:

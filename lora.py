@@ -7,7 +7,6 @@ tensor}.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -373,8 +372,3 @@ def load_adapter(path: Path, layout: Layout) -> Adapter:
         raise UserError(f"{file}: {odd} is {got.get(odd, 'absent')}, expected {want.get(odd, 'no such key')}; "
                         "the adapter belongs to another model, rank or module set")
     return {k: v.float() for k, v in adapter.items()}
-
-
-def read_base_name(folder: Path) -> str:
-    """Name of the base model an adapter folder was made for."""
-    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]

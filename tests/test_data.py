@@ -26,7 +26,6 @@ from data import (
     read_contexts,
     read_records,
     read_user_file,
-    strip_label,
 )
 from runtime import Run
 
@@ -199,13 +198,10 @@ def test_letter_format_golden(name):
 
 
 def test_free_form_answers():
-    """A record without options becomes a prompt and an answer; `strip_label` keeps the input only."""
+    """A record without options becomes a prompt and an answer."""
     r = {"id": "g", "question": "1+1?", "answer": "2"}
     assert make_example("gsm8k", r, "cloze") == Example("g", "Question: 1+1?\nAnswer:", (), None, "2")
     assert make_example("gsm8k", r, "letter").prompt == "1+1?"
-    e = Example("x", "p", ("a", "b"), 1, "b", " tail")
-    assert strip_label(e) == Example("x", "p", ("a", "b"), None, "", " tail")
-    assert strip_label(e).text == e.text
 
 
 def test_generative_form_keeps_answers(assets):

@@ -1,6 +1,7 @@
 """Adapters: token order and codes, the swap, the fine-tuning loop, and PEFT as the independent reference."""
 
 import hashlib
+import json
 import math
 import warnings
 
@@ -25,7 +26,6 @@ from lora import (
     load_adapter,
     position_code,
     rate,
-    read_base_name,
     save_adapter,
     swap_adapter,
     to_tokens,
@@ -367,7 +367,8 @@ def peft_model(folder):
     an error."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-    base = AutoModelForCausalLM.from_pretrained(read_base_name(folder), dtype=torch.float32)
+    name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)   # of the libraries about each other
