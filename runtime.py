@@ -166,7 +166,7 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
         dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=rank, world_size=world,
                                 timeout=datetime.timedelta(days=2))
         if device == "cpu":
-            _pin(rank)
+            _pin(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
         elif device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     run = Run(path, cfg, rank, world, device, _pick_dtype(cfg.dtype, device), store)
@@ -227,11 +227,15 @@ def _pick_dtype(wish: str, device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _pin(rank: int) -> None:
-    """One core per rank: measured 1.5x faster than two ranks that migrate."""
+def _pin(rank: int, local_world: int) -> None:
+    """A rank's own share of the cores (measured 1.5x faster than two ranks that migrate), and no more threads than
+    cores: a thread that waits for a core its neighbour spins on made small steps ten times slower."""
     with contextlib.suppress(AttributeError, OSError):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+        share = max(1, len(cores) // local_world)
+        first = rank * share % len(cores)
+        os.sched_setaffinity(0, cores[first:first + share])
+        torch.set_num_threads(min(torch.get_num_threads(), share))
 
 
 def seed_for(*parts) -> int:
