@@ -29,12 +29,12 @@ def train_baselines(cfg, run: Run) -> dict:
 
 
 def proposed_sft(run: Run, task: str) -> list[Strategy]:
-    """The distinct SFT strategies the policy proposed for a task, longest first."""
+    """The distinct SFT settings the policy proposed for a task, longest first; the start they share is the plain one."""
     path = run.path / f"adapted/degaml_plus/{task}/episodes.jsonl"
     found = {}
     for e in read_jsonl(path) if path.exists() else []:
         if e["valid"] and e["strategy"]["family"] == "SFT":
-            obj = dict(e["strategy"])
+            obj = e["strategy"] | {"init_scale": 0.0}
             found[json.dumps(obj, sort_keys=True)] = Strategy(obj.pop("family"), tuple(obj.items()))
     return sorted(found.values(), key=lambda s: -s["sft_steps"])
 

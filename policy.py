@@ -89,9 +89,9 @@ DESCRIPTIONS = {
            'max_confidence | majority_vote | sum_logprobs>"}',
     "Latent": "Latent steering: a vector added to the last hidden state, optimised on each question.\n"
               '{"family": "Latent", "slot_steps": <integer>, "slot_lr": <float>}',
-    "SFT": "Supervised steps on the few labelled examples, starting from the generated adapter.\n"
+    "SFT": "Supervised steps on the few labelled examples, starting from a share of the generated adapter, 0 to 1.\n"
            '{"family": "SFT", "sft_steps": <integer>, "learning_rate": <float>, "batch_size": <integer>, '
-           '"loss": "<lm | choice>"}',
+           '"loss": "<lm | choice>", "init_scale": <float>}',
 }
 
 
@@ -522,7 +522,11 @@ def wrong_prompts_task(cfg, name: str) -> str:
 
 
 def _variants(cfg, run: Run, lm: LM, task: Task, target: Target | None, method: str) -> list[Refined]:
-    """The adapters of a method on a task; `generator` is several, whose results are averaged."""
+    """The adapters of a method on a task; `generator` is several, whose results are averaged.
+
+    A method that kept the generated adapter counts as `generator`, so that its difference to it is zero, not the chance
+    by which its own prompt batch was a better or a worse one.
+    """
     if method == "base":
         return [Refined([None])]
     if method == "mean":
@@ -531,9 +535,11 @@ def _variants(cfg, run: Run, lm: LM, task: Task, target: Target | None, method: 
         return [Refined([last_checkpoint(run, lm, task.name)])]
     if method == "wrong_prompts":
         return [Refined([generate_adapter(run, task.name, 0, wrong_prompts_task(cfg, task.name))[0]])]
+    folder = run.path / f"adapted/{method}/{task.name}"
+    if method in FAMILIES_OF and read_json(folder / "strategy.json")["strategy"] == KEEP.as_dict():
+        method = "generator"
     if method == "generator":
         return [Refined([target.draw(b)[0]]) for b in range(cfg.evaluate.prompt_batches)]
-    folder = run.path / f"adapted/{method}/{task.name}"
     if method == "no_meta":
         return [Refined([load_adapter(folder, lm.layout)])]
     return [load_refined(run, target, folder)]

@@ -73,7 +73,8 @@ def schema(bounds) -> dict[str, dict[str, dict]]:
         "TTS": {"num_prompt_batches": integer(b.max_prompt_batches), "method": {"enum": list(METHODS)}},
         "Latent": {"slot_steps": integer(b.max_slot_steps, 0), "slot_lr": number(1e-4, b.max_slot_lr)},
         "SFT": {"sft_steps": integer(b.max_sft_steps), "learning_rate": number(1e-6, b.max_sft_lr),
-                "batch_size": integer(b.max_batch_size), "loss": {"enum": ["lm", "choice"]}},
+                "batch_size": integer(b.max_batch_size), "loss": {"enum": ["lm", "choice"]},
+                "init_scale": number(0, 1)},
     }
 
 
@@ -280,13 +281,15 @@ def train_on_support(target: Target, strategy: Strategy, labelled: list[Example]
                      at_steps: list[int] = ()) -> dict[int, Adapter]:
     """Supervised steps on labelled examples, from the target's adapter; constant rate after two warm-up steps.
 
-    With a constant rate the first s steps of a longer training are the training of s steps, so one trajectory yields
+    `init_scale` is the share of the generated update that training starts from: B is multiplied by it, so 0 forgets the
+    generator. With a constant rate the first s steps of a longer training are the training of s steps, so one trajectory yields
     every step count in `at_steps` exactly.
     Returns: {steps: adapter} for `sft_steps` and `at_steps`.
     """
     lm, steps, size = target.lm, strategy["sft_steps"], min(strategy["batch_size"], len(labelled))
     rows = [make_row(lm, e) for e in labelled]
     rng = rng_for(target.seed, "sft", target.name, len(labelled), size)
+    start = {k: v * strategy["init_scale"] if "lora_B" in k else v for k, v in target.start.items()}
     order = np.concatenate([rng.permutation(len(rows)) for _ in range(1 + steps * size // len(rows))])
     loss_fn = choice_loss if strategy["loss"] == "choice" else lm_loss
     out: dict[int, Adapter] = {}
@@ -295,7 +298,7 @@ def train_on_support(target: Target, strategy: Strategy, labelled: list[Example]
         if s + 1 == steps or s + 1 in at_steps:
             out[s + 1] = snapshot()
 
-    train_adapter(lm.model, lm.layout, target.start, order[:steps * size].reshape(steps, size),
+    train_adapter(lm.model, lm.layout, start, order[:steps * size].reshape(steps, size),
                   lambda batch: loss_fn(lm, [rows[i] for i in batch]),
                   lr=lambda s: strategy["learning_rate"] * min(1.0, (s + 1) / 3), clip=target.clip, on_step=on_step)
     return out

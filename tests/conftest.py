@@ -169,7 +169,8 @@ def tiny_args(tmp_path, tiny_model_dir, tiny_encoder_dir, tiny_jsonl) -> list[st
             "TTT.ttl_steps": [2], "TTT.learning_rate": [1e-3], "TTT.batch_size": [4],
             "LORA.lambda": [0.5, 1.0],
             "TTS.num_prompt_batches": [2], "Latent.slot_steps": [2], "Latent.slot_lr": [0.01, 0.1],
-            "SFT.sft_steps": [2, 8], "SFT.learning_rate": [0.03], "SFT.batch_size": [4]},
+            "SFT.sft_steps": [2, 8], "SFT.learning_rate": [0.03], "SFT.batch_size": [4],
+            "SFT.init_scale": [0.5, 1.0]},
         "strategies.max_sft_lr": 0.1,   # high enough for a random model to win rewards
         "policy.proposals": 5, "policy.iterations": 2, "policy.max_new_tokens": 160, "policy.folds": 2,
         "policy.rank": 4, "policy.alpha": 4, "policy.epochs": 1, "policy.batch_size": 2, "policy.lr": 1e-3,

@@ -40,7 +40,8 @@ GOOD = {
     "LORA": {"family": "LORA", "lambda": 0.5},
     "TTS": {"family": "TTS", "num_prompt_batches": 3, "method": "majority_vote"},
     "Latent": {"family": "Latent", "slot_steps": 5, "slot_lr": 0.1},
-    "SFT": {"family": "SFT", "sft_steps": 10, "learning_rate": 2e-4, "batch_size": 4, "loss": "choice"},
+    "SFT": {"family": "SFT", "sft_steps": 10, "learning_rate": 2e-4, "batch_size": 4, "loss": "choice",
+            "init_scale": 0.5},
 }
 
 
@@ -107,7 +108,8 @@ BAD = [
     ("Latent", {"slot_lr": 0}, "slot_lr"), ("Latent", {"slot_lr": 1.5}, "slot_lr"),
     ("SFT", {"sft_steps": 0}, "sft_steps"), ("SFT", {"sft_steps": 51}, "sft_steps"),
     ("SFT", {"learning_rate": 1e-2}, "learning_rate"), ("SFT", {"batch_size": 1.5}, "batch_size"),
-    ("SFT", {"loss": "mse"}, "loss"),
+    ("SFT", {"loss": "mse"}, "loss"), ("SFT", {"init_scale": 1.5}, "init_scale"),
+    ("SFT", {"init_scale": -0.1}, "init_scale"),
 ]
 
 
@@ -317,7 +319,7 @@ def test_ttt_continues_from_the_given_adapter(target):
 
 EXECUTED = [KEEP, ttt(2, 1e-2, 4),
             strategy("LORA", **{"lambda": 0.5}), strategy("Latent", slot_steps=2, slot_lr=0.1),
-            strategy("SFT", sft_steps=2, learning_rate=1e-2, batch_size=4, loss="choice"),
+            strategy("SFT", sft_steps=2, learning_rate=1e-2, batch_size=4, loss="choice", init_scale=1.0),
             *(strategy("TTS", num_prompt_batches=2, method=m) for m in METHODS)]
 
 
@@ -345,7 +347,7 @@ def test_a_failed_training_leaves_the_base_bare(target):
     start[next(iter(start))] = torch.full_like(next(iter(start.values())), math.nan)
     target.start = start
     with pytest.raises(FloatingPointError):
-        execute(target, strategy("SFT", sft_steps=1, learning_rate=1e-3, batch_size=2, loss="lm"),
+        execute(target, strategy("SFT", sft_steps=1, learning_rate=1e-3, batch_size=2, loss="lm", init_scale=1.0),
                 examples_of("delta", 4))
     assert all(m.A is None for m in target.lm.model.modules() if isinstance(m, LoraLinear))
 
@@ -482,7 +484,7 @@ def test_sft_prefix_property(target, loss):
     items = examples_of("delta", 7)
 
     def train(steps, at=()):
-        s = strategy("SFT", sft_steps=steps, learning_rate=1e-2, batch_size=4, loss=loss)
+        s = strategy("SFT", sft_steps=steps, learning_rate=1e-2, batch_size=4, loss=loss, init_scale=1.0)
         return train_on_support(target, s, items, list(at))
     long = train(6, (1, 2, 4, 6))
     assert sorted(long) == [1, 2, 4, 6]
@@ -495,10 +497,19 @@ def test_sft_prefix_property(target, loss):
 def test_sft_learns_the_support(target):
     """Supervised steps raise the log-probability of the labelled answers."""
     items = examples_of("delta", 6)
-    s = strategy("SFT", sft_steps=12, learning_rate=1e-2, batch_size=64, loss="choice")
+    s = strategy("SFT", sft_steps=12, learning_rate=1e-2, batch_size=64, loss="choice", init_scale=1.0)
     out = execute(target, s, items)
     after, before = (score_examples(target.lm, a, items) for a in (out.adapters[0], target.start))
     assert gold_logprob(after, items, "raw") > gold_logprob(before, items, "raw") + 0.5
+
+
+def test_sft_starts_from_a_share_of_the_generated_adapter(target):
+    """With a vanishing rate what comes out is the start: A as generated, B times init_scale."""
+    for share in (0.0, 0.5, 1.0):
+        s = strategy("SFT", sft_steps=1, learning_rate=1e-30, batch_size=2, loss="lm", init_scale=share)
+        got = execute(target, s, examples_of("delta", 4)).adapters[0]
+        for k, v in target.start.items():
+            torch.testing.assert_close(got[k], v * share if "lora_B" in k else v, rtol=0, atol=1e-20)
 
 
 def test_costs_are_counted(target):
@@ -511,8 +522,10 @@ def test_costs_are_counted(target):
         if score:
             score_refined(target, refined, items)
         return lm.forwards - before[0], lm.backwards - before[1]
-    assert cost(strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=4, loss="lm"), False) == (12, 12)
-    assert cost(strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=9, loss="lm"), False) == (18, 18)
+    assert cost(strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=4, loss="lm", init_scale=1.0),
+                False) == (12, 12)
+    assert cost(strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=9, loss="lm", init_scale=1.0),
+                False) == (18, 18)
     assert cost(ttt(2, 1e-3, 5)) == (10 + 6, 10)
     assert cost(strategy("LORA", **{"lambda": 0.5})) == (6, 0)
     assert cost(strategy("Latent", slot_steps=2, slot_lr=0.1)) == (6, 0)
