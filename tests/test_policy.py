@@ -477,7 +477,7 @@ def test_what_was_chosen_is_what_is_evaluated(run):
     """Test scores of a stored choice are those of executing it again; steering is part of it."""
     cfg, lm, task = run.cfg, load_lm(run), load_tasks(run)["delta"]
     target = make_target(run, task)
-    for s in (KEEP, strategy("Latent", slot_steps=2, slot_lr=0.1),
+    for s in (strategy("Latent", slot_steps=2, slot_lr=0.1),
               strategy("TTS", num_prompt_batches=2, method="max_confidence")):
         adapted_by_hand(run, "degaml", "delta", s)
         rows = policy._test_rows(cfg, run, lm, task, target, "degaml", {})
@@ -496,6 +496,8 @@ def test_generator_is_averaged_over_prompt_batches(run):
     picks = [[s.pick("norm") for s in score_examples(lm, target.draw(b)[0], test)] for b in range(2)]
     for i, (row, e) in enumerate(zip(rows, test, strict=True)):
         assert row["correct_norm"] == sum(p[i] == e.gold for p in picks) / 2
+    adapted_by_hand(run, "degaml", "beta", KEEP)
+    assert policy._test_rows(cfg, run, lm, task, target, "degaml", {}) == rows, "kept: scored as the generator is"
 
 
 # ---------------------------------------------------------------------------------------------- stale results
