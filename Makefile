@@ -9,7 +9,7 @@ TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --log-
 .PHONY: help install assets demo reproduce test report lint clean
 
 help:
-	@echo "make demo       two minutes of the whole pipeline on a slice of the real data"
+	@echo "make demo       five minutes of the whole pipeline on a slice of the real data"
 	@echo "make reproduce  all twelve tasks with CONFIG=$(CONFIG)"
 	@echo "make report     tables, figures and report.html of a run, from stored results"
 	@echo "make test       the tests"

@@ -1,59 +1,355 @@
-"""Baselines that see exactly what DeGAML sees of a target: its support labels, nothing else.
+"""Baselines on the adapters, data and support labels that DeGAML has, leave-one-out like everything else.
 
-no_meta   SFT from a plain initialisation, with the settings the policy proposed for `degaml_plus`, chosen among them by
-          the same cross-validation; keeping the base model is always a candidate.
+no_meta   SFT from a plain initialisation: no meta-training at all
+union     one LoRA trained on the union of the meta-training tasks
+reptile   the mean of many short trainings, one task each               (Nichol et al. 2018, as ReptiLoRA applies it)
+maml      MAML-en-LLM: bi-level, moments shared by both levels           (spec, section 9)
+abmll     amortised Bayesian meta-learning: a Gaussian over the adapter  (spec, section 9)
+
+A meta-trained start lies in baselines/<method>/<left_out>/. On a target, every start but abmll's is fine-tuned on the
+support labels with the settings the policy proposed for `degaml_plus`, chosen by the same cross-validation; keeping the
+start is always a candidate.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import load_tasks
-from lora import init_adapter, save_adapter
-from policy import Rewards, choose, make_target
-from runtime import Run, read_jsonl, write_json
-from scoring import load_lm, score_examples
+from generator import adapter_hash, left_out_for, training_tasks
+from lora import (
+    Adapter,
+    clear_adapters,
+    flatten_adapter,
+    init_adapter,
+    load_adapter,
+    rate,
+    save_adapter,
+    swap_adapter,
+    train_adapter,
+    unflatten_adapter,
+)
+from policy import META_TRAINED, Rewards, choose, make_target
+from runtime import Run, load_tensors, read_jsonl, rng_for, save_tensors, seed_for, write_json
+from scoring import LM, choice_loss, lm_loss, load_lm, make_row, score_examples
 from strategies import Strategy, execute
+
+BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 def train_baselines(cfg, run: Run) -> dict:
-    """Every configured baseline on every target. Writes adapted/<method>/<task>/ as a PEFT folder."""
+    """Every configured baseline: its meta-training per left-out set, then every target.
+
+    Writes baselines/<method>/<left_out>/ and adapted/<method>/<task>/, both PEFT folders.
+    """
     tasks = load_tasks(run)
-    wanted = [tasks[t] for t in cfg.data.targets or tasks]
-    if "no_meta" in cfg.evaluate.methods:
-        for task in run.deal(sorted(wanted, key=lambda t: -sum(len(e.prompt) for e in t.support))):
-            if not run.finished(f"adapted/no_meta/{task.name}", "adapt"):
-                _train_no_meta(cfg, run, task)
+    wanted = sorted((tasks[t] for t in cfg.data.targets or tasks), key=lambda t: -sum(len(e.prompt) for e in t.support))
+    meta = [m for m in META_TRAINED if m in cfg.evaluate.methods]
+    left = sorted({left_out_for(cfg, t.name) for t in wanted})
+    for method, left_out in run.deal([(m, out) for m in meta for out in left]):
+        if not run.finished(f"baselines/{method}/{left_out}", "baselines"):
+            _meta_train(cfg, run, method, left_out)
+    methods = [m for m in ("no_meta", *meta) if m in cfg.evaluate.methods]
+    for method, task in run.deal([(m, t) for t in wanted for m in methods]):
+        if not run.finished(f"adapted/{method}/{task.name}", "adapt" if method == "no_meta" else "baselines"):
+            (_adapt_posterior if method == "abmll" else _adapt_start)(cfg, run, method, task)
     return {}
 
 
+# ------------------------------------------------------------------------------------------------------- meta-training
+
+class Draws:
+    """Batches of packed rows from the meta-training tasks, seeded; `tokens` counts what was drawn, for the budget."""
+
+    def __init__(self, cfg, run: Run, left_out: str, *key):
+        self.lm, self.rng, self.tokens = load_lm(run), rng_for(cfg.seed, *key, left_out), 0
+        self.tasks = {n: load_tasks(run)[n].train for n in training_tasks(cfg, left_out)}
+
+    def task(self) -> str:
+        return str(self.rng.choice(list(self.tasks)))
+
+    def rows(self, task: str, size: int) -> list:
+        """`size` distinct examples of a task."""
+        train = self.tasks[task]
+        rows = [make_row(self.lm, train[i]) for i in self.rng.choice(len(train), min(size, len(train)), replace=False)]
+        self.tokens += sum(r.length for r in rows)
+        return rows
+
+
+def _meta_train(cfg, run: Run, method: str, left_out: str) -> None:
+    """Train one start, keep its loss curve and its budget. A diverged training is kept, and called so."""
+    started, lm, folder = time.monotonic(), load_lm(run), run.path / f"baselines/{method}/{left_out}"
+    draws, losses, extra = Draws(cfg, run, left_out, method), [], {}
+    passes, failed = lm.backwards, None
+    train = {"union": _train_union, "reptile": _train_reptile, "maml": _train_maml, "abmll": _train_abmll}[method]
+    try:
+        start, extra = train(cfg, run, draws, losses)
+    except FloatingPointError as e:
+        failed, start = e.args[0], e.args[2]
+    save_adapter(folder, start, lm.layout, cfg.model.name, cfg.model.revision)
+    if method == "abmll":
+        save_tensors(folder / "log_sd.safetensors", extra or unflatten_adapter(
+            torch.full((lm.layout.size,), cfg.baselines.abmll.init_log_sd), lm.layout))
+    write_json(folder / "losses.json", [round(x, 5) for x in losses])
+    run.finish(f"baselines/{method}/{left_out}", "baselines", started, steps=len(losses), tokens=draws.tokens,
+               backwards=lm.backwards - passes, labels=sum(map(len, draws.tasks.values())), diverged_at=failed)
+    ends = f"loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}" if losses else "no step"
+    run.log(f"{method} without {left_out}: {ends if failed is None else f'diverged at step {failed + 1}'} in "
+            f"{time.monotonic() - started:.0f} s", True)
+
+
+def _train_union(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
+    """One adapter on the shuffled union: `collect`'s schedule, longer by the number of tasks (`step_share` of it)."""
+    c, lm = cfg.collect, load_lm(run)
+    longer = cfg.baselines.union.step_share * len(draws.tasks)
+    first, second = (max(1, round(s * longer)) for s in (c.pretrain_steps, c.finetune_steps))
+
+    def batches():
+        for _ in run.track(range(first + second), "union"):
+            yield [r for _ in range(c.batch_size) for r in draws.rows(draws.task(), 1)]
+
+    def lr(s):
+        if s < first:
+            return rate(s, first, c.pretrain_lr, c.warmup_steps, c.schedule)
+        return rate(s - first, second, c.finetune_lr, 0, c.schedule)
+
+    loss_fn = {"lm": lm_loss, "choice": choice_loss}[c.loss]
+    return train_adapter(lm.model, lm.layout, init_adapter(lm.layout, cfg.seed), batches(), lambda b: loss_fn(lm, b),
+                         lr=lr, clip=c.clip, on_step=lambda s, loss, _: losses.append(loss)), {}
+
+
+def _train_reptile(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
+    """Move the start a share of the way to where a few steps on one task lead."""
+    b, lm = cfg.baselines.reptile, load_lm(run)
+    start = init_adapter(lm.layout, cfg.seed)
+    for step in run.track(range(b.meta_steps), "reptile"):
+        task, inner = draws.task(), []
+        try:
+            there = train_adapter(lm.model, lm.layout, start, [draws.rows(task, b.batch_size)
+                                                               for _ in range(b.inner_steps)],
+                                  lambda rows: lm_loss(lm, rows), lr=lambda s: b.inner_lr, clip=cfg.collect.clip,
+                                  on_step=lambda s, loss, _, inner=inner: inner.append(loss))
+        except FloatingPointError:
+            raise FloatingPointError(step, losses[-1:], start) from None
+        losses.append(inner[-1])
+        share = b.outer_rate * (1 - step / b.meta_steps)
+        start = {k: v + share * (there[k] - v) for k, v in start.items()}
+    return start, {}
+
+
+# ---------------------------------------------------------------------------------------------------------------- MAML
+
+@dataclass
+class Moments:
+    """AdamW's running moments, (D,) each, and its step count: one state for inner and outer updates."""
+
+    m: Tensor
+    v: Tensor
+    t: int = 0
+
+
+def shared_update(theta: Tensor, grad: Tensor, state: Moments, lr: float, decay: float) -> Tensor:
+    """One AdamW update out of place; the gradient may carry a graph, the moments kept for later do not.
+
+    Source: MAML-en-LLM's shared moments as spec, section 9, reads them: old moments are constants, the graph of a
+    second-order step runs through the present gradient alone.
+    """
+    state.t += 1
+    m, v = BETAS[0] * state.m + (1 - BETAS[0]) * grad, BETAS[1] * state.v + (1 - BETAS[1]) * grad * grad
+    state.m, state.v = m.detach(), v.detach()
+    m, v = m / (1 - BETAS[0] ** state.t), v / (1 - BETAS[1] ** state.t)
+    # A's gradient is exactly zero while B is: the clamp keeps the root's infinite slope there out of the graph
+    return theta - lr * (m / (v.clamp_min(1e-30).sqrt() + EPS) + decay * theta)
+
+
+def meta_gradient(theta: Tensor, state: Moments, episodes: list, lr: float, decay: float,
+                  order: int) -> tuple[Tensor, float]:
+    """Gradient with respect to theta of the mean query loss after the inner steps, and that loss.
+
+    Args:
+        episodes: one (inner losses, query loss) per task, each a function of a (D,) vector.
+        order: 2 differentiates through the inner updates; 1 takes the gradient at their end.
+    """
+    total, value = torch.zeros_like(theta), 0.0
+    for inner, query in episodes:
+        start = fast = theta.detach().requires_grad_()
+        for loss_fn in inner:
+            grad, = torch.autograd.grad(loss_fn(fast), fast, create_graph=order == 2)
+            fast = shared_update(fast, grad, state, lr, decay)
+            if order == 1:
+                fast = fast.detach().requires_grad_()
+        loss = query(fast)
+        total += torch.autograd.grad(loss, start if order == 2 else fast)[0]
+        value += float(loss.detach())
+    return total / len(episodes), value / len(episodes)
+
+
+def vector_loss(lm: LM, rows: list, loss_fn=lm_loss):
+    """The loss of rows as a function of a (D,) adapter vector, differentiable twice.
+
+    Double backward needs plain attention: fused kernels have none.
+    """
+    def loss(vector: Tensor) -> Tensor:
+        swap_adapter(lm.model, lm.layout, unflatten_adapter(vector, lm.layout))
+        with sdpa_kernel(SDPBackend.MATH):
+            return loss_fn(lm, rows)
+    return loss
+
+
+def _clip(grad: Tensor, limit: float) -> Tensor:
+    return grad * (limit / (grad.norm() + 1e-6)).clamp(max=1.0)
+
+
+def _train_maml(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
+    """MAML-en-LLM: n tasks per step, k inner steps each, query batches that share no row with the inner ones."""
+    b, lm = cfg.baselines.maml, load_lm(run)
+    theta = flatten_adapter(init_adapter(lm.layout, cfg.seed), lm.layout).to(lm.model.device)
+    state = Moments(torch.zeros_like(theta), torch.zeros_like(theta))
+    try:
+        for step in run.track(range(b.meta_steps), "maml"):
+            episodes = []
+            for _ in range(b.tasks_per_step):
+                rows = draws.rows(draws.task(), b.batch_size * (b.inner_steps + 1))
+                parts = [vector_loss(lm, rows[i::b.inner_steps + 1]) for i in range(b.inner_steps + 1)]
+                episodes.append((parts[:-1], parts[-1]))
+            grad, loss = meta_gradient(theta, state, episodes, b.inner_lr, b.weight_decay, b.order)
+            if not (math.isfinite(loss) and torch.isfinite(grad).all()):
+                raise FloatingPointError(step, losses[-1:], unflatten_adapter(theta.cpu(), lm.layout))
+            theta = shared_update(theta, _clip(grad, b.clip), state, b.outer_lr, b.weight_decay)
+            losses.append(loss)
+    finally:
+        clear_adapters(lm.model)
+    return unflatten_adapter(theta.cpu(), lm.layout), {}
+
+
+# --------------------------------------------------------------------------------------------------------------- ABMLL
+
+def gaussian_kl(mean: Tensor, log_sd: Tensor, mean0: Tensor, log_sd0: Tensor) -> Tensor:
+    """KL(N(mean, sd²) || N(mean0, sd0²)) of diagonal Gaussians, summed."""
+    spread = (torch.exp(2 * log_sd) + (mean - mean0) ** 2) / (2 * torch.exp(2 * log_sd0))
+    return (log_sd0 - log_sd + spread - 0.5).sum()
+
+
+def negative_log_prior(mean: Tensor, log_sd: Tensor) -> Tensor:
+    """-log p(theta) without constants: mean ~ N(0, 1), precision exp(-2 log_sd) ~ Gamma(1, 0.01) (ABML's release)."""
+    return 0.5 * (mean ** 2).sum() + 0.01 * torch.exp(-2 * log_sd).sum()
+
+
+def infer_posterior(lm: LM, prior: tuple[Tensor, Tensor], batches: list, b, rng: torch.Generator,
+                    ) -> tuple[Tensor, Tensor]:
+    """A task's (mean, log_sd): one gradient step per batch on E[NLL] + beta KL, from the prior (as ABML starts)."""
+    phi = torch.stack(prior).detach()
+    for rows in batches:
+        phi.requires_grad_()
+        loss = expected_nll(lm, phi, rows, b.train_samples, rng) + b.beta * gaussian_kl(*phi, *prior)
+        grad, = torch.autograd.grad(loss, phi)
+        phi = (phi - b.inner_lr * _clip(grad, b.clip)).detach()
+    return phi[0], phi[1]
+
+
+def expected_nll(lm: LM, phi: Tensor, rows: list, samples: int, rng: torch.Generator) -> Tensor:
+    """Monte-Carlo mean of the loss under N(phi[0], exp(phi[1])²), reparameterised."""
+    total = 0.0
+    for _ in range(samples):
+        noise = torch.randn(phi.shape[1], generator=rng).to(phi.device)
+        total = total + vector_loss(lm, rows)(phi[0] + torch.exp(phi[1]) * noise)
+    return total / samples
+
+
+def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
+    """Amortised Bayesian meta-learning in factor space: a diagonal Gaussian over the entries of A and B.
+
+    Each step infers the posterior of one batch of tasks (K first-order steps), then moves theta along the gradient of
+    query NLL + beta KL at that posterior, plus beta KL and prior at theta; AdamW outside.
+    """
+    b, lm = cfg.baselines.abmll, load_lm(run)
+    mean = flatten_adapter(init_adapter(lm.layout, cfg.seed), lm.layout).to(lm.model.device)
+    theta = torch.stack([mean, torch.full_like(mean, b.init_log_sd)])
+    opt = torch.optim.AdamW([theta], lr=b.outer_lr, weight_decay=0.0)
+    rng = torch.Generator().manual_seed(seed_for(cfg.seed, "abmll", *draws.tasks))
+    try:
+        for step in run.track(range(b.meta_steps), "abmll"):
+            total, value = torch.zeros_like(theta), 0.0
+            for _ in range(b.tasks_per_step):
+                rows = draws.rows(draws.task(), b.batch_size * (b.inner_steps + 1))
+                parts = [rows[i::b.inner_steps + 1] for i in range(b.inner_steps + 1)]
+                prior = theta.detach().clone().requires_grad_()
+                phi = torch.stack(infer_posterior(lm, tuple(prior.detach()), parts[:-1], b, rng)).requires_grad_()
+                nll = expected_nll(lm, phi, parts[-1], b.train_samples, rng)
+                loss = nll + b.beta * gaussian_kl(*phi, *prior) + b.beta * negative_log_prior(*prior)
+                total += sum(torch.autograd.grad(loss, (phi, prior)))
+                value += float(nll.detach())
+            if not (math.isfinite(value) and torch.isfinite(total).all()):
+                raise FloatingPointError(step, losses[-1:], unflatten_adapter(theta[0].detach().cpu(), lm.layout))
+            theta.grad = _clip(total / b.tasks_per_step, b.clip)
+            opt.step()
+            losses.append(value / b.tasks_per_step)
+    finally:
+        clear_adapters(lm.model)
+    return unflatten_adapter(theta[0].cpu(), lm.layout), unflatten_adapter(theta[1].cpu(), lm.layout)
+
+
+def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
+    """ABMLL on a target: the K steps of its meta-training, on the support set."""
+    started, lm, b = time.monotonic(), load_lm(run), cfg.baselines.abmll
+    source = run.path / f"baselines/abmll/{left_out_for(cfg, task.name)}"
+    folder = run.path / f"adapted/abmll/{task.name}"
+    prior = tuple(flatten_adapter(a, lm.layout).to(lm.model.device) for a in
+                  (load_adapter(source, lm.layout), load_tensors(source / "log_sd.safetensors")))
+    rng = torch.Generator().manual_seed(seed_for(cfg.seed, "abmll", task.name))
+    rows = [make_row(lm, e) for e in task.support]
+    try:
+        mean, log_sd = infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng)
+    finally:
+        clear_adapters(lm.model)
+    save_adapter(folder, unflatten_adapter(mean.cpu(), lm.layout), lm.layout, cfg.model.name, cfg.model.revision)
+    save_tensors(folder / "log_sd.safetensors", unflatten_adapter(log_sd.cpu(), lm.layout))
+    write_json(folder / "strategy.json", {"n_support": len(rows), "inner_steps": b.inner_steps})
+    run.finish(f"adapted/abmll/{task.name}", "baselines", started)
+    run.log(f"abmll {task.name}: {b.inner_steps} steps in {time.monotonic() - started:.0f} s", True)
+
+
+# ------------------------------------------------------------------------------------------------------------- targets
+
 def proposed_sft(run: Run, task: str) -> list[Strategy]:
-    """The distinct SFT settings the policy proposed for a task, longest first; the start they share is the plain one."""
+    """The distinct SFT settings the policy proposed for a task, longest first; all start from the whole baseline."""
     path = run.path / f"adapted/degaml_plus/{task}/episodes.jsonl"
     found = {}
     for e in read_jsonl(path) if path.exists() else []:
         if e["valid"] and e["strategy"]["family"] == "SFT":
-            obj = e["strategy"] | {"init_scale": 0.0}
+            obj = e["strategy"] | {"init_scale": 1.0}
             found[json.dumps(obj, sort_keys=True)] = Strategy(obj.pop("family"), tuple(obj.items()))
     return sorted(found.values(), key=lambda s: -s["sft_steps"])
 
 
-def _train_no_meta(cfg, run: Run, task) -> None:
-    start, lm, support = time.monotonic(), load_lm(run), list(task.support)
+def _adapt_start(cfg, run: Run, method: str, task) -> None:
+    """SFT from a baseline's start, its setting chosen by cross-validation on the support set."""
+    started, lm, support = time.monotonic(), load_lm(run), list(task.support)
     target = make_target(run, task)
-    target.start = init_adapter(lm.layout, cfg.seed)
-    reference = score_examples(lm, None, support)
-    rewards = Rewards(run, f"{task.name}.no_meta", target, support, reference)
+    if method == "no_meta":
+        target.start, name = init_adapter(lm.layout, cfg.seed), f"{task.name}.no_meta"
+    else:
+        target.start = load_adapter(run.path / f"baselines/{method}/{left_out_for(cfg, task.name)}", lm.layout)
+        name = f"{task.name}.{method}-{adapter_hash(target.start)[:8]}"   # rewards know nothing of cfg.baselines
+    reference = score_examples(lm, target.start, support)
+    rewards = Rewards(run, name, target, support, reference)
     candidates = proposed_sft(run, task.name)
     steps = sorted({s["sft_steps"] for s in candidates})
-    results = {str(s): rewards.of(s, steps) for s in run.track(candidates, f"no_meta {task.name}")}
+    results = {str(s): rewards.of(s, steps) for s in run.track(candidates, f"{method} {task.name}")}
     strategy, result = choose(results, cfg.policy)
-    folder = run.path / f"adapted/no_meta/{task.name}"
+    folder = run.path / f"adapted/{method}/{task.name}"
     save_adapter(folder, execute(target, strategy, support).adapters[0], lm.layout, cfg.model.name, cfg.model.revision)
     write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "wins": result["wins"],
                                           "losses": result["losses"], "n_support": len(support),
                                           "gold_logp_gain": result["gold_logp_gain"]})
-    run.finish(f"adapted/no_meta/{task.name}", "adapt", start)
-    run.log(f"no_meta {task.name}: {strategy} (+{result['wins']} -{result['losses']} of {len(support)}) in "
-            f"{time.monotonic() - start:.0f} s", True)
+    run.finish(f"adapted/{method}/{task.name}", "adapt" if method == "no_meta" else "baselines", started)
+    run.log(f"{method} {task.name}: {strategy} (+{result['wins']} -{result['losses']} of {len(support)}) in "
+            f"{time.monotonic() - started:.0f} s", True)

@@ -155,12 +155,57 @@ class Policy(_Section):
 
 class Evaluate(_Section):
     metric: Literal["norm", "raw", "strict", "lenient"]
-    methods: Annotated[list[Literal["base", "mean", "wrong_prompts", "own", "generator", "degaml",
-                                    "degaml_plus", "no_meta"]], Field(min_length=1)]
+    methods: Annotated[list[Literal["base", "mean", "wrong_prompts", "own", "generator", "degaml", "degaml_plus",
+                                    "no_meta", "union", "reptile", "maml", "abmll"]], Field(min_length=1)]
     prompt_batches: Positive
     token_budget: Annotated[Int, Field(ge=32)]
     max_new_tokens: Positive
     generate: StrictBool
+
+
+class Union(_Section):
+    step_share: Annotated[Float, Field(gt=0)]
+
+
+class Reptile(_Section):
+    meta_steps: Positive
+    inner_steps: Positive
+    inner_lr: Rate
+    outer_rate: Rate
+    batch_size: Positive
+
+
+class Maml(_Section):
+    order: Literal[1, 2]
+    meta_steps: Positive
+    tasks_per_step: Positive
+    inner_steps: Count
+    batch_size: Positive
+    inner_lr: Rate
+    outer_lr: Rate
+    weight_decay: Annotated[Float, Field(ge=0)]
+    clip: Annotated[Float, Field(gt=0)]
+
+
+class Abmll(_Section):
+    meta_steps: Positive
+    tasks_per_step: Positive
+    inner_steps: Count
+    batch_size: Positive
+    inner_lr: Rate
+    outer_lr: Rate
+    beta: Annotated[Float, Field(ge=0)]
+    init_log_sd: Float
+    train_samples: Positive
+    test_samples: Positive
+    clip: Annotated[Float, Field(gt=0)]
+
+
+class Baselines(_Section):
+    union: Union
+    reptile: Reptile
+    maml: Maml
+    abmll: Abmll
 
 
 class Report(_Section):
@@ -183,6 +228,7 @@ class Config(_Section):
     generator: Generator
     strategies: Strategies
     policy: Policy
+    baselines: Baselines
     evaluate: Evaluate
     report: Report
 
@@ -314,8 +360,9 @@ def _cross_checks(cfg: Config, where: dict) -> list[str]:
         fault("policy.folds", f"got {p.folds} folds of {d.num_support} support examples")
     if cfg.evaluate.metric in ("strict", "lenient") and not cfg.evaluate.generate:
         fault("evaluate.metric", f"{cfg.evaluate.metric} needs generated answers: evaluate.generate=true")
-    if "no_meta" in cfg.evaluate.methods and "degaml_plus" not in cfg.evaluate.methods:
-        fault("evaluate.methods", "no_meta tries the SFT settings proposed for degaml_plus: add degaml_plus")
+    tuned = [m for m in ("no_meta", "union", "reptile", "maml") if m in cfg.evaluate.methods]
+    if tuned and "degaml_plus" not in cfg.evaluate.methods:
+        fault("evaluate.methods", f"{tuned[0]} tries the SFT settings proposed for degaml_plus: add degaml_plus")
     if len(d.train_tasks) < 3 and set(d.targets or d.train_tasks) & set(d.train_tasks):
         fault("data.train_tasks", "leave-one-out needs at least 3 tasks (2 remain to learn from)")
     return faults

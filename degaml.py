@@ -117,7 +117,8 @@ def run_all(cfg, run) -> dict:
 
 ORDER = ("collect", "generator", "policy", "adapt", "baselines", "evaluate", "report")
 WORK = {"collect": ("adapters/*",), "generator": ("prompts/*", "generator/*"), "policy": ("policy/*/*",),
-        "adapt": ("adapted/generator/*", "adapted/degaml*/*"), "baselines": ("adapted/no_meta/*",),
+        "adapt": ("adapted/generator/*", "adapted/degaml*/*"),
+        "baselines": ("baselines/*/*", *(f"adapted/{m}/*" for m in ("no_meta", "union", "reptile", "maml", "abmll"))),
         "evaluate": ("scores/*/*",)}   # units of each stage, for its cost
 STAGES = {"assets": run_assets, "config": run_config, "check": run_check, "collect": run_collect,
           "generator": run_generator, "policy": run_policy, "adapt": run_adapt, "baselines": run_baselines,

@@ -152,6 +152,18 @@ def init_adapter(layout: Layout, seed: int) -> Adapter:
     return out
 
 
+def flatten_adapter(adapter: Adapter, layout: Layout) -> Tensor:
+    """(D,) float32, module by module, A before B."""
+    return torch.cat([adapter[k].reshape(-1).float() for a, _, b, _ in layout.keys() for k in (a, b)])
+
+
+def unflatten_adapter(vector: Tensor, layout: Layout) -> Adapter:
+    """The inverse: views into the vector, through which gradients flow back to it."""
+    shapes = [(k, s) for a, sa, b, sb in layout.keys() for k, s in ((a, sa), (b, sb))]
+    parts = vector.split([math.prod(s) for _, s in shapes])
+    return {k: v.view(s) for v, (k, s) in zip(parts, shapes, strict=True)}
+
+
 def average_adapters(adapters: list[Adapter]) -> Adapter:
     """Element-wise mean."""
     return {k: torch.stack([a[k] for a in adapters]).mean(0) for k in adapters[0]}
@@ -172,20 +184,17 @@ def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: I
     Returns: the trained adapter; the model is left bare.
     Raises: FloatingPointError: a loss that is not finite; its args are (step, last finite loss, adapter before it).
     """
-    shapes = [(k, s) for a, sa, b, sb in layout.keys() for k, s in ((a, sa), (b, sb))]
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    master = torch.cat([adapter[k].reshape(-1) for k, _ in shapes]).to(device, torch.float32)
+    master = flatten_adapter(adapter, layout).to(device)
     copy = torch.empty_like(master, dtype=dtype)
-    leaves = [v.view(s).requires_grad_() for v, (_, s) in
-              zip(copy.split([math.prod(s) for _, s in shapes]), shapes, strict=True)]
+    leaves = [v.requires_grad_() for v in unflatten_adapter(copy, layout).values()]
     for (path, *_), a, b in zip(layout.modules, leaves[::2], leaves[1::2], strict=True):
         m = model.get_submodule(path)
         m.A, m.B, m.scale = a, b, layout.scale
     opt = torch.optim.AdamW([master], lr=1.0, weight_decay=0.0, fused=device.type == "cuda")
 
     def snapshot() -> Adapter:
-        parts = master.detach().cpu().clone().split([math.prod(s) for _, s in shapes])
-        return {k: v.view(s) for v, (k, s) in zip(parts, shapes, strict=True)}
+        return unflatten_adapter(master.detach().cpu().clone(), layout)
 
     last = float("nan")
     try:
@@ -372,3 +381,11 @@ def load_adapter(path: Path, layout: Layout) -> Adapter:
         raise UserError(f"{file}: {odd} is {got.get(odd, 'absent')}, expected {want.get(odd, 'no such key')}; "
                         "the adapter belongs to another model, rank or module set")
     return {k: v.float() for k, v in adapter.items()}
+
+
+def sample_adapters(folder: Path, layout: Layout, count: int, seed: int) -> list[Adapter]:
+    """Adapters drawn from a stored Gaussian (a PEFT folder of means with log_sd.safetensors), the same each time."""
+    mean, log_sd = load_adapter(folder, layout), load_tensors(folder / "log_sd.safetensors")
+    rng = torch.Generator().manual_seed(seed_for(seed, "posterior"))
+    return [{k: v + torch.exp(log_sd[k].float()) * torch.randn(v.shape, generator=rng) for k, v in mean.items()}
+            for _ in range(count)]

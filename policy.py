@@ -39,6 +39,7 @@ from lora import (
     init_adapter,
     load_adapter,
     rate,
+    sample_adapters,
     save_adapter,
     swap_adapter,
     train_adapter,
@@ -75,6 +76,8 @@ from strategies import (
 
 FAMILIES_OF = {"degaml": lambda cfg: [f for f in cfg.policy.families if f != "SFT"],
                "degaml_plus": lambda cfg: [*(f for f in cfg.policy.families if f != "SFT"), "SFT"]}
+
+META_TRAINED = ("maml", "abmll", "union", "reptile")   # baselines with a meta-training of their own, longest first
 
 SYSTEM = ("You are a specialist in adapting language models. You choose how a model's adapter is refined for a task "
           "it has not seen, and you answer with one JSON object and nothing else.")
@@ -498,11 +501,11 @@ def _evaluate_task(cfg, run: Run, task: Task) -> None:
     for method in cfg.evaluate.methods:
         if method == "own" and task.domain != "id":
             continue
-        if not run.finished(f"scores/{method}/{task.name}", "evaluate"):
+        if not run.finished(f"scores/{method}/{task.name}", _scored_as(method)):
             todo.append(method)
     if not todo:
         return
-    needs = {"wrong_prompts", "generator", "degaml", "degaml_plus"} & set(todo)
+    needs = {"wrong_prompts", "generator", "degaml", "degaml_plus", "abmll"} & set(todo)
     target = make_target(run, task) if needs else None
     memo: dict = {}
     for method in run.track(todo, f"evaluate {task.name}"):
@@ -512,7 +515,12 @@ def _evaluate_task(cfg, run: Run, task: Task) -> None:
         write_jsonl(folder / f"{task.name}.jsonl", rows)
         write_json(folder / f"{task.name}.meta.json", {"seconds": round(time.monotonic() - start, 1),
                                                       "forwards": lm.forwards - passes})
-        run.finish(f"scores/{method}/{task.name}", "evaluate", start)
+        run.finish(f"scores/{method}/{task.name}", _scored_as(method), start)
+
+
+def _scored_as(method: str) -> str:
+    """Which configuration a method's scores depend on."""
+    return "evaluate_baselines" if method in META_TRAINED else "evaluate"
 
 
 def wrong_prompts_task(cfg, name: str) -> str:
@@ -540,7 +548,10 @@ def _variants(cfg, run: Run, lm: LM, task: Task, target: Target | None, method: 
         method = "generator"
     if method == "generator":
         return [Refined([target.draw(b)[0]]) for b in range(cfg.evaluate.prompt_batches)]
-    if method == "no_meta":
+    if method == "abmll":
+        return [Refined(sample_adapters(folder, lm.layout, cfg.baselines.abmll.test_samples, cfg.seed),
+                        "mean_probability")]
+    if method == "no_meta" or method in META_TRAINED:
         return [Refined([load_adapter(folder, lm.layout)])]
     return [load_refined(run, target, folder)]
 

@@ -66,6 +66,7 @@ METHODS = {
     "tempo": ("TEMPO", "#E69F00", "D"),
     "tempo_plus": ("TEMPO, SFT allowed", "#CC79A7", "X"),
     "union": ("Union Train LoRA", "#009E73", "p"),
+    "reptile": ("Reptile LoRA", "#56B4E9", "p"),
     "maml": ("MAML-en-LLM", "#0072B2", "p"),
     "abmll": ("ABMLL", "#D55E00", "p"),
 }
@@ -77,7 +78,9 @@ PAIRS = (
     ("generator", "base"), ("generator", "mean"), ("generator", "wrong_prompts"), ("mean", "base"),
     ("degaml", "generator"), ("degaml_plus", "generator"), ("degaml_plus", "no_meta"),
     ("degaml_plus", "degaml"), ("no_meta", "base"), ("own", "base"),
+    ("degaml", "no_meta"), *((a, b) for b in ("union", "reptile", "maml", "abmll") for a in ("degaml", "degaml_plus")),
 )
+BASELINES = ("no_meta", "union", "reptile", "maml", "abmll")
 QUESTIONS = {
     "generator - base": "Generated adapters against the frozen model",
     "generator - mean": "Generated adapters against the plain mean of the training adapters "
@@ -217,6 +220,24 @@ def paired(runs: list[dict], a: str, b: str, task: str, metric: str) -> dict | N
     return {"diff": diff, "se": se, "n": len(pooled)}
 
 
+def calibration_error(rows, bins: int = 10) -> float | None:
+    """Expected calibration error: |accuracy - confidence| per equal-width bin of confidence, weighted by its share.
+
+    The confidence is the largest probability under a softmax over the options' log-likelihoods, and the answer its
+    option. Source: Guo et al. 2017, eq. 3. None where the rows hold no log-likelihoods.
+    """
+    answers = [(np.asarray(row["raw"], dtype=np.float64), row["gold"]) for row in rows if row.get("raw")]
+    if not answers:
+        return None
+    confidence, right = np.empty(len(answers)), np.empty(len(answers))
+    for i, (raw, gold) in enumerate(answers):
+        p = np.exp(raw - raw.max())
+        confidence[i], right[i] = p.max() / p.sum(), float(raw.argmax() == gold)
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    return float(sum(abs(right[which == b].mean() - confidence[which == b].mean()) * (which == b).mean()
+                     for b in np.unique(which)))
+
+
 def _average(entries: list[dict | None], key: str) -> dict | None:
     """Mean over fixed tasks with independent documents; `tasks` counts those that have a value."""
     entries = [entry for entry in entries if entry is not None]
@@ -241,6 +262,8 @@ def method_entry(runs: list[dict], method: str, task: str, metric: str) -> dict 
     for name, value in stats.items():
         if value is not None:
             entry |= {f"acc_{name}": value["mean"], f"se_{name}": value["se"]}
+    found = [ece for run in runs if (ece := calibration_error(run.get(method, {}).get(task, {}).values())) is not None]
+    entry["ece"] = float(np.mean(found)) if found else None
     gold = accuracy(runs, method, task, "logp_gold")
     entry["logp_gold"] = gold["mean"] if gold and math.isfinite(gold["mean"]) else None
     for other in ("base", "generator"):
@@ -272,6 +295,9 @@ def average_over_tasks(runs: list[dict], tasks: dict, metric: str) -> dict:
             for other in ("base", "generator"):
                 pairs = [paired(runs, method, other, t, metric) for t in names]
                 entry[f"vs_{other}"] = _average(pairs, "diff")
+            errors = [ece for run in runs for t in names
+                      if (ece := calibration_error(run.get(method, {}).get(t, {}).values())) is not None]
+            entry["ece"] = float(np.mean(errors)) if errors else None
             averages[domain][method] = entry
     return averages
 
@@ -320,6 +346,7 @@ def build_results(run_path: Path, cfg) -> dict:
     results["seconds_by_method"] = _scoring_seconds(run_path, scores)
     results["search"] = {method: {task: summarise_search(rows) for task, rows in found.items()}
                          for method, found in load_episodes(run_path, tasks).items()}
+    results["budget"] = read_budget(run_path)
     results["paper"] = load_paper(cfg.report.paper, list(tasks))
     results["provenance"] = _provenance(run_path, tasks)
     if cfg.report.seed_runs:
@@ -333,6 +360,37 @@ def _task_entry(run_path: Path, scores: dict, task: str, about: dict, metric: st
                 for method in ("degaml", "degaml_plus")}
     about = {key: value for key, value in about.items() if not key.endswith("_ids")}  # long lists
     return {**about, "methods": {m: e for m, e in entries.items() if e}, "strategy": strategy}
+
+
+def read_budget(run_path: Path) -> dict[str, dict]:
+    """What each method spent, from its DONE records and its reward files.
+
+    Returns: {method: {"meta_seconds", "meta_steps", "meta_tokens", "adapt_seconds", "targets", "labels", "diverged"}}:
+        core-seconds, gradient steps and tokens of meta-training summed over left-out sets (None: not recorded),
+        core-seconds of adaptation over all targets, support labels per target, and where a training diverged.
+    """
+    def records(pattern):
+        return [(path.parent.name, read_json(path)) for path in sorted(run_path.glob(f"{pattern}/DONE.json"))]
+
+    def total(found, key):
+        values = [record[key] for _, record in found if record.get(key) is not None]
+        return sum(values) if values else None
+
+    shared = records("adapters/*") + records("prompts/*") + records("generator/*")
+    out = {}
+    for method in ("generator", "degaml", "degaml_plus", *BASELINES):
+        adapted = records(f"adapted/{method}/*")
+        if not adapted:
+            continue
+        meta = shared if method in ("generator", "degaml", "degaml_plus") else records(f"baselines/{method}/*")
+        labels = [_read_json(run_path / "adapted" / method / task / "strategy.json", {}).get("n_support")
+                  for task, _ in adapted]
+        out[method] = {"meta_seconds": total(meta, "seconds"), "meta_steps": total(meta, "steps"),
+                       "meta_tokens": total(meta, "tokens"), "adapt_seconds": total(adapted, "seconds"),
+                       "targets": len(adapted), "labels": next((n for n in labels if n is not None), None),
+                       "diverged": {name: record["diverged_at"] for name, record in meta
+                                    if record.get("diverged_at") is not None}}
+    return out
 
 
 def _scoring_seconds(run_path: Path, scores: dict) -> dict[str, float]:
@@ -447,12 +505,12 @@ def pool_seeds(run_path: Path, cfg, tasks: dict, scores: dict) -> dict:
         "contrasts"}}; pooled entries carry `seed_std`, the sample std of the runs' values.
     Raises: UserError: if a folder is missing or two runs have the same seed.
     """
-    found = [(cfg.seed, run_path.name, scores)]
+    found = [(_seed_of({"seed": cfg.seed, "generator": {"seed": cfg.generator.seed}}), run_path.name, scores)]
     for folder in map(Path, cfg.report.seed_runs):
         config = folder / "config.yaml"
         if not config.exists():
             raise UserError(f"report.seed_runs: {folder} holds no config.yaml, so it is no run")
-        seed = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("seed")
+        seed = _seed_of(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
         if seed in [known for known, _, _ in found]:
             raise UserError(f"report.seed_runs: {folder} repeats seed {seed}")
         found.append((seed, folder.name, load_scores(folder, tasks)))
@@ -469,6 +527,13 @@ def pool_seeds(run_path: Path, cfg, tasks: dict, scores: dict) -> dict:
                 row[domain]["seed_std"] = _std([v[domain]["diff"] for v in values
                                                 if v and v[domain]])
     return {"runs": runs, "pooled": pooled}
+
+
+def _seed_of(config: dict):
+    """The seed of a run; with the generator's where that one alone was changed."""
+    seed = config.get("seed")
+    own = (config.get("generator") or {}).get("seed", seed)
+    return seed if own == seed else f"{seed} (generator {own})"
 
 
 def _summarise_runs(runs: list[dict], tasks: dict, metric: str) -> dict:
@@ -592,6 +657,10 @@ def headline(results: dict) -> list[str]:
         parts = [f"{_label(m)} {_points(e['acc'], e['se'])} % ({_count(e['tasks'], 'task')})"
                  for m, e in averages.items() if m in ("base", "generator", "degaml")]
         lines.append(f"{name} accuracy: {'; '.join(parts) or 'only controls were run'}.")
+        ahead = [f"{_label(m)} {_points(averages[m]['acc'], averages[m]['se'])} %" for m in BASELINES
+                 if m in averages and "degaml" in averages and averages[m]["acc"] > averages["degaml"]["acc"]]
+        if ahead:
+            lines.append(f"{name}, baselines ahead of DeGAML on average: {'; '.join(ahead)}.")
     lines.append(f"Differences ({shown_contrasts(results)[1]}) are paired by example; one within "
                  "two standard errors of zero is called not established.")
     for name, question in QUESTIONS.items():
@@ -759,7 +828,8 @@ def table_contrasts(results: dict) -> dict:
                         f"({_count(entry['tasks'], 'task')})", verdict(entry)]
         rows.append(row)
     done = {contrast["name"] for contrast in results["contrasts"]}
-    rows += [[f"{a} - {b}", "any", *[NOT_RUN] * 4] for a, b in PAIRS if f"{a} - {b}" not in done]
+    rows += [[f"{a} - {b}", "any", *[NOT_RUN] * 4] for a, b in PAIRS
+             if f"{a} - {b}" not in done and {a, b} <= set(ALWAYS_SHOWN)]
     header = ["Contrast", "Metric", "In-domain", "Verdict", "Out-of-domain", "Verdict"]
     notes = [VERDICT_NOTE, AVERAGE_NOTE, *_stand_in_notes(results, results["tasks"])]
     return _table("Averages over tasks", header, rows, notes)
@@ -867,6 +937,31 @@ def table_time(results: dict) -> dict:
                    "Scoring and search are parts of their stages."])
 
 
+def table_budget(results: dict) -> dict:
+    """What each method spent, so that accuracies can be read against cost."""
+    def show(value):
+        return "not recorded" if value is None else f"{value:,.0f}"
+    rows = [[_label(method), *(show(b[key]) for key in ("meta_seconds", "meta_steps", "meta_tokens")),
+             show(b["adapt_seconds"] / b["targets"]), show(b["labels"])]
+            for method, b in results["budget"].items()]
+    notes = ["Core-seconds. Meta-training is summed over the left-out sets; generator and DeGAML share theirs "
+             "(collection, prompt states, generators). Labels: support examples seen per target."]
+    notes += [f"{_label(method)} without {left_out} diverged at step {step + 1}; its loss curve is kept."
+              for method, b in results["budget"].items() for left_out, step in b["diverged"].items()]
+    return _table("Budget", ["Method", "Meta-training s", "Gradient steps", "Tokens", "Adaptation s / target",
+                             "Labels / target"], rows or [[NOT_RUN] * 6], notes)
+
+
+def table_calibration(results: dict) -> dict:
+    """Expected calibration error per domain and method."""
+    rows = [[_label(m), *("n/a" if (e := results["averages"][d].get(m, {}).get("ece")) is None else f"{100 * e:.1f}"
+                          for d in DOMAINS)] for m in _shown_methods(results)
+            if any(m in results["averages"][d] for d in DOMAINS)]
+    return _table("Calibration", ["Method", *(f"{name} ECE %" for name in DOMAINS.values())], rows or [[NOT_RUN] * 3],
+                  ["Expected calibration error, 10 bins of the probability of the likeliest option under a softmax "
+                   "over the options' summed log-likelihoods; mean over tasks."])
+
+
 def table_seeds(results: dict) -> dict:
     """Contrasts of each seed and pooled over seeds, primary metric."""
     seeds = results["seeds"]
@@ -917,13 +1012,13 @@ def report_sections(results: dict, figures: list[dict]) -> list[tuple[str, list]
     outcome = [*(table_results(results, domain) for domain in DOMAINS), drawn["accuracy"]]
     if results["paper"]:
         outcome.append(table_paper(results))
-    outcome.append(table_metrics(results))
+    outcome += [table_calibration(results), table_metrics(results)]
     strategies = [table_strategies(results), drawn["strategies"], drawn["reward_rate"]]
     losses = [figure for figure in figures if figure["name"].startswith("loss_")]
     return [
         ("Results", outcome), ("Contrasts", contrasts), ("Tasks", [table_tasks(results)]),
         ("Strategies", strategies), ("Training", losses),
-        ("Time and provenance", [table_time(results), table_provenance(results)]),
+        ("Time and provenance", [table_budget(results), table_time(results), table_provenance(results)]),
     ]
 
 

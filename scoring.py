@@ -266,8 +266,9 @@ def _similar_lengths(rows: list[Row], enough: int = 512) -> list[list[int]]:
 
 
 def project(lm: LM, hidden: Tensor) -> Tensor:
-    """(…, d) hidden states -> (…, V) float32 logits."""
-    logits = lm.model.get_output_embeddings()(hidden).float()
+    """(…, d) hidden states -> (…, V) logits, float32 at least."""
+    logits = lm.model.get_output_embeddings()(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     cap = getattr(lm.model.config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -291,7 +292,7 @@ def branch_logprobs(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int]) 
     where, target, branch = scored_positions(rows, starts)
     logits = project(lm, hidden[where])
     picked = -F.cross_entropy(logits, torch.tensor(target, device=logits.device), reduction="none")
-    sums = torch.zeros(sum(len(r.branches) for r in rows), device=logits.device)
+    sums = picked.new_zeros(sum(len(r.branches) for r in rows))
     return list(sums.index_add(0, torch.tensor(branch, device=logits.device), picked)
                 .split([len(r.branches) for r in rows]))
 

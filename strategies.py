@@ -281,9 +281,9 @@ def train_on_support(target: Target, strategy: Strategy, labelled: list[Example]
                      at_steps: list[int] = ()) -> dict[int, Adapter]:
     """Supervised steps on labelled examples, from the target's adapter; constant rate after two warm-up steps.
 
-    `init_scale` is the share of the generated update that training starts from: B is multiplied by it, so 0 forgets the
-    generator. With a constant rate the first s steps of a longer training are the training of s steps, so one trajectory yields
-    every step count in `at_steps` exactly.
+    `init_scale` is the share of the generated update that training starts from: B is multiplied by it, so 0 forgets
+    the generator. With a constant rate the first s steps of a longer training are the training of s steps, so one
+    trajectory yields every step count in `at_steps` exactly.
     Returns: {steps: adapter} for `sft_steps` and `at_steps`.
     """
     lm, steps, size = target.lm, strategy["sft_steps"], min(strategy["batch_size"], len(labelled))
@@ -352,7 +352,7 @@ def combine(scores: list[tuple[float, ...]], method: str) -> tuple[float, ...]:
 
     With log p_a(o) = log-softmax over the options: sum_logprobs sums them, max_confidence takes the largest over
     adapters, majority_vote is the mean probability with its largest value moved to the option most adapters voted for,
-    ties by summed probability, then option order.
+    ties by summed probability, then option order. mean_probability, a Bayesian prediction, is no method of TTS.
     """
     log_p = torch.log_softmax(torch.tensor(scores, dtype=torch.float64), -1)
     if len(scores) == 1:
@@ -362,6 +362,8 @@ def combine(scores: list[tuple[float, ...]], method: str) -> tuple[float, ...]:
     if method == "max_confidence":
         return tuple(log_p.max(0).values.tolist())
     mean = log_p.exp().mean(0)
+    if method == "mean_probability":
+        return tuple(mean.log().tolist())
     votes = torch.bincount(log_p.argmax(-1), minlength=len(mean))
     winner, top = int((votes + mean / 2).argmax()), int(mean.argmax())   # ties by summed probability
     mean[[winner, top]] = mean[[top, winner]]   # still a distribution, and its largest entry is the vote's winner

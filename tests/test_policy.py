@@ -554,7 +554,7 @@ def test_no_meta_starts_plain_with_the_proposed_settings(run):
     train_baselines(run.cfg, run)
     proposed = {str(s) for s in proposed_sft(run, "delta")}
     told = read_jsonl(run.path / "adapted/degaml_plus/delta/episodes.jsonl")
-    assert proposed == {json.dumps(e["strategy"] | {"init_scale": 0.0}, sort_keys=True) for e in told
+    assert proposed == {json.dumps(e["strategy"] | {"init_scale": 1.0}, sort_keys=True) for e in told
                         if e["strategy"].get("family") == "SFT"}
     file = next(run.path.glob("adapted/rewards*/*.no_meta.jsonl"))
     rows = {r["strategy"]: r for r in read_jsonl(file)}

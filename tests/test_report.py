@@ -25,7 +25,7 @@ TITLES = {"arc_e": "ARC-e", "boolq": "BoolQ", "divlogic": "LogiQA"}
 
 def make_cfg(paper="none", seed_runs=(), metric="norm", seed=999):
     return SimpleNamespace(
-        name="canned", seed=seed, model=SimpleNamespace(name="tiny-model"),
+        name="canned", seed=seed, generator=SimpleNamespace(seed=seed), model=SimpleNamespace(name="tiny-model"),
         evaluate=SimpleNamespace(metric=metric),
         report=SimpleNamespace(paper=paper, seed_runs=list(seed_runs)))
 
@@ -271,10 +271,49 @@ def test_seeds_are_pooled_per_example(tmp_path):
     assert entry["acc"] == 0.75 and entry["se"] == pytest.approx(math.sqrt(1 / 12) / 2)
     assert [run["seed"] for run in results["seeds"]["runs"]] == [999, 1000]
     assert "pooled over seeds 999, 1000" in report.format_console_table(results)
+    (second / "config.yaml").write_text("seed: 999\ngenerator: {seed: 1}\n")
+    results = report.build_results(first, make_cfg(seed_runs=[str(second)]))
+    assert [run["seed"] for run in results["seeds"]["runs"]] == [999, "999 (generator 1)"]
     with pytest.raises(UserError, match="repeats seed 999"):
         report.build_results(first, make_cfg(seed_runs=[str(first)]))
     with pytest.raises(UserError, match=r"no config\.yaml"):
         report.build_results(first, make_cfg(seed_runs=[str(tmp_path / "nowhere")]))
+
+
+def test_calibration_error_by_hand():
+    """Two bins: 0.9 confident and right half the time, 0.6 confident and always right."""
+    def row(p, gold):
+        return {"raw": [math.log(p), math.log(1 - p)], "gold": gold}
+    rows = [row(0.9, 0), row(0.9, 1), row(0.6, 0), row(0.6, 0), row(0.6, 0)]
+    assert report.calibration_error(rows) == pytest.approx(2 / 5 * 0.4 + 3 / 5 * 0.4)
+    assert report.calibration_error([row(1 - 1e-12, 0)]) == pytest.approx(0, abs=1e-9)
+    assert report.calibration_error([{"gold": 0}]) is None
+
+
+def test_a_baseline_ahead_is_said_first(tmp_path):
+    """The summary names it before any other finding about that domain."""
+    path = make_run(tmp_path / "a", {"base": {"arc_e": [1, 0, 0, 0]}, "degaml": {"arc_e": [1, 1, 0, 0]},
+                                     "maml": {"arc_e": [1, 1, 1, 0]}, "union": {"arc_e": [1, 0, 0, 0]}})
+    lines = report.headline(report.build_results(path, make_cfg()))
+    assert lines[1].startswith("In-domain, baselines ahead of DeGAML on average: MAML-en-LLM 75.0")
+    assert "Union" not in lines[1]
+
+
+def test_budget_comes_from_the_records(tmp_path):
+    """Seconds and steps are sums over units; a diverged training is named in the table."""
+    path = make_run(tmp_path / "a")
+    for left_out, at in (("arc_e", None), ("none", 7)):
+        dump(path / f"baselines/maml/{left_out}/DONE.json",
+             {"seconds": 10.0, "steps": 8, "tokens": 100, "diverged_at": at})
+    for task in ("arc_e", "boolq"):
+        dump(path / f"adapted/maml/{task}/DONE.json", {"seconds": 3.0})
+        dump(path / f"adapted/maml/{task}/strategy.json", {"n_support": 20})
+    results = report.build_results(path, make_cfg())
+    assert results["budget"]["maml"] == {"meta_seconds": 20.0, "meta_steps": 16, "meta_tokens": 200,
+                                         "adapt_seconds": 6.0, "targets": 2, "labels": 20, "diverged": {"none": 7}}
+    table = report.table_budget(results)
+    assert ["MAML-en-LLM", "20", "16", "200", "3", "20"] in table["rows"]
+    assert any("MAML-en-LLM without none diverged at step 8" in note for note in table["notes"])
 
 
 def test_console_table_has_the_numbers(made):
