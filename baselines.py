@@ -59,9 +59,14 @@ def train_baselines(cfg, run: Run) -> dict:
             _meta_train(cfg, run, method, left_out)
     methods = [m for m in ("no_meta", *meta) if m in cfg.evaluate.methods]
     for method, task in run.deal([(m, t) for t in wanted for m in methods]):
-        if not run.finished(f"adapted/{method}/{task.name}", "adapt" if method == "no_meta" else "baselines"):
+        if not run.finished(f"adapted/{method}/{task.name}", _made_as(method)):
             (_adapt_posterior if method == "abmll" else _adapt_start)(cfg, run, method, task)
     return {}
+
+
+def _made_as(method: str) -> str:
+    """Which configuration a baseline's adapters depend on."""
+    return "baselines" if method in META_TRAINED else "no_meta"
 
 
 # ------------------------------------------------------------------------------------------------------- meta-training
@@ -319,14 +324,17 @@ def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- targets
 
-def proposed_sft(run: Run, task: str) -> list[Strategy]:
-    """The distinct SFT settings the policy proposed for a task, longest first; all start from the whole baseline."""
+def candidate_sft(run: Run, task: str) -> list[Strategy]:
+    """The SFT settings a baseline may use on a task, longest first: those of `baselines.sft`, else the distinct ones the
+    policy proposed. All start from the whole baseline."""
     path = run.path / f"adapted/degaml_plus/{task}/episodes.jsonl"
+    fixed = [{"family": "SFT", **s.model_dump()} for s in run.cfg.baselines.sft]
+    episodes = read_jsonl(path) if path.exists() else []
+    proposed = [e["strategy"] for e in episodes if e["valid"] and e["strategy"]["family"] == "SFT"]
     found = {}
-    for e in read_jsonl(path) if path.exists() else []:
-        if e["valid"] and e["strategy"]["family"] == "SFT":
-            obj = e["strategy"] | {"init_scale": 1.0}
-            found[json.dumps(obj, sort_keys=True)] = Strategy(obj.pop("family"), tuple(obj.items()))
+    for s in fixed or proposed:
+        obj = s | {"init_scale": 1.0}
+        found[json.dumps(obj, sort_keys=True)] = Strategy(obj.pop("family"), tuple(obj.items()))
     return sorted(found.values(), key=lambda s: -s["sft_steps"])
 
 
@@ -339,17 +347,20 @@ def _adapt_start(cfg, run: Run, method: str, task) -> None:
     else:
         target.start = load_adapter(run.path / f"baselines/{method}/{left_out_for(cfg, task.name)}", lm.layout)
         name = f"{task.name}.{method}-{adapter_hash(target.start)[:8]}"   # rewards know nothing of cfg.baselines
-    reference = score_examples(lm, target.start, support)
-    rewards = Rewards(run, name, target, support, reference)
-    candidates = proposed_sft(run, task.name)
-    steps = sorted({s["sft_steps"] for s in candidates})
-    results = {str(s): rewards.of(s, steps) for s in run.track(candidates, f"{method} {task.name}")}
-    strategy, result = choose(results, cfg.policy)
+    candidates = candidate_sft(run, task.name)
+    if len(cfg.baselines.sft) == 1:   # nothing to choose: fine-tune as told
+        strategy, result = candidates[0], {"wins": None, "losses": None, "gold_logp_gain": None}
+    else:
+        reference = score_examples(lm, target.start, support)
+        rewards = Rewards(run, name, target, support, reference)
+        steps = sorted({s["sft_steps"] for s in candidates})
+        results = {str(s): rewards.of(s, steps) for s in run.track(candidates, f"{method} {task.name}")}
+        strategy, result = choose(results, cfg.policy)
     folder = run.path / f"adapted/{method}/{task.name}"
     save_adapter(folder, execute(target, strategy, support).adapters[0], lm.layout, cfg.model.name, cfg.model.revision)
     write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "wins": result["wins"],
                                           "losses": result["losses"], "n_support": len(support),
                                           "gold_logp_gain": result["gold_logp_gain"]})
-    run.finish(f"adapted/{method}/{task.name}", "adapt" if method == "no_meta" else "baselines", started)
+    run.finish(f"adapted/{method}/{task.name}", _made_as(method), started)
     run.log(f"{method} {task.name}: {strategy} (+{result['wins']} -{result['losses']} of {len(support)}) in "
             f"{time.monotonic() - started:.0f} s", True)

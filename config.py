@@ -201,7 +201,15 @@ class Abmll(_Section):
     clip: Annotated[Float, Field(gt=0)]
 
 
+class Sft(_Section):
+    sft_steps: Positive
+    learning_rate: Rate
+    batch_size: Positive
+    loss: Literal["lm", "choice"]
+
+
 class Baselines(_Section):
+    sft: list[Sft]
     union: Union
     reptile: Reptile
     maml: Maml
@@ -219,6 +227,7 @@ class Config(_Section):
     name: str
     run: str
     seed: Int
+    seeds: list[Int]
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16"]
     overwrite: StrictBool
@@ -361,8 +370,11 @@ def _cross_checks(cfg: Config, where: dict) -> list[str]:
     if cfg.evaluate.metric in ("strict", "lenient") and not cfg.evaluate.generate:
         fault("evaluate.metric", f"{cfg.evaluate.metric} needs generated answers: evaluate.generate=true")
     tuned = [m for m in ("no_meta", "union", "reptile", "maml") if m in cfg.evaluate.methods]
-    if tuned and "degaml_plus" not in cfg.evaluate.methods:
-        fault("evaluate.methods", f"{tuned[0]} tries the SFT settings proposed for degaml_plus: add degaml_plus")
+    if tuned and not cfg.baselines.sft and "degaml_plus" not in cfg.evaluate.methods:
+        fault("evaluate.methods", f"{tuned[0]} tries the SFT settings proposed for degaml_plus: add degaml_plus, "
+                                  "or give settings in baselines.sft")
+    if len(set(cfg.seeds)) < len(cfg.seeds):
+        fault("seeds", f"{cfg.seeds} names a seed twice")
     if len(d.train_tasks) < 3 and set(d.targets or d.train_tasks) & set(d.train_tasks):
         fault("data.train_tasks", "leave-one-out needs at least 3 tasks (2 remain to learn from)")
     return faults

@@ -140,6 +140,35 @@ def run_stage(name: str, cfg, run) -> dict:
     return out
 
 
+def each_seed(cfg, run):
+    """The configuration of every seed in `seeds`, with the run moved to that seed's folder; or just the one given.
+
+    Ranks, the base model and the prompt encoder are kept; what depends on the seed is loaded anew.
+    """
+    if not cfg.seeds:
+        yield cfg
+        return
+    root, kept = run.path, {k: v for k, v in run.cache.items() if k in ("lm", "encoder", "lock")}
+    for seed in cfg.seeds:
+        one = cfg.model_copy(deep=True, update={"seed": seed})
+        one.generator.seed, one.run = seed, str(root / f"seed_{seed}")
+        kept |= {k: v for k, v in run.cache.items() if k in ("lm", "encoder")}
+        run.cfg, run.path, run.cache = one, root / f"seed_{seed}", dict(kept)
+        run.path.mkdir(exist_ok=True)
+        run.log(f"seed {seed}")
+        yield one
+    run.path = root
+
+
+def pool(cfg, run) -> tuple:
+    """(configuration, run) of the first seed, told of the others, for the pooled report."""
+    first, *others = (run.path / f"seed_{seed}" for seed in cfg.seeds)
+    one = cfg.model_copy(deep=True, update={"seed": cfg.seeds[0]})
+    one.generator.seed, one.run, one.report.seed_runs = cfg.seeds[0], str(first), [str(o) for o in others]
+    run.cfg, run.path = one, first
+    return one, run
+
+
 def _show(v) -> str:
     return f"{v:.4g}" if isinstance(v, float) else str(v)
 
@@ -162,9 +191,12 @@ def main(argv: list[str]) -> int:
         from runtime import open_run, write_config
         os.chdir(ROOT)   # relative paths in a configuration mean the repository's
         run = open_run(cfg, stage, argv)
-        run_stage(stage, cfg, run)
-        if run.rank == 0:
-            write_config(run)
+        for one in each_seed(cfg, run):
+            run_stage(stage, one, run)
+            if run.rank == 0:
+                write_config(run)
+        if len(cfg.seeds) > 1 and stage in ("all", "report"):
+            run_stage("report", *pool(cfg, run))
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -39,8 +39,9 @@ DEPENDS = {
                 "policy.folds", "evaluate.metric"],
     "policy": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
     "adapt": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
+    "no_meta": [*_DATA, "collect", "generator", "strategies", "policy", "baselines.sft", "evaluate.metric"],
     "baselines": [*_DATA, "collect", "generator", "strategies", "policy", "baselines", "evaluate.metric"],
-    "evaluate": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate"],
+    "evaluate": [*_DATA, "collect", "generator", "strategies", "policy", "baselines.sft", "evaluate"],
     "evaluate_baselines": [*_DATA, "collect", "generator", "strategies", "policy", "baselines", "evaluate"],
 }
 _CHOICES = ("data.targets", "evaluate.methods", "generator.save_every")

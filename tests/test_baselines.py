@@ -260,8 +260,24 @@ def test_every_baseline_is_trained_adapted_and_scored(tiny_args):
     assert {p: p.stat().st_mtime_ns for p in run.path.glob("**/*.safetensors")} == before
 
 
-@pytest.mark.parametrize("method, key", [("maml", "outer_lr"), ("abmll", "outer_lr"), ("union", ""), ("reptile", "")])
-def test_a_diverged_training_is_reported_not_dropped(tiny_args, monkeypatch, method, key):
+def test_a_fixed_setting_needs_no_policy(tiny_args):
+    """One setting in baselines.sft is applied as it is, without degaml_plus and without selection."""
+    sft = {"sft_steps": 2, "learning_rate": 1e-3, "batch_size": 4, "loss": "lm"}
+    run = make_run(tiny_args, *FAST, f"baselines.sft={json.dumps([sft])}", "evaluate.methods=[base, maml]",
+                   "data.targets=[delta]")
+    collect_adapters(run.cfg, run)
+    train_generators(run.cfg, run)
+    train_baselines(run.cfg, run)
+    kept = read_json(run.path / "adapted/maml/delta/strategy.json")["strategy"]
+    assert kept == {"family": "SFT", **sft, "init_scale": 1.0} and not list(run.path.glob("adapted/rewards*"))
+    lm = load_lm(run)
+    start = load_adapter(run.path / "baselines/maml/none", lm.layout)
+    tuned = load_adapter(run.path / "adapted/maml/delta", lm.layout)
+    assert any(not torch.equal(start[k], tuned[k]) for k in start)
+
+
+@pytest.mark.parametrize("method", META_TRAINED)
+def test_a_diverged_training_is_reported_not_dropped(tiny_args, monkeypatch, method):
     """The start before the failure is kept with its loss curve, and DONE says at which step it went."""
     import baselines
     run = make_run(tiny_args, *FAST, f"evaluate.methods=[base, degaml_plus, {method}]", "data.targets=[delta]")

@@ -319,6 +319,24 @@ def test_second_generator_seed(copy, words):
         assert (before[key] == after[key]) == key.startswith("adapters/"), key
 
 
+def test_several_seeds_run_and_are_pooled(words, tmp_path, capsys):
+    """Each seed in its folder with its own splits and generator; the report of the first pools them."""
+    words = [*words, "seeds=[1, 2]", "data.targets=[delta]", "evaluate.methods=[base, generator]",
+             f"run={tmp_path / 's'}"]
+    assert run_command([*words, "stage=all"]) == 0
+    first, second = (tmp_path / "s" / f"seed_{n}" for n in (1, 2))
+    pooled = results_of(first)["seeds"]
+    assert [r["seed"] for r in pooled["runs"]] == [1, 2] and "seeds" not in results_of(second)
+    values = [results_of(f)["averages"]["ood"]["generator"]["acc"] for f in (first, second)]
+    spread = pooled["pooled"]["averages"]["ood"]["generator"]["seed_std"]
+    assert spread == pytest.approx(abs(values[0] - values[1]) / 2**.5)
+    assert "pooled over seeds 1, 2" in capsys.readouterr().out
+    splits = [json.loads((f / "tasks.json").read_text())["delta"]["test_ids"] for f in (first, second)]
+    assert splits[0] != splits[1]
+    before = weights_of(second)
+    assert run_command([*words, "stage=all"]) == 0 and weights_of(second) == before
+
+
 @pytest.mark.parametrize("task", ["beta", "delta"])
 def test_adapted_folder_loads_elsewhere(full, words, tiny_model_dir, task):
     """The adapted folder is a complete adapter for its base model: every weight arrives, the logits agree."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import policy
-from baselines import proposed_sft, train_baselines
+from baselines import candidate_sft, train_baselines
 from config import UserError, load_config
 from data import load_tasks
 from generator import adapter_hash, collect_adapters, load_generator, train_generators
@@ -552,7 +552,7 @@ def test_no_meta_starts_plain_with_the_proposed_settings(run):
     run.cfg.data.targets = ["delta"]
     adapt_targets(run.cfg, run)
     train_baselines(run.cfg, run)
-    proposed = {str(s) for s in proposed_sft(run, "delta")}
+    proposed = {str(s) for s in candidate_sft(run, "delta")}
     told = read_jsonl(run.path / "adapted/degaml_plus/delta/episodes.jsonl")
     assert proposed == {json.dumps(e["strategy"] | {"init_scale": 1.0}, sort_keys=True) for e in told
                         if e["strategy"].get("family") == "SFT"}
@@ -562,7 +562,7 @@ def test_no_meta_starts_plain_with_the_proposed_settings(run):
     target, support, _ = ready(run)
     target.start = init_adapter(target.lm.layout, run.cfg.seed)
     base = score_examples(target.lm, None, support)
-    s = proposed_sft(run, "delta")[0]
+    s = candidate_sft(run, "delta")[0]
     want = evaluate_strategy(target, s, support, base, "norm", run.cfg.policy.folds)[str(s)]
     assert all(rows[str(s)][k] == want[k] for k in ("wins", "losses", "gold_logp_gain"))
 
