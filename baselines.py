@@ -325,8 +325,8 @@ def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
 # ------------------------------------------------------------------------------------------------------------- targets
 
 def candidate_sft(run: Run, task: str) -> list[Strategy]:
-    """The SFT settings a baseline may use on a task, longest first: those of `baselines.sft`, else the distinct ones the
-    policy proposed. All start from the whole baseline."""
+    """The SFT settings a baseline may use on a task, longest first: those of `baselines.sft`, else what the policy
+    proposed. All start from the whole baseline."""
     path = run.path / f"adapted/degaml_plus/{task}/episodes.jsonl"
     fixed = [{"family": "SFT", **s.model_dump()} for s in run.cfg.baselines.sft]
     episodes = read_jsonl(path) if path.exists() else []
