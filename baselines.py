@@ -59,14 +59,9 @@ def train_baselines(cfg, run: Run) -> dict:
             _meta_train(cfg, run, method, left_out)
     methods = [m for m in ("no_meta", *meta) if m in cfg.evaluate.methods]
     for method, task in run.deal([(m, t) for t in wanted for m in methods]):
-        if not run.finished(f"adapted/{method}/{task.name}", _made_as(method)):
+        if not run.finished(f"adapted/{method}/{task.name}", "adapt", method):
             (_adapt_posterior if method == "abmll" else _adapt_start)(cfg, run, method, task)
     return {}
-
-
-def _made_as(method: str) -> str:
-    """Which configuration a baseline's adapters depend on."""
-    return "baselines" if method in META_TRAINED else "no_meta"
 
 
 # ------------------------------------------------------------------------------------------------------- meta-training
@@ -318,7 +313,7 @@ def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
     save_adapter(folder, unflatten_adapter(mean.cpu(), lm.layout), lm.layout, cfg.model.name, cfg.model.revision)
     save_tensors(folder / "log_sd.safetensors", unflatten_adapter(log_sd.cpu(), lm.layout))
     write_json(folder / "strategy.json", {"n_support": len(rows), "inner_steps": b.inner_steps})
-    run.finish(f"adapted/abmll/{task.name}", "baselines", started)
+    run.finish(f"adapted/abmll/{task.name}", "adapt", started, method)
     run.log(f"abmll {task.name}: {b.inner_steps} steps in {time.monotonic() - started:.0f} s", True)
 
 
@@ -361,6 +356,6 @@ def _adapt_start(cfg, run: Run, method: str, task) -> None:
     write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "wins": result["wins"],
                                           "losses": result["losses"], "n_support": len(support),
                                           "gold_logp_gain": result["gold_logp_gain"]})
-    run.finish(f"adapted/{method}/{task.name}", _made_as(method), started)
+    run.finish(f"adapted/{method}/{task.name}", "adapt", started, method)
     run.log(f"{method} {task.name}: {strategy} (+{result['wins']} -{result['losses']} of {len(support)}) in "
             f"{time.monotonic() - started:.0f} s", True)

@@ -113,6 +113,21 @@ class Generator(_Section):
         return kernel
 
 
+class Align(_Section):
+    pairs: Literal["gen2ckpt", "ckpt2ckpt", "alg1"]
+    draws: Positive
+    prompts: Positive
+    latent: Positive
+    pos_table: StrictBool
+    residual: StrictBool
+    meta_epochs: Positive
+    inner_steps: Count
+    inner_lr: Rate
+    meta_lr: Rate
+    batch_size: Positive
+    kl_weight: Annotated[Float, Field(ge=0)]
+
+
 class Strategies(_Section):
     max_ttl_steps: Positive
     max_ttl_lr: Rate
@@ -156,7 +171,8 @@ class Policy(_Section):
 class Evaluate(_Section):
     metric: Literal["norm", "raw", "strict", "lenient"]
     methods: Annotated[list[Literal["base", "mean", "wrong_prompts", "own", "generator", "degaml", "degaml_plus",
-                                    "no_meta", "union", "reptile", "maml", "abmll"]], Field(min_length=1)]
+                                    "no_meta", "union", "reptile", "maml", "abmll", "aligned", "tempo", "tempo_plus"]],
+                       Field(min_length=1)]
     prompt_batches: Positive
     token_budget: Annotated[Int, Field(ge=32)]
     max_new_tokens: Positive
@@ -235,6 +251,7 @@ class Config(_Section):
     data: Data
     collect: Collect
     generator: Generator
+    align: Align
     strategies: Strategies
     policy: Policy
     baselines: Baselines

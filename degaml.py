@@ -61,6 +61,13 @@ def run_generator(cfg, run) -> dict:
     return train_generators(cfg, run)
 
 
+def run_align(cfg, run) -> dict:
+    """Fusion VAE per left-out task, where a method needs it (aligned, tempo, tempo_plus)."""
+    from alignment import train_aligners
+    from policy import ALIGNED
+    return train_aligners(cfg, run) if set(ALIGNED) & set(cfg.evaluate.methods) else {}
+
+
 def run_policy(cfg, run) -> dict:
     """Meta-train the policy (policy.mode=meta; per_task trains inside adapt)."""
     from policy import train_policies
@@ -115,14 +122,16 @@ def run_all(cfg, run) -> dict:
     return out
 
 
-ORDER = ("collect", "generator", "policy", "adapt", "baselines", "evaluate", "report")
-WORK = {"collect": ("adapters/*",), "generator": ("prompts/*", "generator/*"), "policy": ("policy/*/*",),
-        "adapt": ("adapted/generator/*", "adapted/degaml*/*"),
+ORDER = ("collect", "generator", "align", "policy", "adapt", "baselines", "evaluate", "report")
+WORK = {"collect": ("adapters/*",), "generator": ("prompts/*", "generator/*"), "align": ("align/*",),
+        "policy": ("policy/*/*",),
+        "adapt": tuple(f"adapted/{m}/*" for m in ("generator", "aligned", "degaml*", "tempo*")),
         "baselines": ("baselines/*/*", *(f"adapted/{m}/*" for m in ("no_meta", "union", "reptile", "maml", "abmll"))),
         "evaluate": ("scores/*/*",)}   # units of each stage, for its cost
 STAGES = {"assets": run_assets, "config": run_config, "check": run_check, "collect": run_collect,
-          "generator": run_generator, "policy": run_policy, "adapt": run_adapt, "baselines": run_baselines,
-          "evaluate": run_evaluate, "report": run_report, "contexts": run_contexts, "all": run_all}
+          "generator": run_generator, "align": run_align, "policy": run_policy, "adapt": run_adapt,
+          "baselines": run_baselines, "evaluate": run_evaluate, "report": run_report, "contexts": run_contexts,
+          "all": run_all}
 
 
 def run_stage(name: str, cfg, run) -> dict:

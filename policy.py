@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from alignment import align_adapter, load_aligner
 from config import UserError
 from data import Task, describe_tasks, load_tasks
 from generator import (
@@ -76,7 +77,9 @@ from strategies import (
 
 FAMILIES_OF = {"degaml": lambda cfg: [f for f in cfg.policy.families if f != "SFT"],
                "degaml_plus": lambda cfg: [*(f for f in cfg.policy.families if f != "SFT"), "SFT"]}
+FAMILIES_OF |= {"tempo": FAMILIES_OF["degaml"], "tempo_plus": FAMILIES_OF["degaml_plus"]}   # from the aligned adapter
 
+ALIGNED = ("aligned", "tempo", "tempo_plus")              # methods that start from the aligned adapter (paper T)
 META_TRAINED = ("maml", "abmll", "union", "reptile")   # baselines with a meta-training of their own, longest first
 
 SYSTEM = ("You are a specialist in adapting language models. You choose how a model's adapter is refined for a task "
@@ -182,14 +185,21 @@ def plan_families(families: list[str], count: int, minimum: int) -> list[list[st
 
 # ------------------------------------------------------------------------------------------------------------ rewards
 
-def make_target(run: Run, task: Task, left_out: str | None = None) -> Target:
-    """A task ready for strategies: its generated adapter (prompt batch 0) and everything a strategy may draw on."""
+def make_target(run: Run, task: Task, left_out: str | None = None, aligned: bool = False) -> Target:
+    """A task ready for strategies: its generated adapter (prompt batch 0) and everything a strategy may draw on.
+
+    With `aligned` every drawn adapter has passed the Fusion VAE (paper T, stage 2).
+    """
     cfg, lm = run.cfg, load_lm(run)
     drawn: dict[int, tuple] = {}
 
     def draw(batch: int):
         if batch not in drawn:
-            drawn[batch] = generate_adapter(run, task.name, batch, left_out=left_out)
+            adapter, index = generate_adapter(run, task.name, batch, left_out=left_out)
+            if aligned:
+                aligner = load_aligner(run, left_out_for(cfg, task.name) if left_out is None else left_out)
+                adapter = align_adapter(run, aligner, task.name, adapter)
+            drawn[batch] = adapter, index
         return drawn[batch]
 
     import numpy as np
@@ -395,10 +405,10 @@ def _meta_train(cfg, run: Run, left_out: str, method: str) -> None:
     states = []
     for name in training_tasks(cfg, left_out):
         task = tasks[name]
-        target = make_target(run, task, left_out)
+        target = make_target(run, task, left_out, aligned=method in ALIGNED)
         support = list(task.support)
         reference = score_examples(lm, target.start, support)
-        rewards = Rewards(run, f"{name}.without_{left_out}", target, support, reference)
+        rewards = Rewards(run, f"{name}.without_{left_out}{_start_name(target, method)}", target, support, reference)
         states.append((task, rewards, proposal_prompt(lm, task, FAMILIES_OF[method](cfg), reference,
                                                       cfg.evaluate.metric)))
     policy, episodes = None, []
@@ -424,12 +434,13 @@ def adapt_targets(cfg, run: Run) -> dict:
     methods = [m for m in FAMILIES_OF if m in cfg.evaluate.methods]
     for task in run.deal(sorted(wanted, key=lambda t: -sum(len(e.prompt) for e in t.support))):
         for method in methods:
-            if not run.finished(f"adapted/{method}/{task.name}", "adapt"):
+            if not run.finished(f"adapted/{method}/{task.name}", "adapt", method):
                 _adapt_one(cfg, run, task, method)
-        if not run.finished(f"adapted/generator/{task.name}", "adapt"):
-            start = time.monotonic()
-            save_generated(run.path / f"adapted/generator/{task.name}", generate_adapter(run, task.name, 0)[0], run)
-            run.finish(f"adapted/generator/{task.name}", "adapt", start)
+        for method in [m for m in ("generator", "aligned") if m == "generator" or m in cfg.evaluate.methods]:
+            folder, start = f"adapted/{method}/{task.name}", time.monotonic()
+            if not run.finished(folder, "adapt", method):
+                save_generated(run.path / folder, make_target(run, task, aligned=method in ALIGNED).start, run)
+                run.finish(folder, "adapt", start, method)
     if run.rank == 0:
         _keep_example_ids(run, wanted)
     return {}
@@ -440,9 +451,9 @@ def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
     if any(e.gold is None for e in task.support):
         raise UserError(f"task {task.name}: its support examples have no options to compare; use data.math_form=choice")
     families, layout, support = FAMILIES_OF[method](cfg), policy_layout(run), list(task.support)
-    target = make_target(run, task)
+    target = make_target(run, task, aligned=method in ALIGNED)
     reference = score_examples(lm, target.start, support)
-    rewards = Rewards(run, task.name, target, support, reference)
+    rewards = Rewards(run, task.name + _start_name(target, method), target, support, reference)
     prompt = proposal_prompt(lm, task, families, reference, cfg.evaluate.metric)
     policy, episodes, iterations = None, [], cfg.policy.iterations
     if cfg.policy.mode == "meta":   # the policy is ready; it proposes once
@@ -465,9 +476,14 @@ def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
         "strategy": strategy.as_dict(), "wins": result["wins"], "losses": result["losses"],
         "gold_logp_gain": result["gold_logp_gain"], "n_support": len(support), "notes": refined.notes,
         "support_accuracy_generated": accuracy(reference, support, cfg.evaluate.metric)})
-    run.finish(f"adapted/{method}/{task.name}", "adapt", start)
+    run.finish(f"adapted/{method}/{task.name}", "adapt", start, method)
     run.log(f"adapt {method} {task.name}: {strategy} (+{result['wins']} -{result['losses']} of {len(support)}) in "
             f"{time.monotonic() - start:.0f} s", True)
+
+
+def _start_name(target: Target, method: str) -> str:
+    """What distinguishes the reward files of different starts on one task."""
+    return f".aligned-{adapter_hash(target.start)[:8]}" if method in ALIGNED else ""
 
 
 def _keep_example_ids(run: Run, wanted: list[Task]) -> None:
@@ -501,26 +517,21 @@ def _evaluate_task(cfg, run: Run, task: Task) -> None:
     for method in cfg.evaluate.methods:
         if method == "own" and task.domain != "id":
             continue
-        if not run.finished(f"scores/{method}/{task.name}", _scored_as(method)):
+        if not run.finished(f"scores/{method}/{task.name}", "evaluate", method):
             todo.append(method)
     if not todo:
         return
-    needs = {"wrong_prompts", "generator", "degaml", "degaml_plus", "abmll"} & set(todo)
-    target = make_target(run, task) if needs else None
+    generated = {"wrong_prompts", "generator", "degaml", "degaml_plus", "abmll", *ALIGNED} & set(todo)
+    targets = {a: make_target(run, task, aligned=a) for a in {m in ALIGNED for m in generated}}
     memo: dict = {}
     for method in run.track(todo, f"evaluate {task.name}"):
         start, passes = time.monotonic(), lm.forwards
-        rows = _test_rows(cfg, run, lm, task, target, method, memo)
+        rows = _test_rows(cfg, run, lm, task, targets.get(method in ALIGNED), method, memo)
         folder = run.path / f"scores/{method}"
         write_jsonl(folder / f"{task.name}.jsonl", rows)
         write_json(folder / f"{task.name}.meta.json", {"seconds": round(time.monotonic() - start, 1),
                                                       "forwards": lm.forwards - passes})
-        run.finish(f"scores/{method}/{task.name}", _scored_as(method), start)
-
-
-def _scored_as(method: str) -> str:
-    """Which configuration a method's scores depend on."""
-    return "evaluate_baselines" if method in META_TRAINED else "evaluate"
+        run.finish(f"scores/{method}/{task.name}", "evaluate", start, method)
 
 
 def wrong_prompts_task(cfg, name: str) -> str:
@@ -532,8 +543,8 @@ def wrong_prompts_task(cfg, name: str) -> str:
 def _variants(cfg, run: Run, lm: LM, task: Task, target: Target | None, method: str) -> list[Refined]:
     """The adapters of a method on a task; `generator` is several, whose results are averaged.
 
-    A method that kept the generated adapter counts as `generator`, so that its difference to it is zero, not the chance
-    by which its own prompt batch was a better or a worse one.
+    A method that kept the adapter it started from counts as `generator` (or `aligned`), so that its difference to it is
+    zero, not the chance by which its own prompt batch was a better or a worse one.
     """
     if method == "base":
         return [Refined([None])]
@@ -545,8 +556,8 @@ def _variants(cfg, run: Run, lm: LM, task: Task, target: Target | None, method: 
         return [Refined([generate_adapter(run, task.name, 0, wrong_prompts_task(cfg, task.name))[0]])]
     folder = run.path / f"adapted/{method}/{task.name}"
     if method in FAMILIES_OF and read_json(folder / "strategy.json")["strategy"] == KEEP.as_dict():
-        method = "generator"
-    if method == "generator":
+        method = "aligned" if method in ALIGNED else "generator"
+    if method in ("generator", "aligned"):
         return [Refined([target.draw(b)[0]]) for b in range(cfg.evaluate.prompt_batches)]
     if method == "abmll":
         return [Refined(sample_adapters(folder, lm.layout, cfg.baselines.abmll.test_samples, cfg.seed),

@@ -78,8 +78,10 @@ PAIRS = (
     ("generator", "base"), ("generator", "mean"), ("generator", "wrong_prompts"), ("mean", "base"),
     ("degaml", "generator"), ("degaml_plus", "generator"), ("degaml_plus", "no_meta"),
     ("degaml_plus", "degaml"), ("no_meta", "base"), ("own", "base"),
+    ("aligned", "generator"), ("tempo", "generator"), ("tempo", "degaml"), ("tempo_plus", "degaml_plus"),
     ("degaml", "no_meta"), *((a, b) for b in ("union", "reptile", "maml", "abmll") for a in ("degaml", "degaml_plus")),
 )
+SEARCHED = ("degaml", "degaml_plus", "tempo", "tempo_plus")
 BASELINES = ("no_meta", "union", "reptile", "maml", "abmll")
 QUESTIONS = {
     "generator - base": "Generated adapters against the frozen model",
@@ -88,6 +90,7 @@ QUESTIONS = {
     "generator - wrong_prompts": "Generated adapters against adapters generated from another "
     "task's prompts (does conditioning matter?)",
     "degaml - generator": "The policy's adaptation against the generated adapter it starts from",
+    "aligned - generator": "Aligned adapters against generated ones (does the Fusion VAE help?)",
     "degaml_plus - no_meta": "The whole system with fine-tuning allowed against plain fine-tuning "
     "on the same support examples (does meta-training matter?)",
 }
@@ -357,7 +360,7 @@ def build_results(run_path: Path, cfg) -> dict:
 def _task_entry(run_path: Path, scores: dict, task: str, about: dict, metric: str) -> dict:
     entries = {method: method_entry([scores], method, task, metric) for method in scores}
     strategy = {method: _read_json(run_path / "adapted" / method / task / "strategy.json", None)
-                for method in ("degaml", "degaml_plus")}
+                for method in SEARCHED}
     about = {key: value for key, value in about.items() if not key.endswith("_ids")}  # long lists
     return {**about, "methods": {m: e for m, e in entries.items() if e}, "strategy": strategy}
 
@@ -664,6 +667,8 @@ def headline(results: dict) -> list[str]:
     lines.append(f"Differences ({shown_contrasts(results)[1]}) are paired by example; one within "
                  "two standard errors of zero is called not established.")
     for name, question in QUESTIONS.items():
+        if find_contrast(results["contrasts"], name, results["metric"]) is None and name.startswith("aligned"):
+            continue   # an optional stage
         lines.append(f"{question}: {_contrast_sentence(results, name)}.")
     stand_ins = [f"{_task_label(results, name)} for {about['stand_in_for']}"
                  for name, about in results["tasks"].items() if about.get("stand_in_for")]
@@ -889,8 +894,10 @@ def table_strategies(results: dict) -> dict:
     """Per task and method: the strategy kept, its support evidence, and what was tried."""
     rows = []
     for task, about in results["tasks"].items():
-        for method in ("degaml", "degaml_plus"):
+        for method in SEARCHED:
             chosen = about["strategy"].get(method)
+            if chosen is None and method not in ALWAYS_SHOWN:
+                continue
             search = results["search"].get(method, {}).get(task)
             row = [_task_label(results, task), _label(method)]
             if chosen is None:

@@ -39,11 +39,13 @@ DEPENDS = {
                 "policy.folds", "evaluate.metric"],
     "policy": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
     "adapt": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
-    "no_meta": [*_DATA, "collect", "generator", "strategies", "policy", "baselines.sft", "evaluate.metric"],
-    "baselines": [*_DATA, "collect", "generator", "strategies", "policy", "baselines", "evaluate.metric"],
-    "evaluate": [*_DATA, "collect", "generator", "strategies", "policy", "baselines.sft", "evaluate"],
-    "evaluate_baselines": [*_DATA, "collect", "generator", "strategies", "policy", "baselines", "evaluate"],
+    "align": [*_DATA, "collect", "generator", "align"],
+    "baselines": [*_DATA, "collect", "baselines"],
+    "evaluate": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate"],
 }
+# What a method's adapters and scores depend on besides.
+METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys(("union", "reptile", "maml", "abmll"), ["baselines"]),
+                  **dict.fromkeys(("aligned", "tempo", "tempo_plus"), ["align"])}
 _CHOICES = ("data.targets", "evaluate.methods", "generator.save_every")
 
 
@@ -112,15 +114,15 @@ class Run:
         if self.world > 1:
             dist.barrier()
 
-    def finished(self, folder: str, stage: str) -> bool:
-        """Is this unit done under the present configuration?
+    def finished(self, folder: str, stage: str, method: str = "") -> bool:
+        """Is this unit (of a method, where its stage makes several) done under the present configuration?
 
         Raises: UserError: it is done under another one; the changed keys are named.
         """
         path = self.path / folder
         if not (path / "DONE.json").is_file():
             return False
-        made, now = read_json(path / "DONE.json").get("config", {}), fingerprint(self.cfg, stage)
+        made, now = read_json(path / "DONE.json").get("config", {}), fingerprint(self.cfg, stage, method)
         changed = sorted(k for k in made | now if made.get(k) != now.get(k))
         if not changed:
             return True
@@ -131,16 +133,16 @@ class Run:
         raise UserError(f"{path} was made with another configuration ({shown}); use another folder (run=...), "
                         "the old values, or overwrite=true to redo it")
 
-    def finish(self, folder: str, stage: str, started: float, **facts) -> None:
+    def finish(self, folder: str, stage: str, started: float, method: str = "", **facts) -> None:
         """Record a unit as done: configuration, seconds, and whatever the stage wants kept."""
         write_json(self.path / folder / "DONE.json",
                    {"stage": stage, "seconds": round(time.monotonic() - started, 2), **facts,
-                    "config": fingerprint(self.cfg, stage)})
+                    "config": fingerprint(self.cfg, stage, method)})
 
 
-def fingerprint(cfg: Config, stage: str) -> dict:
+def fingerprint(cfg: Config, stage: str, method: str = "") -> dict:
     """The flat keys a stage's output depends on."""
-    keys = DEPENDS[stage]
+    keys = DEPENDS[stage] + METHOD_DEPENDS.get(method, [])
     return {k: v for k, v in flatten(cfg.model_dump()).items()
             if k not in _CHOICES and any(k == p or k.startswith(p + ".") for p in keys)}
 
