@@ -108,6 +108,12 @@ def run_report(cfg, run) -> dict:
     return {}
 
 
+def run_analyze(cfg, run) -> dict:
+    """Paper T's four experiments, from the adapters and scores of the run folder."""
+    from analysis import analyze
+    return analyze(cfg, run)
+
+
 def run_contexts(cfg, run) -> dict:
     """Write a task context for each target that has none, with the base model."""
     from policy import write_contexts
@@ -130,8 +136,8 @@ WORK = {"collect": ("adapters/*",), "generator": ("prompts/*", "generator/*"), "
         "evaluate": ("scores/*/*",)}   # units of each stage, for its cost
 STAGES = {"assets": run_assets, "config": run_config, "check": run_check, "collect": run_collect,
           "generator": run_generator, "align": run_align, "policy": run_policy, "adapt": run_adapt,
-          "baselines": run_baselines, "evaluate": run_evaluate, "report": run_report, "contexts": run_contexts,
-          "all": run_all}
+          "baselines": run_baselines, "evaluate": run_evaluate, "report": run_report, "analyze": run_analyze,
+          "contexts": run_contexts, "all": run_all}
 
 
 def run_stage(name: str, cfg, run) -> dict:

@@ -471,7 +471,7 @@ def load_paper(name: str, tasks: list[str]) -> dict | None:
         return None
     tables = yaml.safe_load(PAPER_TABLES.read_text(encoding="utf-8"))
     if name not in tables:
-        known = ", ".join(key for key in tables if key != "metric")
+        known = ", ".join(key for key in tables if "qwen" in key)
         raise UserError(f"report.paper={name}: expected none or one of: {known}")
     table = tables[name]
     paper = {"name": name, "model": table["model"], "metric": tables["metric"], "methods": {},
@@ -1158,12 +1158,12 @@ def draw_figures(results: dict, run_path: Path, folder: Path) -> list[dict]:
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(drawn.pop("csv"))
             write_text(folder / f"{name}.csv", text.getvalue())
-            _save_png(drawn.pop("figure"), drawn["png"])
+            save_png(drawn.pop("figure"), drawn["png"])
         done.append({"name": name, **drawn})
     return done
 
 
-def _save_png(figure, path: Path) -> None:
+def save_png(figure, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # No version in the file: the same run gives the same bytes.
     figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
