@@ -6,13 +6,14 @@ PYTHON ?= python3
 PY      = .venv/bin/python
 TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --log-dir .cache/torchrun
 
-.PHONY: help install assets demo reproduce test report lint clean
+.PHONY: help install assets demo reproduce test harness report lint clean
 
 help:
 	@echo "make demo       five minutes of the whole pipeline on a slice of the real data"
 	@echo "make reproduce  all twelve tasks with CONFIG=$(CONFIG)"
 	@echo "make report     tables, figures and report.html of a run, from stored results"
 	@echo "make test       the tests"
+	@echo "make harness    our log-likelihoods beside lm-evaluation-harness (installs it)"
 	@echo "variables: CONFIG=$(CONFIG) NPROC=$(NPROC) ARGS='key=value ...'"
 
 .venv/.done: requirements.txt
@@ -44,6 +45,10 @@ report:
 
 test: assets/.done
 	OMP_NUM_THREADS=2 $(PY) -m pytest -q tests
+
+harness: assets/.done
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-bench.txt
+	$(PY) -m pytest -q tests/test_harness.py
 
 lint: .venv/.done
 	$(PY) -m pip install --disable-pip-version-check -q ruff==0.17.6

@@ -146,8 +146,8 @@ def test_boolean_keys_take_booleans_only(text, ok):
 
 
 def test_every_preset_validates():
-    """Four presets exist, each is legal, and its token width divides every dimension of its model."""
-    assert len(PRESETS) == 4
+    """Seven presets exist, each is legal, and its token width divides every dimension of its model."""
+    assert len(PRESETS) == 7
     for path in PRESETS:
         cfg, _ = load_config([f"config={path}"])
         assert cfg.name == path.stem and cfg.run == f"runs/{path.stem}"
