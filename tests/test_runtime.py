@@ -137,6 +137,19 @@ def test_keys_that_change_an_output_change_its_fingerprint(tmp_path, stage, word
     assert fingerprint(make_run(tmp_path, word).cfg, stage) != fingerprint(make_run(tmp_path).cfg, stage)
 
 
+@pytest.mark.parametrize("method, word, others", [
+    ("maml", "baselines.maml.outer_lr=1e-3", ("degaml", "no_meta", "tempo")),
+    ("no_meta", "baselines.sft=[{sft_steps: 1, learning_rate: 1e-3, batch_size: 1, loss: lm}]", ("degaml", "aligned")),
+    ("tempo", "align.latent=7", ("degaml", "maml")), ("aligned", "align.kl_weight=0", ("generator", "abmll"))])
+def test_a_method_depends_on_its_own_section(tmp_path, method, word, others):
+    """A baseline's or the alignment's settings make their own units stale and no other method's."""
+    plain, changed = make_run(tmp_path).cfg, make_run(tmp_path, word).cfg
+    for stage in ("adapt", "evaluate"):
+        assert fingerprint(plain, stage, method) != fingerprint(changed, stage, method)
+        for other in others:
+            assert fingerprint(plain, stage, other) == fingerprint(changed, stage, other)
+
+
 @pytest.mark.parametrize("stage", DEPENDS)
 def test_keys_that_change_no_output_leave_the_fingerprint(tmp_path, stage):
     """Names, folders and the choice of targets and methods do not make finished work stale; a record
@@ -151,7 +164,7 @@ def test_keys_that_change_no_output_leave_the_fingerprint(tmp_path, stage):
 def test_dependencies_name_existing_keys(tmp_path):
     """A misspelt dependency would silently depend on nothing."""
     keys = list(flatten(make_run(tmp_path).cfg.model_dump()))
-    for wanted in (*(d for v in DEPENDS.values() for d in v), *runtime._CHOICES):
+    for wanted in (*(d for v in (*DEPENDS.values(), *runtime.METHOD_DEPENDS.values()) for d in v), *runtime._CHOICES):
         assert any(k == wanted or k.startswith(wanted + ".") for k in keys), wanted
 
 
