@@ -368,7 +368,7 @@ def _task_entry(run_path: Path, scores: dict, task: str, about: dict, metric: st
 def read_budget(run_path: Path) -> dict[str, dict]:
     """What each method spent, from its DONE records and its reward files.
 
-    Returns: {method: {"meta_seconds", "meta_steps", "meta_tokens", "adapt_seconds", "targets", "labels", "diverged"}}:
+    Returns: {method: {"seconds_meta", "meta_steps", "meta_tokens", "seconds_adapt", "targets", "labels", "diverged"}}:
         core-seconds, gradient steps and tokens of meta-training summed over left-out sets (None: not recorded),
         core-seconds of adaptation over all targets, support labels per target, and where a training diverged.
     """
@@ -388,8 +388,8 @@ def read_budget(run_path: Path) -> dict[str, dict]:
         meta = shared if method in ("generator", "degaml", "degaml_plus") else records(f"baselines/{method}/*")
         labels = [_read_json(run_path / "adapted" / method / task / "strategy.json", {}).get("n_support")
                   for task, _ in adapted]
-        out[method] = {"meta_seconds": total(meta, "seconds"), "meta_steps": total(meta, "steps"),
-                       "meta_tokens": total(meta, "tokens"), "adapt_seconds": total(adapted, "seconds"),
+        out[method] = {"seconds_meta": total(meta, "seconds"), "meta_steps": total(meta, "steps"),
+                       "meta_tokens": total(meta, "tokens"), "seconds_adapt": total(adapted, "seconds"),
                        "targets": len(adapted), "labels": next((n for n in labels if n is not None), None),
                        "diverged": {name: record["diverged_at"] for name, record in meta
                                     if record.get("diverged_at") is not None}}
@@ -948,8 +948,8 @@ def table_budget(results: dict) -> dict:
     """What each method spent, so that accuracies can be read against cost."""
     def show(value):
         return "not recorded" if value is None else f"{value:,.0f}"
-    rows = [[_label(method), *(show(b[key]) for key in ("meta_seconds", "meta_steps", "meta_tokens")),
-             show(b["adapt_seconds"] / b["targets"]), show(b["labels"])]
+    rows = [[_label(method), *(show(b[key]) for key in ("seconds_meta", "meta_steps", "meta_tokens")),
+             show(b["seconds_adapt"] / b["targets"]), show(b["labels"])]
             for method, b in results["budget"].items()]
     notes = ["Core-seconds. Meta-training is summed over the left-out sets; generator and DeGAML share theirs "
              "(collection, prompt states, generators). Labels: support examples seen per target."]

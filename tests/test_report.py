@@ -309,8 +309,8 @@ def test_budget_comes_from_the_records(tmp_path):
         dump(path / f"adapted/maml/{task}/DONE.json", {"seconds": 3.0})
         dump(path / f"adapted/maml/{task}/strategy.json", {"n_support": 20})
     results = report.build_results(path, make_cfg())
-    assert results["budget"]["maml"] == {"meta_seconds": 20.0, "meta_steps": 16, "meta_tokens": 200,
-                                         "adapt_seconds": 6.0, "targets": 2, "labels": 20, "diverged": {"none": 7}}
+    assert results["budget"]["maml"] == {"seconds_meta": 20.0, "meta_steps": 16, "meta_tokens": 200,
+                                         "seconds_adapt": 6.0, "targets": 2, "labels": 20, "diverged": {"none": 7}}
     table = report.table_budget(results)
     assert ["MAML-en-LLM", "20", "16", "200", "3", "20"] in table["rows"]
     assert any("MAML-en-LLM without none diverged at step 8" in note for note in table["notes"])
