@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from config import META_TRAINED
 from data import load_tasks
 from generator import adapter_hash, left_out_for, training_tasks
 from lora import (
@@ -37,7 +38,7 @@ from lora import (
     train_adapter,
     unflatten_adapter,
 )
-from policy import META_TRAINED, Rewards, choose, make_target
+from policy import Rewards, choose, make_target
 from runtime import Run, load_tensors, read_jsonl, rng_for, save_tensors, seed_for, write_json
 from scoring import LM, choice_loss, lm_loss, load_lm, make_row, score_examples
 from strategies import Strategy, execute

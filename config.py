@@ -40,6 +40,8 @@ Float = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0, le=1)]
+ALIGNED = ("aligned", "tempo", "tempo_plus")              # methods that start from the aligned adapter (paper T)
+META_TRAINED = ("maml", "abmll", "union", "reptile")      # baselines with a meta-training of their own, longest first
 Family = Literal["TTT", "LORA", "TTS", "Latent", "SFT"]
 
 
@@ -386,7 +388,7 @@ def _cross_checks(cfg: Config, where: dict) -> list[str]:
         fault("policy.folds", f"got {p.folds} folds of {d.num_support} support examples")
     if cfg.evaluate.metric in ("strict", "lenient") and not cfg.evaluate.generate:
         fault("evaluate.metric", f"{cfg.evaluate.metric} needs generated answers: evaluate.generate=true")
-    tuned = [m for m in ("no_meta", "union", "reptile", "maml") if m in cfg.evaluate.methods]
+    tuned = [m for m in ("no_meta", *META_TRAINED) if m in cfg.evaluate.methods and m != "abmll"]
     if tuned and not cfg.baselines.sft and "degaml_plus" not in cfg.evaluate.methods:
         fault("evaluate.methods", f"{tuned[0]} tries the SFT settings proposed for degaml_plus: add degaml_plus, "
                                   "or give settings in baselines.sft")

@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from config import ROOT, UserError, load_config
+from config import ALIGNED, META_TRAINED, ROOT, UserError, load_config
 
 
 def run_assets(cfg, run) -> dict:
@@ -64,7 +64,6 @@ def run_generator(cfg, run) -> dict:
 def run_align(cfg, run) -> dict:
     """Fusion VAE per left-out task, where a method needs it (aligned, tempo, tempo_plus)."""
     from alignment import train_aligners
-    from policy import ALIGNED
     return train_aligners(cfg, run) if set(ALIGNED) & set(cfg.evaluate.methods) else {}
 
 
@@ -132,7 +131,7 @@ ORDER = ("collect", "generator", "align", "policy", "adapt", "baselines", "evalu
 WORK = {"collect": ("adapters/*",), "generator": ("prompts/*", "generator/*"), "align": ("align/*",),
         "policy": ("policy/*/*",),
         "adapt": tuple(f"adapted/{m}/*" for m in ("generator", "aligned", "degaml*", "tempo*")),
-        "baselines": ("baselines/*/*", *(f"adapted/{m}/*" for m in ("no_meta", "union", "reptile", "maml", "abmll"))),
+        "baselines": ("baselines/*/*", *(f"adapted/{m}/*" for m in ("no_meta", *META_TRAINED))),
         "evaluate": ("scores/*/*",)}   # units of each stage, for its cost
 STAGES = {"assets": run_assets, "config": run_config, "check": run_check, "collect": run_collect,
           "generator": run_generator, "align": run_align, "policy": run_policy, "adapt": run_adapt,
@@ -163,12 +162,12 @@ def each_seed(cfg, run):
     if not cfg.seeds:
         yield cfg
         return
-    root, kept = run.path, {k: v for k, v in run.cache.items() if k in ("lm", "encoder", "lock")}
+    root = run.path
     for seed in cfg.seeds:
         one = cfg.model_copy(deep=True, update={"seed": seed})
         one.generator.seed, one.run = seed, str(root / f"seed_{seed}")
-        kept |= {k: v for k, v in run.cache.items() if k in ("lm", "encoder")}
-        run.cfg, run.path, run.cache = one, root / f"seed_{seed}", dict(kept)
+        run.cache = {k: v for k, v in run.cache.items() if k in ("lm", "encoder", "lock")}
+        run.cfg, run.path = one, root / f"seed_{seed}"
         run.path.mkdir(exist_ok=True)
         run.log(f"seed {seed}")
         yield one

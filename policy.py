@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from alignment import align_adapter, load_aligner
-from config import UserError
+from config import ALIGNED, META_TRAINED, UserError
 from data import Task, describe_tasks, load_tasks
 from generator import (
     adapter_hash,
@@ -78,9 +78,6 @@ from strategies import (
 FAMILIES_OF = {"degaml": lambda cfg: [f for f in cfg.policy.families if f != "SFT"],
                "degaml_plus": lambda cfg: [*(f for f in cfg.policy.families if f != "SFT"), "SFT"]}
 FAMILIES_OF |= {"tempo": FAMILIES_OF["degaml"], "tempo_plus": FAMILIES_OF["degaml_plus"]}   # from the aligned adapter
-
-ALIGNED = ("aligned", "tempo", "tempo_plus")              # methods that start from the aligned adapter (paper T)
-META_TRAINED = ("maml", "abmll", "union", "reptile")   # baselines with a meta-training of their own, longest first
 
 SYSTEM = ("You are a specialist in adapting language models. You choose how a model's adapter is refined for a task "
           "it has not seen, and you answer with one JSON object and nothing else.")

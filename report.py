@@ -33,7 +33,7 @@ import matplotlib
 import numpy as np
 import yaml
 
-from config import UserError
+from config import META_TRAINED, UserError
 from runtime import read_json, read_jsonl, write_text
 
 matplotlib.use("Agg")  # before pyplot, which would look for a display
@@ -79,10 +79,10 @@ PAIRS = (
     ("degaml", "generator"), ("degaml_plus", "generator"), ("degaml_plus", "no_meta"),
     ("degaml_plus", "degaml"), ("no_meta", "base"), ("own", "base"),
     ("aligned", "generator"), ("tempo", "generator"), ("tempo", "degaml"), ("tempo_plus", "degaml_plus"),
-    ("degaml", "no_meta"), *((a, b) for b in ("union", "reptile", "maml", "abmll") for a in ("degaml", "degaml_plus")),
+    ("degaml", "no_meta"), *((a, b) for b in META_TRAINED for a in ("degaml", "degaml_plus")),
 )
 SEARCHED = ("degaml", "degaml_plus", "tempo", "tempo_plus")
-BASELINES = ("no_meta", "union", "reptile", "maml", "abmll")
+BASELINES = ("no_meta", *META_TRAINED)
 QUESTIONS = {
     "generator - base": "Generated adapters against the frozen model",
     "generator - mean": "Generated adapters against the plain mean of the training adapters "

@@ -26,7 +26,7 @@ import yaml
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from config import Config, UserError, differences, flatten
+from config import ALIGNED, META_TRAINED, Config, UserError, differences, flatten
 
 # What a stage's output depends on. Keys that only choose *which* units are worked on are left out.
 _DATA = ["seed", "dtype", "model", "data"]
@@ -44,8 +44,8 @@ DEPENDS = {
     "evaluate": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate"],
 }
 # What a method's adapters and scores depend on besides.
-METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys(("union", "reptile", "maml", "abmll"), ["baselines"]),
-                  **dict.fromkeys(("aligned", "tempo", "tempo_plus"), ["align"])}
+METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys(META_TRAINED, ["baselines"]),
+                  **dict.fromkeys(ALIGNED, ["align"])}
 _CHOICES = ("data.targets", "evaluate.methods", "generator.save_every")
 
 

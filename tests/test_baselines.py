@@ -17,11 +17,11 @@ from baselines import (
     train_baselines,
     vector_loss,
 )
-from config import load_config
+from config import META_TRAINED, load_config
 from data import load_tasks
 from generator import collect_adapters, train_generators
 from lora import clear_adapters, flatten_adapter, init_adapter, load_adapter, sample_adapters, unflatten_adapter
-from policy import META_TRAINED, adapt_targets, evaluate_methods
+from policy import adapt_targets, evaluate_methods
 from runtime import Run, read_json, read_jsonl
 from scoring import lm_loss, load_lm, make_row, score_examples
 from strategies import Refined, combine
