@@ -2,15 +2,17 @@
 CONFIG ?= configs/smollm2.yaml
 NPROC  ?= $(shell nproc 2>/dev/null || echo 1)
 ARGS   ?=
+METHODS ?= [base,mean,wrong_prompts,own,generator,degaml,degaml_plus,no_meta,union,maml,maml_matched,abmll,aligned,tempo]
 PYTHON ?= python3
 PY      = .venv/bin/python
 TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --log-dir .cache/torchrun
 
-.PHONY: help install assets demo reproduce test harness report lint clean
+.PHONY: help install assets demo reproduce reproduce-all test harness report lint clean
 
 help:
 	@echo "make demo       five minutes of the whole pipeline on a slice of the real data"
 	@echo "make reproduce  all twelve tasks with CONFIG=$(CONFIG)"
+	@echo "make reproduce-all  the same with the baselines and TEMPO, in the same folder"
 	@echo "make report     tables, figures and report.html of a run, from stored results"
 	@echo "make test       the tests"
 	@echo "make harness    our log-likelihoods beside lm-evaluation-harness (installs it)"
@@ -39,6 +41,10 @@ demo: assets/.done
 reproduce: assets/.done
 	$(PY) degaml.py stage=check config=$(CONFIG) $(ARGS)
 	$(TORCHRUN) degaml.py stage=all config=$(CONFIG) $(ARGS)
+
+# Continues the folder of `make reproduce`: nothing is done twice.
+reproduce-all: reproduce
+	$(TORCHRUN) degaml.py stage=all config=$(CONFIG) 'evaluate.methods=$(METHODS)' $(ARGS)
 
 report:
 	$(PY) degaml.py stage=report config=$(CONFIG) $(ARGS)

@@ -27,7 +27,8 @@ from scoring import LM, hidden_states, load_lm, plan_batches, prompt_row
 
 CHANNELS = (1, 32, 64, 128, 256, 512)
 POOLED = 32
-BLOCK = 4 ** (len(CHANNELS) - 1)   # weights that share one position after the encoder: 1,024
+STRIDE = 4
+BLOCK = STRIDE ** (len(CHANNELS) - 1)   # weights that share one position after the encoder: 1,024
 
 
 class FusionVAE(nn.Module):
@@ -43,23 +44,24 @@ class FusionVAE(nn.Module):
         super().__init__()
         self.size, self.blocks, self.residual = size, -(-size // BLOCK), residual
         pairs = list(zip(CHANNELS, CHANNELS[1:], strict=False))
-        self.encoder = nn.Sequential(*(m for a, b in pairs for m in (nn.Conv1d(a, b, 4, 4), nn.LeakyReLU())))
+        self.encoder = nn.ModuleList(nn.Conv1d(a, b, STRIDE, STRIDE) for a, b in pairs)
         features = CHANNELS[-1] * POOLED
         self.task = nn.Linear(task_width, CHANNELS[-1])
         self.mean = nn.Linear(features + CHANNELS[-1], latent)
         self.log_var = nn.Linear(features + CHANNELS[-1], latent)
         self.expand = nn.Linear(latent + CHANNELS[-1], features)
         self.position = nn.Parameter(torch.zeros(CHANNELS[-1], self.blocks)) if pos_table else None
-        back = [(b, a) for a, b in reversed(pairs)]
-        self.decoder = nn.Sequential(*(m for a, b in back for m in (nn.LeakyReLU(), nn.ConvTranspose1d(a, b, 4, 4))))
+        self.decoder = nn.ModuleList(nn.ConvTranspose1d(b, a, STRIDE, STRIDE) for a, b in reversed(pairs))
         if residual:
             nn.init.zeros_(self.decoder[-1].weight)
             nn.init.zeros_(self.decoder[-1].bias)
 
     def forward(self, x: Tensor, task: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (aligned, mean, log variance); `noise` (B, latent) draws the latent, None takes its mean."""
-        padded = F.pad(x, (0, self.blocks * BLOCK - self.size))[:, None]
-        pooled = F.adaptive_avg_pool1d(self.encoder(padded), POOLED).flatten(1)
+        y = F.pad(x, (0, self.blocks * BLOCK - self.size))[..., None]
+        for conv in self.encoder:
+            y = F.leaky_relu(shorten(y, conv))
+        pooled = F.adaptive_avg_pool1d(y.transpose(1, 2), POOLED).flatten(1)
         task = self.task(task)
         fused = torch.cat([pooled, task], 1)
         mean, log_var = self.mean(fused), self.log_var(fused)
@@ -68,8 +70,23 @@ class FusionVAE(nn.Module):
         y = F.interpolate(y, size=self.blocks, mode="linear", align_corners=False)
         if self.position is not None:
             y = y + self.position
-        y = self.decoder(y)[:, 0, :self.size]
+        y = y.transpose(1, 2)
+        for conv in self.decoder:
+            y = lengthen(F.leaky_relu(y), conv)
+        y = y[:, :self.size, 0]
         return (x + y if self.residual else y), mean, log_var
+
+
+def shorten(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """The convolution on (B, L, C), channels last. Kernel and stride are equal, so it is one matrix product."""
+    weight = conv.weight.transpose(1, 2).flatten(1)                       # (C', 4 C)
+    return F.linear(x.reshape(len(x), -1, weight.shape[1]), weight, conv.bias)
+
+
+def lengthen(x: Tensor, conv: nn.ConvTranspose1d) -> Tensor:
+    """The transposed convolution on (B, L, C), channels last: (B, 4 L, C')."""
+    weight = conv.weight.transpose(1, 2).flatten(1)                       # (C, 4 C')
+    return (x @ weight).view(len(x), -1, conv.out_channels) + conv.bias
 
 
 def kl_to_standard_normal(mean: Tensor, log_var: Tensor) -> Tensor:
@@ -193,7 +210,7 @@ def standardisation(layout: Layout, vectors: Tensor) -> tuple[Tensor, Tensor]:
 def vae_loss(vae: FusionVAE, params: dict, batch, noise: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, reconstruction MSE, KL) of the VAE with the given parameters."""
     x, task, target = batch
-    out, mean, log_var = functional_call(vae, params, (x, task, noise))
+    out, mean, log_var = (part.float() for part in functional_call(vae, params, (x, task, noise)))
     mse, kl = F.mse_loss(out, target), kl_to_standard_normal(mean, log_var)
     return mse + weight * kl, mse, kl
 
@@ -234,7 +251,8 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
         half = max(1, min(a.batch_size, len(order) // 2))
         support, query = (_batch(run, data[task], order[part]) for part in (slice(half), slice(-half, None)))
         noises = [torch.randn(half, a.latent, generator=noise).to(run.device) for _ in range(2)]
-        grads, mse, kl = fomaml_gradient(vae, support, query, noises, a.inner_lr, a.inner_steps, weight)
+        with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
+            grads, mse, kl = fomaml_gradient(vae, support, query, noises, a.inner_lr, a.inner_steps, weight)
         if not (math.isfinite(mse) and math.isfinite(kl)):
             raise UserError(f"{label}: the loss is not finite at meta-epoch {epoch + 1}; lower align.meta_lr")
         for name, p in vae.named_parameters():
@@ -309,5 +327,6 @@ def load_aligner(run: Run, left_out: str) -> Aligner:
 def align_adapter(run: Run, aligner: Aligner, task: str, adapter: Adapter) -> Adapter:
     """Move an adapter of a task through the VAE; the latent is its mean, so the result is a function of the input."""
     vector = (task_vector(run, task, adapter) - aligner.task_mean) / aligner.task_std
-    out = aligner.vae(aligner.encode(adapter)[None].to(run.device), vector[None].to(run.device))[0]
-    return aligner.decode(out[0].cpu())
+    with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
+        out, _, _ = aligner.vae(aligner.encode(adapter)[None].to(run.device), vector[None].to(run.device))
+    return aligner.decode(out[0].float().cpu())

@@ -27,7 +27,7 @@ from report import load_tasks as load_described
 from runtime import Run, write_json, write_text
 from scoring import LM, lm_loss, load_lm, make_row
 
-STAGED, COUPLED = ("tempo", "tempo_plus", "degaml", "degaml_plus"), ("maml",)
+STAGED, COUPLED = ("tempo", "tempo_plus", "degaml", "degaml_plus"), ("maml", "maml_matched")
 COMPARED = (*STAGED, *COUPLED)
 QVO = ("q_proj", "v_proj", "o_proj")   # the modules paper T trains its coupled baseline on
 STAGES = {"base": "Base model", "generator": "S1", "aligned": "S1 + S2", "tempo": "S1 + S2 + S3"}

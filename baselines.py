@@ -5,6 +5,7 @@ union     one LoRA trained on the union of the meta-training tasks
 reptile   the mean of many short trainings, one task each               (Nichol et al. 2018, as ReptiLoRA applies it)
 maml      MAML-en-LLM: bi-level, moments shared by both levels           (spec, section 9)
 abmll     amortised Bayesian meta-learning: a Gaussian over the adapter  (spec, section 9)
+maml_matched   maml, fine-tuned with updates as long as the staged system's
 
 A meta-trained start lies in baselines/<method>/<left_out>/. On a target, every start but abmll's is fine-tuned on the
 support labels with the settings the policy proposed for `degaml_plus`, chosen by the same cross-validation; keeping the
@@ -25,13 +26,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import META_TRAINED
 from data import load_tasks
-from generator import adapter_hash, left_out_for, training_tasks
+from generator import adapter_hash, left_out_for, mean_adapter, training_tasks
 from lora import (
     Adapter,
     clear_adapters,
+    draw_adapter,
     flatten_adapter,
     init_adapter,
     load_adapter,
+    load_posterior,
+    posterior_moments,
     rate,
     save_adapter,
     swap_adapter,
@@ -39,7 +43,7 @@ from lora import (
     unflatten_adapter,
 )
 from policy import Rewards, choose, make_target
-from runtime import Run, load_tensors, read_jsonl, rng_for, save_tensors, seed_for, write_json
+from runtime import Run, read_jsonl, rng_for, save_tensors, seed_for, write_json
 from scoring import LM, choice_loss, lm_loss, load_lm, make_row, score_examples
 from strategies import Strategy, execute
 
@@ -53,15 +57,17 @@ def train_baselines(cfg, run: Run) -> dict:
     """
     tasks = load_tasks(run)
     wanted = sorted((tasks[t] for t in cfg.data.targets or tasks), key=lambda t: -sum(len(e.prompt) for e in t.support))
-    meta = [m for m in META_TRAINED if m in cfg.evaluate.methods]
+    meta = [m for m in META_TRAINED if m in cfg.evaluate.methods
+            or (m == "maml" and "maml_matched" in cfg.evaluate.methods)]
     left = sorted({left_out_for(cfg, t.name) for t in wanted})
     for method, left_out in run.deal([(m, out) for m in meta for out in left]):
         if not run.finished(f"baselines/{method}/{left_out}", "baselines"):
             _meta_train(cfg, run, method, left_out)
-    methods = [m for m in ("no_meta", *meta) if m in cfg.evaluate.methods]
+    methods = [m for m in ("no_meta", *META_TRAINED, "maml_matched") if m in cfg.evaluate.methods]
+    adapt = {"abmll": _adapt_posterior, "maml_matched": _adapt_matched}
     for method, task in run.deal([(m, t) for t in wanted for m in methods]):
         if not run.finished(f"adapted/{method}/{task.name}", "adapt", method):
-            (_adapt_posterior if method == "abmll" else _adapt_start)(cfg, run, method, task)
+            adapt.get(method, _adapt_start)(cfg, run, method, task)
     return {}
 
 
@@ -94,11 +100,11 @@ def _meta_train(cfg, run: Run, method: str, left_out: str) -> None:
     try:
         start, extra = train(cfg, run, draws, losses)
     except FloatingPointError as e:
-        failed, start = e.args[0], e.args[2]
+        failed, _, start, *rest = e.args
+        extra = rest[0] if rest else {}
     save_adapter(folder, start, lm.layout, cfg.model.name, cfg.model.revision)
-    if method == "abmll":
-        save_tensors(folder / "log_sd.safetensors", extra or unflatten_adapter(
-            torch.full((lm.layout.size,), cfg.baselines.abmll.init_log_sd), lm.layout))
+    if extra:
+        save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in extra.items()})
     write_json(folder / "losses.json", [round(x, 5) for x in losses])
     run.finish(f"baselines/{method}/{left_out}", "baselines", started, steps=len(losses), tokens=draws.tokens,
                backwards=lm.backwards - passes, labels=sum(map(len, draws.tasks.values())), diverged_at=failed)
@@ -244,38 +250,59 @@ def negative_log_prior(mean: Tensor, log_sd: Tensor) -> Tensor:
     return 0.5 * (mean ** 2).sum() + 0.01 * torch.exp(-2 * log_sd).sum()
 
 
-def infer_posterior(lm: LM, prior: tuple[Tensor, Tensor], batches: list, b, rng: torch.Generator,
-                    ) -> tuple[Tensor, Tensor]:
-    """A task's (mean, log_sd): one gradient step per batch on E[NLL] + beta KL, from the prior (as ABML starts)."""
-    phi = torch.stack(prior).detach()
+def infer_posterior(lm: LM, prior: Tensor, batches: list, b, rng: torch.Generator) -> Tensor:
+    """A task's (2, D) posterior: one gradient step per batch on E[NLL] + beta KL, from the prior (as ABML starts)."""
+    phi = prior.detach()
     for rows in batches:
-        phi.requires_grad_()
-        loss = expected_nll(lm, phi, rows, b.train_samples, rng) + b.beta * gaussian_kl(*phi, *prior)
+        phi = phi.detach().requires_grad_()
+        loss = expected_nll(lm, phi, rows, b, rng) + b.beta * posterior_kl(lm, phi, prior, b)
         grad, = torch.autograd.grad(loss, phi)
-        phi = (phi - b.inner_lr * _clip(grad, b.clip)).detach()
-    return phi[0], phi[1]
+        phi = phi - b.inner_lr * _clip(grad, b.clip)
+    return phi.detach()
 
 
-def expected_nll(lm: LM, phi: Tensor, rows: list, samples: int, rng: torch.Generator) -> Tensor:
-    """Monte-Carlo mean of the loss under N(phi[0], exp(phi[1])²), reparameterised."""
+def posterior_kl(lm: LM, phi: Tensor, prior: Tensor, b) -> Tensor:
+    """KL between two (2, D) posteriors, over the entries their space is about."""
+    pairs = zip(*(posterior_moments(x, lm.layout, b.space, b.init_log_sd) for x in (phi, prior)), strict=True)
+    return sum(gaussian_kl(*q, *p) for q, p in pairs)
+
+
+def expected_nll(lm: LM, phi: Tensor, rows: list, b, rng: torch.Generator) -> Tensor:
+    """Monte-Carlo mean of the loss over draws from phi."""
     total = 0.0
-    for _ in range(samples):
-        noise = torch.randn(phi.shape[1], generator=rng).to(phi.device)
-        total = total + vector_loss(lm, rows)(phi[0] + torch.exp(phi[1]) * noise)
-    return total / samples
+    for _ in range(b.train_samples):
+        swap_adapter(lm.model, lm.layout, draw_adapter(phi, lm.layout, b.space, b.init_log_sd, rng))
+        total = total + lm_loss(lm, rows)
+    return total / b.train_samples
+
+
+def initial_posterior(lm: LM, b, seed: int) -> Tensor:
+    """(2, D): the shared plain start, and a spread of e^init_log_sd (product: on average, and at least that)."""
+    mean = flatten_adapter(init_adapter(lm.layout, seed), lm.layout)
+    if b.space == "factor":
+        return torch.stack([mean, torch.full_like(mean, b.init_log_sd)])
+    spread = init_adapter(lm.layout, seed_for(seed, "spread"))
+    rng = torch.Generator().manual_seed(seed_for(seed, "spread B"))
+    for a, _, key, _ in lm.layout.keys():
+        size = math.exp(b.init_log_sd) / (lm.layout.scale * float(spread[a].std()) * math.sqrt(lm.layout.rank))
+        spread[key] = size * torch.randn(spread[key].shape, generator=rng)
+    return torch.stack([mean, flatten_adapter(spread, lm.layout)])
 
 
 def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
-    """Amortised Bayesian meta-learning in factor space: a diagonal Gaussian over the entries of A and B.
+    """Amortised Bayesian meta-learning: a diagonal Gaussian over the entries of A and B, or of dW (`space`).
 
     Each step infers the posterior of one batch of tasks (K first-order steps), then moves theta along the gradient of
     query NLL + beta KL at that posterior, plus beta KL and prior at theta; AdamW outside.
     """
     b, lm = cfg.baselines.abmll, load_lm(run)
-    mean = flatten_adapter(init_adapter(lm.layout, cfg.seed), lm.layout).to(lm.model.device)
-    theta = torch.stack([mean, torch.full_like(mean, b.init_log_sd)])
+    theta = initial_posterior(lm, b, cfg.seed).to(lm.model.device)
     opt = torch.optim.AdamW([theta], lr=b.outer_lr, weight_decay=0.0)
     rng = torch.Generator().manual_seed(seed_for(cfg.seed, "abmll", *draws.tasks))
+
+    def split() -> tuple[Adapter, Adapter]:
+        mean, spread = (unflatten_adapter(row, lm.layout) for row in theta.detach().cpu())
+        return mean, spread
     try:
         for step in run.track(range(b.meta_steps), "abmll"):
             total, value = torch.zeros_like(theta), 0.0
@@ -283,19 +310,21 @@ def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adap
                 rows = draws.rows(draws.task(), b.batch_size * (b.inner_steps + 1))
                 parts = [rows[i::b.inner_steps + 1] for i in range(b.inner_steps + 1)]
                 prior = theta.detach().clone().requires_grad_()
-                phi = torch.stack(infer_posterior(lm, tuple(prior.detach()), parts[:-1], b, rng)).requires_grad_()
-                nll = expected_nll(lm, phi, parts[-1], b.train_samples, rng)
-                loss = nll + b.beta * gaussian_kl(*phi, *prior) + b.beta * negative_log_prior(*prior)
+                phi = infer_posterior(lm, prior.detach(), parts[:-1], b, rng).requires_grad_()
+                nll = expected_nll(lm, phi, parts[-1], b, rng)
+                loss = nll + b.beta * posterior_kl(lm, phi, prior, b)
+                for moments in posterior_moments(prior, lm.layout, b.space, b.init_log_sd):
+                    loss = loss + b.beta * negative_log_prior(*moments)
                 total += sum(torch.autograd.grad(loss, (phi, prior)))
                 value += float(nll.detach())
             if not (math.isfinite(value) and torch.isfinite(total).all()):
-                raise FloatingPointError(step, losses[-1:], unflatten_adapter(theta[0].detach().cpu(), lm.layout))
+                raise FloatingPointError(step, losses[-1:], *split())
             theta.grad = _clip(total / b.tasks_per_step, b.clip)
             opt.step()
             losses.append(value / b.tasks_per_step)
     finally:
         clear_adapters(lm.model)
-    return unflatten_adapter(theta[0].cpu(), lm.layout), unflatten_adapter(theta[1].cpu(), lm.layout)
+    return split()
 
 
 def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
@@ -303,16 +332,16 @@ def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
     started, lm, b = time.monotonic(), load_lm(run), cfg.baselines.abmll
     source = run.path / f"baselines/abmll/{left_out_for(cfg, task.name)}"
     folder = run.path / f"adapted/abmll/{task.name}"
-    prior = tuple(flatten_adapter(a, lm.layout).to(lm.model.device) for a in
-                  (load_adapter(source, lm.layout), load_tensors(source / "log_sd.safetensors")))
+    prior = load_posterior(source, lm.layout).to(lm.model.device)
     rng = torch.Generator().manual_seed(seed_for(cfg.seed, "abmll", task.name))
     rows = [make_row(lm, e) for e in task.support]
     try:
-        mean, log_sd = infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng)
+        mean, spread = (unflatten_adapter(v.cpu(), lm.layout)
+                        for v in infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng))
     finally:
         clear_adapters(lm.model)
-    save_adapter(folder, unflatten_adapter(mean.cpu(), lm.layout), lm.layout, cfg.model.name, cfg.model.revision)
-    save_tensors(folder / "log_sd.safetensors", unflatten_adapter(log_sd.cpu(), lm.layout))
+    save_adapter(folder, mean, lm.layout, cfg.model.name, cfg.model.revision)
+    save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in spread.items()})
     write_json(folder / "strategy.json", {"n_support": len(rows), "inner_steps": b.inner_steps})
     run.finish(f"adapted/abmll/{task.name}", "adapt", started, method)
     run.log(f"abmll {task.name}: {b.inner_steps} steps in {time.monotonic() - started:.0f} s", True)
@@ -360,3 +389,35 @@ def _adapt_start(cfg, run: Run, method: str, task) -> None:
     run.finish(f"adapted/{method}/{task.name}", "adapt", started, method)
     run.log(f"{method} {task.name}: {strategy} (+{result['wins']} -{result['losses']} of {len(support)}) in "
             f"{time.monotonic() - started:.0f} s", True)
+
+
+def _adapt_matched(cfg, run: Run, method: str, task) -> None:
+    """MAML's start, fine-tuned at the rate that moves it as far as the generated adapter lies from the mean adapter.
+
+    Ten steps at 1e-5 leave every task's adapter where the start was (spec, section 9); this separates what coupled
+    training does from how far it was allowed to move. Distance: Euclidean, over all D entries. AdamW's update is nearly
+    proportional to its rate, so a few corrections match it to 5 %; both distances are kept.
+    """
+    started, lm, support = time.monotonic(), load_lm(run), list(task.support)
+    target = make_target(run, task)
+    goal = _distance(target.start, mean_adapter(run, lm, task.name), lm)
+    target.start = load_adapter(run.path / f"baselines/maml/{left_out_for(cfg, task.name)}", lm.layout)
+    fields = dict(candidate_sft(run, task.name)[0].fields)
+    for _ in range(5):
+        strategy = Strategy("SFT", tuple(sorted(fields.items())))
+        adapter = execute(target, strategy, support).adapters[0]
+        moved = _distance(adapter, target.start, lm)
+        if abs(moved / goal - 1) < 0.05:
+            break
+        fields["learning_rate"] *= goal / moved
+    folder = run.path / f"adapted/{method}/{task.name}"
+    save_adapter(folder, adapter, lm.layout, cfg.model.name, cfg.model.revision)
+    facts = {"update_norm": moved, "matched_to": goal}
+    write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "n_support": len(support), **facts})
+    run.finish(f"adapted/{method}/{task.name}", "adapt", started, method)
+    run.log(f"{method} {task.name}: moved {moved:.3g}, generated adapter {goal:.3g} from the mean, in "
+            f"{time.monotonic() - started:.0f} s", True)
+
+
+def _distance(a: Adapter, b: Adapter, lm: LM) -> float:
+    return float((flatten_adapter(a, lm.layout) - flatten_adapter(b, lm.layout)).norm())

@@ -173,8 +173,8 @@ class Policy(_Section):
 class Evaluate(_Section):
     metric: Literal["norm", "raw", "strict", "lenient"]
     methods: Annotated[list[Literal["base", "mean", "wrong_prompts", "own", "generator", "degaml", "degaml_plus",
-                                    "no_meta", "union", "reptile", "maml", "abmll", "aligned", "tempo", "tempo_plus"]],
-                       Field(min_length=1)]
+                                    "no_meta", "union", "reptile", "maml", "maml_matched", "abmll",
+                                    "aligned", "tempo", "tempo_plus"]], Field(min_length=1)]
     prompt_batches: Positive
     token_budget: Annotated[Int, Field(ge=32)]
     max_new_tokens: Positive
@@ -206,6 +206,7 @@ class Maml(_Section):
 
 
 class Abmll(_Section):
+    space: Literal["factor", "product"]
     meta_steps: Positive
     tasks_per_step: Positive
     inner_steps: Count
@@ -388,7 +389,7 @@ def _cross_checks(cfg: Config, where: dict) -> list[str]:
         fault("policy.folds", f"got {p.folds} folds of {d.num_support} support examples")
     if cfg.evaluate.metric in ("strict", "lenient") and not cfg.evaluate.generate:
         fault("evaluate.metric", f"{cfg.evaluate.metric} needs generated answers: evaluate.generate=true")
-    tuned = [m for m in ("no_meta", *META_TRAINED) if m in cfg.evaluate.methods and m != "abmll"]
+    tuned = [m for m in ("no_meta", "maml_matched", *META_TRAINED) if m in cfg.evaluate.methods and m != "abmll"]
     if tuned and not cfg.baselines.sft and "degaml_plus" not in cfg.evaluate.methods:
         fault("evaluate.methods", f"{tuned[0]} tries the SFT settings proposed for degaml_plus: add degaml_plus, "
                                   "or give settings in baselines.sft")

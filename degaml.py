@@ -131,7 +131,7 @@ ORDER = ("collect", "generator", "align", "policy", "adapt", "baselines", "evalu
 WORK = {"collect": ("adapters/*",), "generator": ("prompts/*", "generator/*"), "align": ("align/*",),
         "policy": ("policy/*/*",),
         "adapt": tuple(f"adapted/{m}/*" for m in ("generator", "aligned", "degaml*", "tempo*")),
-        "baselines": ("baselines/*/*", *(f"adapted/{m}/*" for m in ("no_meta", *META_TRAINED))),
+        "baselines": ("baselines/*/*", *(f"adapted/{m}/*" for m in ("no_meta", "maml_matched", *META_TRAINED))),
         "evaluate": ("scores/*/*",)}   # units of each stage, for its cost
 STAGES = {"assets": run_assets, "config": run_config, "check": run_check, "collect": run_collect,
           "generator": run_generator, "align": run_align, "policy": run_policy, "adapt": run_adapt,

@@ -88,7 +88,10 @@ def check_width(width: int, dims: list[int]) -> None:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer plus an optional update (alpha/r) B A; A and B are plain tensors swapped from outside."""
+    """A frozen linear layer plus an optional update (alpha/r) B A; A and B are plain tensors swapped from outside.
+
+    `dense` is a further update of any rank, (d_out, d_in): what a draw from a posterior over whole matrices adds.
+    """
 
     def __init__(self, base: nn.Linear, scale: float):
         super().__init__()
@@ -96,6 +99,7 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.A: Tensor | None = None
         self.B: Tensor | None = None
+        self.dense: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -105,6 +109,8 @@ class LoraLinear(nn.Module):
         y = self.base(x)
         if self.A is None:
             return y
+        if self.dense is not None:
+            y = y + F.linear(x, self.dense)
         low = F.linear(x, self.A).reshape(-1, self.A.shape[0])
         # one fused multiply-add; in place only where no gradient is recorded
         add = torch.Tensor.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
@@ -122,20 +128,30 @@ def attach_lora(model: nn.Module, layout: Layout) -> None:
 
 
 def swap_adapter(model: nn.Module, layout: Layout, adapter: Adapter | None) -> None:
-    """Put an adapter into the model, cast to the base's dtype; None leaves the bare base model."""
+    """Put an adapter into the model, cast to the base's dtype; None leaves the bare base model.
+
+    Besides A and B an adapter may hold `dense_key(path)`: (d_out, d_in), added to the matrix (`LoraLinear.dense`).
+    """
     for (path, *_), (a, _, b, _) in zip(layout.modules, layout.keys(), strict=True):
         m = model.get_submodule(path)
         w = m.weight
         m.A = None if adapter is None else adapter[a].to(w.device, w.dtype)
         m.B = None if adapter is None else adapter[b].to(w.device, w.dtype)
+        dense = None if adapter is None else adapter.get(dense_key(path))
+        m.dense = None if dense is None else dense.to(w.device, w.dtype)
         m.scale = layout.scale
+
+
+def dense_key(path: str) -> str:
+    """Key of a module's full-rank update."""
+    return f"{PREFIX}{path}.dense.weight"
 
 
 def clear_adapters(model: nn.Module) -> None:
     """The bare base model, whatever layout was in."""
     for m in model.modules():
         if isinstance(m, LoraLinear):
-            m.A = m.B = None
+            m.A = m.B = m.dense = None
 
 
 def init_adapter(layout: Layout, seed: int) -> Adapter:
@@ -383,9 +399,37 @@ def load_adapter(path: Path, layout: Layout) -> Adapter:
     return {k: v.float() for k, v in adapter.items()}
 
 
-def sample_adapters(folder: Path, layout: Layout, count: int, seed: int) -> list[Adapter]:
-    """Adapters drawn from a stored Gaussian (a PEFT folder of means with log_sd.safetensors), the same each time."""
-    mean, log_sd = load_adapter(folder, layout), load_tensors(folder / "log_sd.safetensors")
-    rng = torch.Generator().manual_seed(seed_for(seed, "posterior"))
-    return [{k: v + torch.exp(log_sd[k].float()) * torch.randn(v.shape, generator=rng) for k, v in mean.items()}
-            for _ in range(count)]
+# ------------------------------------------------------------------------------------------------ Gaussians of adapters
+
+def posterior_moments(posterior: Tensor, layout: Layout, space: str, log_floor: float) -> list[tuple[Tensor, Tensor]]:
+    """(mean, log sd) of what a (2, D) posterior is a diagonal Gaussian over.
+
+    factor: one pair of (D,), the entries of A and B; row 1 is their log sd. product: a pair of (d_out, d_in) per
+    module, the entries of dW; row 1 holds a second pair of factors, sd = |(alpha/r) B A| + e^log_floor (ABMLL's
+    structured spread, spec, section 9; the absolute value keeps it positive).
+    """
+    if space == "factor":
+        return [(posterior[0], posterior[1])]
+    mean, spread = (unflatten_adapter(row, layout) for row in posterior)
+    return [(layout.scale * mean[b] @ mean[a],
+             ((layout.scale * spread[b] @ spread[a]).abs() + math.exp(log_floor)).log())
+            for a, _, b, _ in layout.keys()]
+
+
+def draw_adapter(posterior: Tensor, layout: Layout, space: str, log_floor: float, rng: torch.Generator) -> Adapter:
+    """One reparameterised draw, through which gradients flow to the posterior. In product space it is of full rank."""
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=rng).to(like.device)
+    moments = posterior_moments(posterior, layout, space, log_floor)
+    if space == "factor":
+        (mean, log_sd), = moments
+        return unflatten_adapter(mean + log_sd.exp() * noise(mean), layout)
+    return unflatten_adapter(posterior[0], layout) | {
+        dense_key(path): log_sd.exp() * noise(log_sd)
+        for (path, *_), (_, log_sd) in zip(layout.modules, moments, strict=True)}
+
+
+def load_posterior(folder: Path, layout: Layout) -> Tensor:
+    """(2, D) of a PEFT folder that holds the mean, with spread.safetensors beside it."""
+    return torch.stack([flatten_adapter(a, layout) for a in
+                        (load_adapter(folder, layout), load_tensors(folder / "spread.safetensors"))])

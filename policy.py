@@ -36,11 +36,12 @@ from lora import (
     Layout,
     attach_lora,
     clear_adapters,
+    draw_adapter,
     find_layout,
     init_adapter,
     load_adapter,
+    load_posterior,
     rate,
-    sample_adapters,
     save_adapter,
     swap_adapter,
     train_adapter,
@@ -557,9 +558,11 @@ def _variants(cfg, run: Run, lm: LM, task: Task, target: Target | None, method: 
     if method in ("generator", "aligned"):
         return [Refined([target.draw(b)[0]]) for b in range(cfg.evaluate.prompt_batches)]
     if method == "abmll":
-        return [Refined(sample_adapters(folder, lm.layout, cfg.baselines.abmll.test_samples, cfg.seed),
-                        "mean_probability")]
-    if method == "no_meta" or method in META_TRAINED:
+        b, rng = cfg.baselines.abmll, torch.Generator().manual_seed(seed_for(cfg.seed, "posterior"))
+        posterior = load_posterior(folder, lm.layout)
+        return [Refined([draw_adapter(posterior, lm.layout, b.space, b.init_log_sd, rng)
+                         for _ in range(b.test_samples)], "mean_probability")]
+    if method in ("no_meta", "maml_matched", *META_TRAINED):
         return [Refined([load_adapter(folder, lm.layout)])]
     return [load_refined(run, target, folder)]
 

@@ -33,7 +33,7 @@ import matplotlib
 import numpy as np
 import yaml
 
-from config import META_TRAINED, UserError
+from config import ALIGNED, META_TRAINED, UserError
 from runtime import read_json, read_jsonl, write_text
 
 matplotlib.use("Agg")  # before pyplot, which would look for a display
@@ -68,6 +68,7 @@ METHODS = {
     "union": ("Union Train LoRA", "#009E73", "p"),
     "reptile": ("Reptile LoRA", "#56B4E9", "p"),
     "maml": ("MAML-en-LLM", "#0072B2", "p"),
+    "maml_matched": ("MAML-en-LLM, matched update norm", "#0072B2", "h"),
     "abmll": ("ABMLL", "#D55E00", "p"),
 }
 # Shown as "not run" where absent; the other methods appear only when they have scores.
@@ -79,7 +80,7 @@ PAIRS = (
     ("degaml", "generator"), ("degaml_plus", "generator"), ("degaml_plus", "no_meta"),
     ("degaml_plus", "degaml"), ("no_meta", "base"), ("own", "base"),
     ("aligned", "generator"), ("tempo", "generator"), ("tempo", "degaml"), ("tempo_plus", "degaml_plus"),
-    ("degaml", "no_meta"), *((a, b) for b in META_TRAINED for a in ("degaml", "degaml_plus")),
+    ("maml_matched", "maml"), ("degaml", "no_meta"), *((a, b) for b in META_TRAINED for a in ("degaml", "degaml_plus")),
 )
 SEARCHED = ("degaml", "degaml_plus", "tempo", "tempo_plus")
 BASELINES = ("no_meta", *META_TRAINED)
@@ -379,13 +380,15 @@ def read_budget(run_path: Path) -> dict[str, dict]:
         values = [record[key] for _, record in found if record.get(key) is not None]
         return sum(values) if values else None
 
-    shared = records("adapters/*") + records("prompts/*") + records("generator/*")
+    generated = records("adapters/*") + records("prompts/*") + records("generator/*")
+    meta_of = {**dict.fromkeys(("generator", "degaml", "degaml_plus"), generated),
+               **dict.fromkeys(ALIGNED, generated + records("align/*")),
+               **{m: records(f"baselines/{m}/*") for m in BASELINES}, "maml_matched": records("baselines/maml/*")}
     out = {}
-    for method in ("generator", "degaml", "degaml_plus", *BASELINES):
+    for method, meta in meta_of.items():
         adapted = records(f"adapted/{method}/*")
         if not adapted:
             continue
-        meta = shared if method in ("generator", "degaml", "degaml_plus") else records(f"baselines/{method}/*")
         labels = [_read_json(run_path / "adapted" / method / task / "strategy.json", {}).get("n_support")
                   for task, _ in adapted]
         out[method] = {"seconds_meta": total(meta, "seconds"), "meta_steps": total(meta, "steps"),

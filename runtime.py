@@ -44,7 +44,7 @@ DEPENDS = {
     "evaluate": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate"],
 }
 # What a method's adapters and scores depend on besides.
-METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys(META_TRAINED, ["baselines"]),
+METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys([*META_TRAINED, "maml_matched"], ["baselines"]),
                   **dict.fromkeys(ALIGNED, ["align"])}
 _CHOICES = ("data.targets", "evaluate.methods", "generator.save_every")
 

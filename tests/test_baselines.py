@@ -11,6 +11,7 @@ from baselines import (
     Moments,
     gaussian_kl,
     infer_posterior,
+    initial_posterior,
     meta_gradient,
     negative_log_prior,
     shared_update,
@@ -20,9 +21,20 @@ from baselines import (
 from config import META_TRAINED, load_config
 from data import load_tasks
 from generator import collect_adapters, train_generators
-from lora import clear_adapters, flatten_adapter, init_adapter, load_adapter, sample_adapters, unflatten_adapter
+from lora import (
+    clear_adapters,
+    dense_key,
+    draw_adapter,
+    flatten_adapter,
+    init_adapter,
+    load_adapter,
+    load_posterior,
+    posterior_moments,
+    swap_adapter,
+    unflatten_adapter,
+)
 from policy import adapt_targets, evaluate_methods
-from runtime import Run, read_json, read_jsonl
+from runtime import Run, read_json, read_jsonl, seed_for
 from scoring import lm_loss, load_lm, make_row, score_examples
 from strategies import Refined, combine
 
@@ -202,13 +214,15 @@ def test_prior_is_the_named_distributions():
     torch.testing.assert_close(got, want(*a) - want(*b), rtol=1e-4, atol=1e-3)
 
 
-def test_posterior_fits_the_task(tiny_args):
+@pytest.mark.parametrize("space", ["factor", "product"])
+def test_posterior_fits_the_task(tiny_args, space):
     """Its steps lower the loss of the task, and a heavy KL holds it at the prior."""
     run = make_run(tiny_args)
     lm, b = load_lm(run), run.cfg.baselines.abmll.model_copy(update={"inner_lr": 0.3})
     rows = [make_row(lm, e) for e in load_tasks(run)["alpha"].train[:8]]
     mean = flatten_adapter(init_adapter(lm.layout, 1), lm.layout)
-    prior = (mean, torch.full_like(mean, -7.0))
+    b = b.model_copy(update={"space": space})
+    prior = initial_posterior(lm, b, 1)
 
     def fit(beta):
         rng = torch.Generator().manual_seed(0)
@@ -228,6 +242,43 @@ def test_prediction_is_the_mean_probability():
     scores = [(0.0, -1.0, -9.0), (-3.0, 0.0, -9.0)]
     p = torch.softmax(torch.tensor(scores, dtype=torch.float64), -1).mean(0)
     assert combine(scores, "mean_probability") == pytest.approx(p.log().tolist())
+
+
+def test_product_space_is_a_gaussian_over_dw(tiny_args):
+    """Draws of (alpha/r) B A + dense have the stated mean and sd in every entry, and reach the model's output."""
+    run = make_run(tiny_args, "baselines.abmll.init_log_sd=-3")
+    lm, b = load_lm(run), run.cfg.baselines.abmll
+    posterior = initial_posterior(lm, b.model_copy(update={"space": "product"}), 1)
+    posterior += 0.05 * torch.randn(posterior.shape, generator=torch.Generator().manual_seed(5))
+    (path, *_), (ka, _, kb, _) = lm.layout.modules[0], next(lm.layout.keys())
+    mean, log_sd = posterior_moments(posterior, lm.layout, "product", b.init_log_sd)[0]
+    rng = torch.Generator().manual_seed(0)
+    draws = [draw_adapter(posterior, lm.layout, "product", b.init_log_sd, rng) for _ in range(400)]
+    updates = torch.stack([lm.layout.scale * d[kb] @ d[ka] + d[dense_key(path)] for d in draws])
+    off = (updates.mean(0) - mean) / (log_sd.exp() / 20)
+    assert float(off.std()) == pytest.approx(1, abs=0.15), "standard errors of the mean"
+    assert float((updates.std(0) / log_sd.exp()).mean()) == pytest.approx(1, abs=0.03)
+    assert float(log_sd.min()) >= b.init_log_sd and float(log_sd.max()) > b.init_log_sd + 0.1
+    layer, x = lm.model.get_submodule(path), torch.randn(2, mean.shape[1], generator=rng)
+    try:
+        swap_adapter(lm.model, lm.layout, draws[0])
+        torch.testing.assert_close(layer(x), layer.base(x) + x @ updates[0].t(), rtol=1e-4, atol=1e-5)
+    finally:
+        clear_adapters(lm.model)
+    torch.testing.assert_close(layer(x), layer.base(x))
+
+
+def test_product_space_end_to_end(tiny_args):
+    """Meta-training moves both pairs of factors; a target is predicted from full-rank draws."""
+    run = make_run(tiny_args, *FAST, "evaluate.methods=[base, degaml_plus, abmll]", "data.targets=[delta]",
+                   "baselines.abmll.space=product")
+    for stage in (collect_adapters, train_generators, adapt_targets, train_baselines, evaluate_methods):
+        stage(run.cfg, run)
+    lm = load_lm(run)
+    learned = load_posterior(run.path / "baselines/abmll/none", lm.layout)
+    moved = (learned - initial_posterior(lm, run.cfg.baselines.abmll, run.cfg.seed)).norm(dim=1)
+    assert (moved > 1e-3).all() and torch.isfinite(learned).all()
+    assert len(read_jsonl(run.path / "scores/abmll/delta.jsonl")) == 12
 
 
 # -------------------------------------------------------------------------------------------------------- end to end
@@ -250,7 +301,9 @@ def test_every_baseline_is_trained_adapted_and_scored(tiny_args):
         for task in ("alpha", "delta"):
             assert len(read_jsonl(run.path / f"scores/{method}/{task}.jsonl")) == 12
     test = list(load_tasks(run)["delta"].test)
-    samples = sample_adapters(run.path / "adapted/abmll/delta", lm.layout, 5, run.cfg.seed)
+    posterior = load_posterior(run.path / "adapted/abmll/delta", lm.layout)
+    rng = torch.Generator().manual_seed(seed_for(run.cfg.seed, "posterior"))
+    samples = [draw_adapter(posterior, lm.layout, "factor", -7.0, rng) for _ in range(5)]
     each = [score_examples(lm, a, test) for a in Refined(samples).adapters]
     want = [max(range(len(e.options)), key=lambda o, i=i: combine([s[i].norm for s in each], "mean_probability")[o])
             for i, e in enumerate(test)]
@@ -274,6 +327,21 @@ def test_a_fixed_setting_needs_no_policy(tiny_args):
     start = load_adapter(run.path / "baselines/maml/none", lm.layout)
     tuned = load_adapter(run.path / "adapted/maml/delta", lm.layout)
     assert any(not torch.equal(start[k], tuned[k]) for k in start)
+
+
+def test_matched_update_norm(tiny_args):
+    """MAML's start moves as far as the generated adapter lies from the mean adapter, by its rate alone."""
+    run = make_run(tiny_args, *FAST, "evaluate.methods=[base, degaml_plus, maml_matched]", "data.targets=[delta]")
+    for stage in (collect_adapters, train_generators, adapt_targets, train_baselines, evaluate_methods):
+        stage(run.cfg, run)
+    lm = load_lm(run)
+    kept = read_json(run.path / "adapted/maml_matched/delta/strategy.json")
+    start = load_adapter(run.path / "baselines/maml/none", lm.layout)
+    moved = load_adapter(run.path / "adapted/maml_matched/delta", lm.layout)
+    norm = float((flatten_adapter(moved, lm.layout) - flatten_adapter(start, lm.layout)).norm())
+    assert norm == pytest.approx(kept["update_norm"]) == pytest.approx(kept["matched_to"], rel=0.05)
+    assert not (run.path / "adapted/maml").exists()
+    assert len(read_jsonl(run.path / "scores/maml_matched/delta.jsonl")) == 12
 
 
 @pytest.mark.parametrize("method", META_TRAINED)
