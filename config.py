@@ -68,6 +68,7 @@ class Data(_Section):
     num_train: Positive
     num_support: Annotated[Int, Field(ge=2)]
     num_test: Positive
+    skip_test: Count
     num_prompts: Positive
     prompts_from: Literal["train", "test"]
     max_tokens: Annotated[Int, Field(ge=32)]

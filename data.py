@@ -136,13 +136,17 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
 
     Args: pools: {"train": …, "test": …} where the benchmark has both, else {"all": …}, cut in the order test,
         support, train after one seeded shuffle.
-    Raises: UserError: fewer than num_support examples remain.
+    Raises: UserError: fewer than num_support examples remain, or no test example lies behind skip_test.
     """
     d, rng = cfg.data, rng_for(cfg.seed, "split", name)
     pools = {k: _unique(v) for k, v in pools.items()}
+    if d.skip_test and name in (d.targets or [name]) and d.skip_test >= len(pools.get("test", ())):
+        have = f"{len(pools['test'])} test examples" if "test" in pools else "no test split of its own"
+        raise UserError(f"data.skip_test={d.skip_test}: task {name} has {have}; skip less, or name data.targets "
+                        "without it")
     pools = {k: [v[i] for i in rng.permutation(len(v))] for k, v in pools.items()}
     rest = pools.get("train", pools.get("all", []))
-    test = pools["test"][:d.num_test] if "test" in pools else rest[:d.num_test]
+    test = pools["test"][d.skip_test:d.skip_test + d.num_test] if "test" in pools else rest[:d.num_test]
     if "test" not in pools:
         rest = rest[d.num_test:]
     # the whole benchmark test set is kept out of training, not only the part scored here

@@ -84,6 +84,7 @@ PAIRS = (
 )
 SEARCHED = ("degaml", "degaml_plus", "tempo", "tempo_plus")
 BASELINES = ("no_meta", *META_TRAINED)
+TABLE_1 = ("no_meta", "union", "abmll", "maml")   # the rows of paper D's Table 1 above its own
 QUESTIONS = {
     "generator - base": "Generated adapters against the frozen model",
     "generator - mean": "Generated adapters against the plain mean of the training adapters "
@@ -511,7 +512,8 @@ def pool_seeds(run_path: Path, cfg, tasks: dict, scores: dict) -> dict:
         "contrasts"}}; pooled entries carry `seed_std`, the sample std of the runs' values.
     Raises: UserError: if a folder is missing or two runs have the same seed.
     """
-    found = [(_seed_of({"seed": cfg.seed, "generator": {"seed": cfg.generator.seed}}), run_path.name, scores)]
+    found = [(_seed_of({"seed": cfg.seed, "generator": {"seed": cfg.generator.seed},
+                        "data": {"skip_test": cfg.data.skip_test}}), run_path.name, scores)]
     for folder in map(Path, cfg.report.seed_runs):
         config = folder / "config.yaml"
         if not config.exists():
@@ -536,10 +538,11 @@ def pool_seeds(run_path: Path, cfg, tasks: dict, scores: dict) -> dict:
 
 
 def _seed_of(config: dict):
-    """The seed of a run; with the generator's where that one alone was changed."""
+    """The seed of a run; with the generator's where that one alone was changed, and the test examples passed over."""
     seed = config.get("seed")
-    own = (config.get("generator") or {}).get("seed", seed)
-    return seed if own == seed else f"{seed} (generator {own})"
+    own, skipped = (config.get("generator") or {}).get("seed", seed), (config.get("data") or {}).get("skip_test", 0)
+    more = ([f"generator {own}"] if own != seed else []) + ([f"test from {skipped}"] if skipped else [])
+    return f"{seed} ({', '.join(more)})" if more else seed
 
 
 def _summarise_runs(runs: list[dict], tasks: dict, metric: str) -> dict:
@@ -814,6 +817,37 @@ def table_paper(results: dict) -> dict:
     return _table("Against the paper", header, rows, notes)
 
 
+def table_main(results: dict, domain: str) -> dict:
+    """Paper D's Table 1 for one domain: the baselines, DeGAML, and its difference to each; then the paper's rows.
+
+    Our differences carry the paired standard error; the paper's are recomputed from its cells.
+    """
+    names = _in_domain(results["tasks"], domain)
+    rows = [[_label(m), *(_accuracy_cell(results, t, m, relative=False) for t in names),
+             _average_cell(results, domain, m, relative=False)] for m in (*TABLE_1, "degaml")]
+    for method in TABLE_1:
+        found = find_contrast(results["contrasts"], f"degaml - {method}", results["metric"]) or {"tasks": {}}
+        cells = [*(found["tasks"].get(t) for t in names), found.get(domain)]
+        rows.append([f"DeGAML - {_label(method)}",
+                     *(NOT_RUN if c is None else _points(c["diff"], c["se"], True) for c in cells)])
+    paper = (results["paper"] or {"methods": {}})["methods"]
+    known = {m: paper[m]["cells"] for m in (*TABLE_1, "degaml") if m in paper and set(names) & set(paper[m]["cells"])}
+    for method, cells in known.items():
+        rows.append([f"Paper: {_label(method)}", *(f"{100 * cells[t]:.1f}" if t in cells else "not in paper"
+                                                   for t in names),
+                     f"{100 * _paper_average(results, method, domain)[0]:.1f}"])
+    for method, cells in known.items():
+        both = [t for t in names if t in cells and t in known.get("degaml", {})]
+        if method != "degaml" and both:
+            gaps = {t: 100 * (known["degaml"][t] - cells[t]) for t in both}
+            rows.append([f"Paper: DeGAML - {_label(method)}",
+                         *(f"{gaps[t]:+.1f}" if t in gaps else "not in paper" for t in names),
+                         f"{sum(gaps.values()) / len(gaps):+.1f}"])
+    header = ["Method", *(_task_label(results, task) for task in names), f"Avg ({_count(len(names), 'task')})"]
+    return _table(f"Against the baselines, {DOMAINS[domain].lower()} (paper D, Table 1)", header, rows,
+                  [_metric_note(results), VERDICT_NOTE])
+
+
 def _our_average(results: dict, method: str, domain: str) -> float | None:
     """Our average over the tasks the paper has; None unless every one of them was run."""
     cells = results["paper"]["methods"][method]["cells"]
@@ -1020,6 +1054,8 @@ def report_sections(results: dict, figures: list[dict]) -> list[tuple[str, list]
     if "seeds" in results:
         contrasts.append(table_seeds(results))
     outcome = [*(table_results(results, domain) for domain in DOMAINS), drawn["accuracy"]]
+    if {"union", "abmll", "maml"} & {m for d in DOMAINS for m in results["averages"][d]}:
+        outcome += [table_main(results, domain) for domain in DOMAINS if _in_domain(results["tasks"], domain)]
     if results["paper"]:
         outcome.append(table_paper(results))
     outcome += [table_calibration(results), table_metrics(results)]

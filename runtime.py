@@ -41,12 +41,12 @@ DEPENDS = {
     "adapt": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
     "align": [*_DATA, "collect", "generator", "align"],
     "baselines": [*_DATA, "collect", "baselines"],
-    "evaluate": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate"],
+    "evaluate": [*_DATA, "data.skip_test", "collect", "generator", "strategies", "policy", "evaluate"],
 }
 # What a method's adapters and scores depend on besides.
 METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys([*META_TRAINED, "maml_matched"], ["baselines"]),
                   **dict.fromkeys(ALIGNED, ["align"])}
-_CHOICES = ("data.targets", "evaluate.methods", "generator.save_every")
+_CHOICES = ("data.targets", "data.skip_test", "evaluate.methods", "generator.save_every")   # unless named above
 
 
 @dataclass
@@ -144,7 +144,7 @@ def fingerprint(cfg: Config, stage: str, method: str = "") -> dict:
     """The flat keys a stage's output depends on."""
     keys = DEPENDS[stage] + METHOD_DEPENDS.get(method, [])
     return {k: v for k, v in flatten(cfg.model_dump()).items()
-            if k not in _CHOICES and any(k == p or k.startswith(p + ".") for p in keys)}
+            if (k not in _CHOICES or k in keys) and any(k == p or k.startswith(p + ".") for p in keys)}
 
 
 def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:

@@ -411,6 +411,24 @@ def test_duplicates_are_dropped_once():
     assert ids == ["1", "3", "4", "5", "6"] and [len(s) for s in splits] == [2, 2, 1]
 
 
+def test_skip_test_scores_a_fresh_part_of_the_test_split():
+    """The parts are disjoint and nothing else moves; a task without a test split of its own has no second part."""
+    pools = {"train": [Example(f"r{i}", f"train {i}", ("a", "b"), 0, "a") for i in range(30)],
+             "test": [Example(f"t{i}", f"test {i}", ("a", "b"), 0, "a") for i in range(25)]}
+
+    def split(*words):
+        return make_splits(load_config(["data.num_test=10", *words])[0], "mine", pools)
+    first, second, third = split(), split("data.skip_test=10"), split("data.skip_test=20")
+    assert first[:2] == second[:2] == third[:2] and [len(s[2]) for s in (first, second, third)] == [10, 10, 5]
+    assert len({e.id for s in (first, second, third) for e in s[2]}) == 25
+    with pytest.raises(UserError, match="data.skip_test=25: task mine has 25 test examples"):
+        split("data.skip_test=25")
+    with pytest.raises(UserError, match="no test split of its own"):
+        make_splits(load_config(["data.skip_test=1", "data.num_support=4"])[0], "mine", {"all": pools["train"]})
+    untargeted = load_config(["data.skip_test=1", "data.num_test=5", "data.num_support=4", "data.targets=[arc_c]"])[0]
+    assert len(make_splits(untargeted, "mine", {"all": pools["train"]})[2]) == 5
+
+
 def test_tasks_are_loaded_once(tmp_path, tiny_args):
     """A process reads each task's files once and keeps configuration order."""
     run = Run(tmp_path, load_config(tiny_args)[0])

@@ -25,7 +25,8 @@ TITLES = {"arc_e": "ARC-e", "boolq": "BoolQ", "divlogic": "LogiQA"}
 
 def make_cfg(paper="none", seed_runs=(), metric="norm", seed=999):
     return SimpleNamespace(
-        name="canned", seed=seed, generator=SimpleNamespace(seed=seed), model=SimpleNamespace(name="tiny-model"),
+        name="canned", seed=seed, generator=SimpleNamespace(seed=seed), data=SimpleNamespace(skip_test=0),
+        model=SimpleNamespace(name="tiny-model"),
         evaluate=SimpleNamespace(metric=metric),
         report=SimpleNamespace(paper=paper, seed_runs=list(seed_runs)))
 
@@ -274,6 +275,9 @@ def test_seeds_are_pooled_per_example(tmp_path):
     (second / "config.yaml").write_text("seed: 999\ngenerator: {seed: 1}\n")
     results = report.build_results(first, make_cfg(seed_runs=[str(second)]))
     assert [run["seed"] for run in results["seeds"]["runs"]] == [999, "999 (generator 1)"]
+    (second / "config.yaml").write_text("seed: 999\ndata: {skip_test: 200}\n")
+    results = report.build_results(first, make_cfg(seed_runs=[str(second)]))
+    assert [run["seed"] for run in results["seeds"]["runs"]] == [999, "999 (test from 200)"]
     with pytest.raises(UserError, match="repeats seed 999"):
         report.build_results(first, make_cfg(seed_runs=[str(first)]))
     with pytest.raises(UserError, match=r"no config\.yaml"):
@@ -297,6 +301,23 @@ def test_a_baseline_ahead_is_said_first(tmp_path):
     lines = report.headline(report.build_results(path, make_cfg()))
     assert lines[1].startswith("In-domain, baselines ahead of DeGAML on average: MAML-en-LLM 75.0")
     assert "Union" not in lines[1]
+
+
+def test_main_table_has_the_papers_delta_rows(tmp_path):
+    """Ours with paired standard errors, the paper's recomputed from its cells; what was not run says so."""
+    scores = SCORES | {"degaml": {"arc_e": [1, 0, 0, 0]}, "maml": {"arc_e": [1, 1, 1, 0]}}
+    run = SimpleNamespace(path=make_run(tmp_path / "r", scores, tasks=("arc_e", "divlogic")))
+    report.make_report(make_cfg("degaml-qwen2.5-0.5b"), run)
+    title = "Against the baselines, in-domain (paper D, Table 1)"
+    text = (run.path / "report/report.md").read_text()
+    assert row_of(text, "DeGAML - MAML-en-LLM", title)[1].startswith("-50.00 ± 28.87")   # 0 -1 -1 0
+    assert row_of(text, "DeGAML - ABMLL", title)[1:] == ["not run", "not run"]
+    assert row_of(text, "Paper: MAML-en-LLM", title)[1] == "63.7"
+    assert row_of(text, "Paper: DeGAML - MAML-en-LLM", title)[1] == "+11.0"              # 74.7 - 63.7
+    out = "Against the baselines, out-of-domain (paper D, Table 1)"
+    assert row_of(text, "Paper: DeGAML - Union Train LoRA", out)[1] == "+8.4"                       # 28.7 - 20.3
+    with pytest.raises(StopIteration):
+        row_of(text, "Paper: No Meta-Train LoRA", out)   # the paper gives it in-domain only
 
 
 def test_budget_comes_from_the_records(tmp_path):

@@ -131,7 +131,7 @@ def test_overwrite_removes_the_old_unit(tmp_path):
     ("generator", "collect.clip=2"),
     ("policy", "policy.epochs=1"), ("adapt", "strategies.mix=halves"), ("adapt", "evaluate.metric=raw"),
     ("evaluate", "evaluate.max_new_tokens=3"), ("evaluate", "evaluate.prompt_batches=7"),
-    ("evaluate", "data.jsonl={arc_e: x.jsonl}")])
+    ("evaluate", "data.jsonl={arc_e: x.jsonl}"), ("evaluate", "data.skip_test=5")])
 def test_keys_that_change_an_output_change_its_fingerprint(tmp_path, stage, word):
     """A key that changes what a stage writes is part of the stage's record."""
     assert fingerprint(make_run(tmp_path, word).cfg, stage) != fingerprint(make_run(tmp_path).cfg, stage)
@@ -148,6 +148,12 @@ def test_a_method_depends_on_its_own_section(tmp_path, method, word, others):
         assert fingerprint(plain, stage, method) != fingerprint(changed, stage, method)
         for other in others:
             assert fingerprint(plain, stage, other) == fingerprint(changed, stage, other)
+
+
+@pytest.mark.parametrize("stage", sorted(set(DEPENDS) - {"evaluate"}))
+def test_another_part_of_the_test_split_makes_nothing_else_stale(tmp_path, stage):
+    """Only scores depend on which test examples are scored: adapters are kept."""
+    assert fingerprint(make_run(tmp_path, "data.skip_test=5").cfg, stage) == fingerprint(make_run(tmp_path).cfg, stage)
 
 
 @pytest.mark.parametrize("stage", DEPENDS)
