@@ -7,7 +7,7 @@ PYTHON ?= python3
 PY      = .venv/bin/python
 TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --log-dir .cache/torchrun
 
-.PHONY: help install assets demo reproduce reproduce-all test harness report lint clean
+.PHONY: help install assets demo reproduce reproduce-all test harness bench report lint clean
 
 help:
 	@echo "make demo       five minutes of the whole pipeline on a slice of the real data"
@@ -15,6 +15,7 @@ help:
 	@echo "make reproduce-all  the same with the baselines and TEMPO, in the same folder"
 	@echo "make report     tables, figures and report.html of a run, from stored results"
 	@echo "make test       the tests"
+	@echo "make bench      the hot paths beside Trainer + PEFT, lm-eval and plain loops (installs the peers)"
 	@echo "make harness    our log-likelihoods beside lm-evaluation-harness (installs it)"
 	@echo "variables: CONFIG=$(CONFIG) NPROC=$(NPROC) ARGS='key=value ...'"
 
@@ -55,6 +56,10 @@ test: assets/.done
 harness: assets/.done
 	$(PY) -m pip install --disable-pip-version-check -q -r requirements-bench.txt
 	$(PY) -m pytest -q tests/test_harness.py
+
+bench: assets/.done
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-bench.txt
+	$(PY) bench.py $(ARGS)
 
 lint: .venv/.done
 	$(PY) -m pip install --disable-pip-version-check -q ruff==0.17.6

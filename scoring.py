@@ -333,22 +333,35 @@ def slot_deltas(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int], step
     """
     w = lm.model.get_output_embeddings().weight
     deltas = torch.zeros(len(rows), hidden.shape[-1], device=hidden.device)
-    for i, r in enumerate(rows):
-        n = len(r.context)
-        if n < 2 or steps == 0:
-            continue
-        z0 = project(lm, hidden[starts[i]:starts[i] + n - 1])
-        y = w[list(r.context[1:])].float().mean(0)
-        delta, m, v = deltas[i], torch.zeros_like(deltas[i]), torch.zeros_like(deltas[i])
-        for t in range(1, steps + 1):
-            shift = F.linear(delta.to(w.dtype), w).float()
-            p = torch.softmax(z0 + shift, -1).mean(0)
-            g = F.linear(p.to(w.dtype), w.t()).float() - y
-            m.mul_(0.9).add_(g, alpha=0.1)
-            v.mul_(0.999).addcmul_(g, g, value=0.001)
-            delta.mul_(1 - lr * 1e-8)
-            delta.addcdiv_(m / (1 - 0.9 ** t), (v / (1 - 0.999 ** t)).sqrt() + 1e-5, value=-lr)
+    live = [i for i, r in enumerate(rows) if len(r.context) > 1]
+    if not live or not steps:
+        return deltas
+    base, y = [], torch.stack([w[list(rows[i].context[1:])].float().mean(0) for i in live])
+    for i in live:   # exp(z0), scaled to 1 at each position's largest logit: the only pass of exp over (n, V)
+        z0 = project(lm, hidden[starts[i]:starts[i] + len(rows[i].context) - 1])
+        base.append(z0.sub_(z0.amax(1, keepdim=True)).exp_())
+    delta = deltas[live]
+    m, v = torch.zeros_like(delta), torch.zeros_like(delta)
+    for t in range(1, steps + 1):
+        shift = F.linear(delta.to(w.dtype), w).float()
+        shift = shift.sub_(shift.amax(1, keepdim=True)).exp_()
+        p = torch.stack([_mean_softmax(e, s) for e, s in zip(base, shift, strict=True)])
+        g = F.linear(p.to(w.dtype), w.t()).float() - y
+        m.mul_(0.9).add_(g, alpha=0.1)
+        v.mul_(0.999).addcmul_(g, g, value=0.001)
+        delta.mul_(1 - lr * 1e-8)
+        delta.addcdiv_(m / (1 - 0.9 ** t), (v / (1 - 0.999 ** t)).sqrt() + 1e-5, value=-lr)
+    deltas[live] = delta
     return deltas
+
+
+def _mean_softmax(base: Tensor, shift: Tensor) -> Tensor:
+    """(V,) mean over positions of softmax(log base + log shift), from (n, V) and (V,): two matrix-vector products."""
+    total = base @ shift
+    if float(total.min()) < 1e-30:   # a steering far from the base model's answers: too small for float32, use logs
+        logits = base.clamp_min(1e-38).log() + shift.clamp_min(1e-38).log()
+        return torch.softmax(logits, -1).mean(0)
+    return (total.reciprocal() @ base) * shift / len(base)
 
 
 # ------------------------------------------------------------------------------------------------------------- losses

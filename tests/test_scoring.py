@@ -17,6 +17,7 @@ from scoring import (
     LM,
     Row,
     Scores,
+    _mean_softmax,
     accuracy,
     branch_logprobs,
     chat_prompt,
@@ -530,3 +531,18 @@ def test_bfloat16_base_scores_in_float32(tiny_model_dir, tiny_lm):
     hidden, starts = states(lm, rows)
     assert hidden.dtype == torch.bfloat16 and project(lm, hidden).dtype == torch.float32
     assert slot_deltas(lm, rows, hidden, starts, 1, 0.1).dtype == torch.float32
+
+
+def test_mean_softmax_survives_underflow():
+    """Two matrix-vector products give the mean softmax; where they underflow, logarithms do."""
+    g = torch.Generator().manual_seed(0)
+    z, shift = 5 * torch.randn(4, 50, generator=g), 5 * torch.randn(50, generator=g)
+    want = torch.softmax(z + shift, -1).mean(0)
+    base, add = torch.exp(z - z.amax(1, keepdim=True)), torch.exp(shift - shift.max())
+    torch.testing.assert_close(_mean_softmax(base, add), want, rtol=1e-4, atol=1e-7)
+    far = torch.zeros(50)
+    far[7] = 85.0   # the shift's peak lies where the base model gives e^-80
+    z[:, 7] = z.amax(1) - 80
+    want = torch.softmax(z + far, -1).mean(0)
+    base, add = torch.exp(z - z.amax(1, keepdim=True)), torch.exp(far - far.max())
+    torch.testing.assert_close(_mean_softmax(base, add), want, rtol=1e-3, atol=1e-4)
