@@ -309,7 +309,7 @@ def _unflatten(flat: dict) -> dict:
 def _read(path: Path) -> dict:
     if not path.is_file():
         have = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.yaml")
-                                if p.name not in ("contexts.yaml", "paper_tables.yaml")))
+                                if p.name not in ("contexts.yaml", "models.yaml", "paper_tables.yaml")))
         raise UserError(f"config={path}: no such file; presets here: {have}")
     tree = parse_yaml(path.read_text(), str(path)) or {}
     if not isinstance(tree, dict):

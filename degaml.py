@@ -49,6 +49,12 @@ def run_check(cfg, run) -> dict:
     return {}
 
 
+def run_doctor(cfg, run) -> dict:
+    """Predict shapes, memory, disk and hours of a configuration from its model's shapes; refuse what cannot fit."""
+    from doctor import examine
+    return examine(cfg, run)
+
+
 def run_collect(cfg, run) -> dict:
     """LoRA checkpoints of the training tasks."""
     from generator import collect_adapters
@@ -133,10 +139,10 @@ WORK = {"collect": ("adapters/*",), "generator": ("prompts/*", "generator/*"), "
         "adapt": tuple(f"adapted/{m}/*" for m in ("generator", "aligned", "degaml*", "tempo*")),
         "baselines": ("baselines/*/*", *(f"adapted/{m}/*" for m in ("no_meta", "maml_matched", *META_TRAINED))),
         "evaluate": ("scores/*/*",)}   # units of each stage, for its cost
-STAGES = {"assets": run_assets, "config": run_config, "check": run_check, "collect": run_collect,
-          "generator": run_generator, "align": run_align, "policy": run_policy, "adapt": run_adapt,
-          "baselines": run_baselines, "evaluate": run_evaluate, "report": run_report, "analyze": run_analyze,
-          "contexts": run_contexts, "all": run_all}
+STAGES = {"assets": run_assets, "config": run_config, "doctor": run_doctor, "check": run_check,
+          "collect": run_collect, "generator": run_generator, "align": run_align, "policy": run_policy,
+          "adapt": run_adapt, "baselines": run_baselines, "evaluate": run_evaluate, "report": run_report,
+          "analyze": run_analyze, "contexts": run_contexts, "all": run_all}
 
 
 def run_stage(name: str, cfg, run) -> dict:
@@ -145,7 +151,7 @@ def run_stage(name: str, cfg, run) -> dict:
     start = time.monotonic()
     out = STAGES[name](cfg, run)
     run.barrier()
-    if run.rank == 0 and name not in ("all", "config", "check", "assets"):
+    if run.rank == 0 and name not in ("all", "config", "doctor", "check", "assets"):
         took = time.monotonic() - start
         # summed over finished units, so that neither a rerun nor an interruption changes what the work cost
         units = [read_json(p)["seconds"] for w in WORK.get(name, ()) for p in run.path.glob(w + "/DONE.json")]

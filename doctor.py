@@ -1,0 +1,197 @@
+"""What a configuration needs before it runs: shapes, memory, disk and time per stage, from the model's shapes alone.
+
+    python degaml.py stage=doctor config=configs/qwen2.5-0.5b.yaml
+
+Shapes and parameter counts are exact. Memory, disk and hours are predictions from counted operations and a short
+matrix-product measurement on this machine; the table says so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alignment import FusionVAE
+from config import ALIGNED, META_TRAINED, ROOT, UserError, parse_yaml
+from generator import HyperConvDecoder, left_out_for
+from lora import Layout, find_layout
+from runtime import Run, environment
+
+GIB = 2 ** 30
+EFFICIENCY = 0.4        # of the measured matrix-product rate that training and scoring reach
+ROW_TOKENS = 110        # of a benchmark question with its options, on average
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage is predicted to take: GiB of device memory, GiB of disk, hours on this device."""
+
+    memory: float
+    disk: float
+    hours: float
+
+
+def examine(cfg, run: Run) -> dict:
+    """Print machine, shapes and the needs of each stage; refuse what cannot fit.
+
+    Raises: UserError: a stage needs more memory or disk than there is; the key to change is named.
+    """
+    if run.rank:
+        return {}
+    model = meta_model(cfg)
+    layout = find_layout(model, cfg.model.rank, cfg.model.alpha, cfg.model.token_width, cfg.model.modules)
+    tokens = token_shape(cfg, layout)
+    with torch.device("meta"):
+        decoder = HyperConvDecoder([*cfg.generator.flow, list(tokens)], cfg.generator.kernel)
+    decoder_size = sum(p.numel() for p in decoder.parameters())
+    have_memory, have_disk, rate = machine(run)
+    seen = environment(run)
+    print(f"machine    {run.device}, {seen['cores']} cores, {have_memory:.0f} GiB of {run.device} memory, "
+          f"{have_disk:.0f} GiB of free disk, {rate / 1e9:,.0f} GFLOP/s {str(run.dtype)[6:]} matrix products")
+    print("versions   " + ", ".join(f"{k} {seen[k]}" for k in ("python", "torch", "transformers", "peft")))
+    print(f"model      {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters, LoRA rank "
+          f"{cfg.model.rank}, D = {layout.size:,}")
+    print(f"tokens     {tokens[0]:,} tokens of ({tokens[1]},{tokens[2]})")
+    print(f"generator  {decoder_size:,} generator parameters, kernel {cfg.generator.kernel}, "
+          f"{multiplications(cfg, tokens) / 1e12:.3g} T multiplications a forward pass")
+    needs = predict(cfg, run, model, layout, tokens, decoder_size, rate)
+    print(f"\npredicted, not measured ({run.device}, one rank, at {EFFICIENCY:.0%} of the measured rate; units of work "
+          f"divide over ranks)\n{'stage':12} {'memory GiB':>11} {'disk GiB':>9} {'hours':>9}")
+    for name, n in needs.items():
+        print(f"{name:12} {n.memory:11.1f} {n.disk:9.2f} {n.hours:9.2f}")
+    total = sum(n.disk for n in needs.values())
+    print(f"{'all':12} {max(n.memory for n in needs.values()):11.1f} {total:9.2f} "
+          f"{sum(n.hours for n in needs.values()):9.2f}")
+    refuse(needs, have_memory, have_disk, run.device)
+    return {}
+
+
+KEYS = {"generator": "lower generator.micro_batch, or shrink generator.flow", "collect": "lower collect.batch_size or "
+        "data.max_tokens", "align": "lower align.batch_size", "evaluate": "lower evaluate.token_budget",
+        "adapt": "lower evaluate.token_budget", "baselines": "lower collect.batch_size"}
+
+
+def refuse(needs: dict[str, Need], memory: float, disk: float, device: str) -> None:
+    """Raises: UserError: naming every stage that cannot fit, and the key to change."""
+    faults = [f"stage={name} needs about {n.memory:.1f} GiB of {device} memory, {memory:.1f} are there: {KEYS[name]}"
+              for name, n in needs.items() if n.memory > memory]
+    if (total := sum(n.disk for n in needs.values())) > disk:
+        faults.append(f"the run folder needs about {total:.1f} GiB of disk, {disk:.1f} are free: lower "
+                      "collect.save_last, or name another disk by run=…")
+    if faults:
+        raise UserError("this configuration does not fit here:\n  " + "\n  ".join(faults))
+
+
+def meta_model(cfg):
+    """The base model without weights: from its folder's config.json, or from configs/models.yaml. Raises: UserError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    facts = parse_yaml((ROOT / "configs/models.yaml").read_text(), "configs/models.yaml")
+    folder = Path(cfg.model.name) if Path(cfg.model.name).is_absolute() else ROOT / cfg.model.name
+    if (folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(folder)
+    elif cfg.model.name in facts:
+        config = AutoConfig.for_model(**facts[cfg.model.name])
+    else:
+        raise UserError(f"model.name={cfg.model.name}: its shapes are not known here; name a folder with a config.json,"
+                        f" or add it to configs/models.yaml (there: {', '.join(facts)})")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def token_shape(cfg, layout: Layout) -> tuple[int, int, int]:
+    """(T, rows, columns) of the generator's output; two of the codes frame every token."""
+    frame = 2 if cfg.generator.scale_code in ("dnd", "zlog") else 0
+    return layout.num_tokens, layout.rank + frame, layout.width + frame
+
+
+def _layers(cfg, tokens):
+    flow = [*cfg.generator.flow, list(tokens)]
+    return zip(flow, flow[1:], strict=False)
+
+
+def multiplications(cfg, tokens: tuple[int, int, int]) -> int:
+    """Multiply-adds of the decoder on one prompt batch (spec, section 2)."""
+    return cfg.generator.kernel ** 2 * sum(
+        c * c2 * n * m + m * m2 * n * c2 + m * m2 * n * c + c * c2 * n * m2 + n * n2 * m2 * c2
+        for (n, m, c), (n2, m2, c2) in _layers(cfg, tokens))
+
+
+def kept_values(cfg, tokens: tuple[int, int, int]) -> int:
+    """Activations one prompt batch keeps for the backward pass: every convolution's input, and tanh's output."""
+    return sum(2 * n * m * c + n * m * c2 + n * m2 * c + 4 * n * m2 * c2 + n2 * m2 * c2
+               for (n, m, c), (n2, m2, c2) in _layers(cfg, tokens))
+
+
+def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rate: float) -> dict[str, Need]:
+    """{stage: Need} of the stages this configuration runs."""
+    c, g, p, a = cfg.collect, cfg.generator, cfg.policy, cfg.align
+    wide, config = run.dtype.itemsize, model.config
+    size = sum(x.numel() for x in model.parameters())
+    matrices = sum(i * o for _, _, i, o in layout.modules)
+    targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
+    tasks, sets = len(cfg.data.train_tasks), len({left_out_for(cfg, t) for t in targets})
+    row = min(cfg.data.max_tokens, ROW_TOKENS)
+    base = size * wide
+    per_token = wide * config.num_hidden_layers * (12 * config.hidden_size + 4 * config.intermediate_size)
+
+    def training(rows: int) -> float:   # fp32 master, gradient and moments of the adapter, activations, logits
+        return (base + 18 * layout.size + rows * row * per_token + rows * 8 * config.vocab_size * 8) / GIB
+
+    def hours(flops: float) -> float:
+        return flops / (EFFICIENCY * rate) / 3600
+    one = 2 * matrices * row            # FLOPs of one example forward; training an adapter takes twice that
+    steps, saved = c.pretrain_steps + c.finetune_steps, 4 * layout.size
+    needs = {"collect": Need(training(c.batch_size), tasks * c.save_last * saved / GIB,
+                             hours(2 * one * tasks * steps * c.batch_size))}
+    states = (tasks + len(set(targets) - set(cfg.data.train_tasks))) * cfg.data.num_prompts * g.max_length * 384 * 2
+    needs["generator"] = Need(
+        (16 * decoder_size + g.micro_batch * kept_values(cfg, tokens) * wide + tasks * c.save_last * saved) / GIB,
+        (states + (sets + 3) * 4 * decoder_size) / GIB,   # and one resumable state of weights and moments
+        hours(6 * multiplications(cfg, tokens) * g.batch_size * g.steps * sets))
+    methods = set(cfg.evaluate.methods)
+    if methods & set(ALIGNED):
+        with torch.device("meta"):
+            vae = FusionVAE(layout.size, config.hidden_size, a.latent, a.pos_table, a.residual)
+        count = sum(x.numel() for x in vae.parameters())
+        adapters = 2 * a.draws * tasks
+        needs["align"] = Need((20 * count + a.batch_size * 28 * layout.size * 4 + adapters * 2 * saved + base) / GIB,
+                              sets * 4 * count / GIB, hours(2 * a.meta_epochs * a.batch_size * sets * 6 * 4300
+                                                           * layout.size))
+    tried = p.proposals * p.iterations * len(targets) * len(methods & {"degaml", "degaml_plus", "tempo", "tempo_plus"})
+    scoring = (base + cfg.evaluate.token_budget * per_token / config.num_hidden_layers
+               + cfg.evaluate.token_budget * config.vocab_size) / GIB
+    needs["adapt"] = Need(max(scoring, training(16)), len(targets) * len(methods) * saved / GIB,
+                          hours(one * tried * 3 * cfg.data.num_support))
+    baselines = methods & set(META_TRAINED)
+    if baselines:
+        b = cfg.baselines
+        rows = {"union": c.batch_size * steps * tasks * b.union.step_share,
+                "reptile": b.reptile.meta_steps * b.reptile.inner_steps * b.reptile.batch_size,
+                "maml": 3 * b.maml.meta_steps * b.maml.tasks_per_step * (b.maml.inner_steps + 1) * b.maml.batch_size,
+                "abmll": b.abmll.meta_steps * b.abmll.tasks_per_step * (b.abmll.inner_steps + 1) * b.abmll.batch_size}
+        needs["baselines"] = Need(training(c.batch_size), sets * len(baselines) * saved / GIB,
+                                  hours(2 * one * sets * sum(rows[m] for m in baselines)))
+    scored = cfg.data.num_test * len(targets) * (len(methods) + cfg.evaluate.prompt_batches)
+    needs["evaluate"] = Need(scoring, 200 * scored / GIB, hours(one * scored))
+    return needs
+
+
+def machine(run: Run) -> tuple[float, float, float]:
+    """(GiB of memory where the model runs, GiB of free disk, FLOP/s of a matrix product in the run's dtype)."""
+    if run.device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    n = 8192 if run.device == "cuda" else 1024
+    a = torch.randn(n, n, device=run.device).to(run.dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])   # reading a value waits for the device
+        best = min(best, time.perf_counter() - start)
+    return memory / GIB, shutil.disk_usage(run.path).free / GIB, 2 * n ** 3 / best
