@@ -105,6 +105,8 @@ class Generator(_Section):
     pairs_per_task: Positive
     noise: Annotated[Float, Field(ge=0)]
     dtype: Literal["auto", "float32", "bfloat16"]
+    data_parallel: StrictBool
+    recompute: StrictBool
     save_every: Positive
     seed: Int
 

@@ -122,9 +122,12 @@ def multiplications(cfg, tokens: tuple[int, int, int]) -> int:
 
 
 def kept_values(cfg, tokens: tuple[int, int, int]) -> int:
-    """Activations one prompt batch keeps for the backward pass: every convolution's input, and tanh's output."""
-    return sum(2 * n * m * c + n * m * c2 + n * m2 * c + 4 * n * m2 * c2 + n2 * m2 * c2
-               for (n, m, c), (n2, m2, c2) in _layers(cfg, tokens))
+    """Activations one prompt batch keeps for the backward pass: every convolution's input, and tanh's output; with
+    `generator.recompute` every layer's input, and one layer's others at a time."""
+    layers = [(n * m * c, n * m * c + n * m * c2 + n * m2 * c + 4 * n * m2 * c2 + n2 * m2 * c2)
+              for (n, m, c), (n2, m2, c2) in _layers(cfg, tokens)]
+    inside = [others for _, others in layers]
+    return sum(x for x, _ in layers) + (max(inside) if cfg.generator.recompute else sum(inside))
 
 
 def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rate: float) -> dict[str, Need]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config import UserError
 from data import load_tasks
@@ -255,10 +256,19 @@ class HyperConvLayer(nn.Module):
 
 
 class HyperConvDecoder(nn.Sequential):
-    """The whole flow of (N, L, C) shapes; the last one is the weight tokens' (T, r[+2], k[+2])."""
+    """The whole flow of (N, L, C) shapes; the last one is the weight tokens' (T, r[+2], k[+2]).
 
-    def __init__(self, flow: list[list[int]], kernel: int):
+    With `recompute` a layer keeps its input alone and computes the rest again for its gradient.
+    """
+
+    def __init__(self, flow: list[list[int]], kernel: int, recompute: bool = False):
         super().__init__(*(HyperConvLayer(a, b, kernel) for a, b in zip(flow, flow[1:], strict=False)))
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer(x)
+        return x
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -278,15 +288,27 @@ def train_generators(cfg, run: Run) -> dict:
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     wanted = sorted({left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "none", t))   # the same on every rank
     losses = []
-    for left_out in run.deal(wanted):
-        if not run.finished(f"generator/{left_out}", "generator"):
-            _train_one(cfg, run, left_out)
+    together = cfg.generator.data_parallel and run.world > 1
+    for left_out in wanted if together else run.deal(wanted):
+        if together and run.rank:   # rank 0 looks first: it may have to clear what another configuration left
+            run.barrier()
+        done = run.finished(f"generator/{left_out}", "generator")
+        if together and not run.rank:
+            run.barrier()
+        if not done:
+            _train_one(cfg, run, left_out, run.rank if together else 0, run.world if together else 1)
+            if together:
+                run.barrier()
         losses.append(read_json(run.path / f"generator/{left_out}/DONE.json")["recon_mse"])
     return {"generator/recon_mse": sum(losses) / len(losses)} if losses else {}
 
 
-def _train_one(cfg, run: Run, left_out: str) -> None:
-    """MSE regression from prompt batches to checkpoints (paper D, eq. 10)."""
+def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> None:
+    """MSE regression from prompt batches to checkpoints (paper D, eq. 10).
+
+    Of `parts` ranks that train together this is number `part`: it takes every parts-th micro-batch, gradients are
+    summed over ranks, and every rank makes the same update. The global batch does not depend on their number.
+    """
     g, start, lm = cfg.generator, time.monotonic(), load_lm(run)
     tasks = training_tasks(cfg, left_out)
     states = {t: load_states(run, t) for t in tasks}
@@ -297,27 +319,18 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
     weight = token_weights(targets).to(run.device) if g.criterion_weight == "std" else None
     folder = run.path / f"generator/{left_out}"
     torch.manual_seed(seed_for(g.seed, "generator"))
-    decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel).to(run.device)
+    decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel, g.recompute).to(run.device)
     opt = torch.optim.AdamW(decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay)
     made_with = seed_for(fingerprint(cfg, "generator"))
     done = _resume(folder / "state.safetensors", decoder, opt, made_with)
-    cast = torch.bfloat16 if g.dtype == "bfloat16" or (g.dtype == "auto" and run.dtype == torch.bfloat16) else None
     last = float("nan")
     label = "generator on all tasks" if left_out == "none" else f"generator without {left_out}"
     for step in run.track(range(done, g.steps), label):
         opt.param_groups[0]["lr"] = rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
         pairs = draw_pairs(cfg, states, targets, step)
-        loss_sum = 0.0
-        for at in range(0, len(pairs), g.micro_batch):
-            condition, target = _load_pairs(cfg, pairs[at:at + g.micro_batch], states, targets, step, at)
-            with torch.autocast(run.device, torch.bfloat16, enabled=cast is not None):
-                out = decoder(condition.to(run.device))
-            each = None if weight is None else weight.expand(out.shape)
-            loss = F.mse_loss(out.float(), target.to(run.device), weight=each) * (len(condition) / len(pairs))
-            loss.backward()
-            loss_sum += loss.detach()
+        loss = _accumulate(cfg, run, decoder, pairs, states, targets, weight, step, part, parts)
         norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
-        value = float(loss_sum)
+        value = float(loss)
         if not (math.isfinite(value) and torch.isfinite(norm)):
             _save_state(folder / "state.safetensors", decoder, opt, step, made_with)
             raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
@@ -325,17 +338,41 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
         opt.step()
         opt.zero_grad(set_to_none=True)
         last = value
+        if part:
+            continue
         if step % 10 == 9 or step + 1 == g.steps:
             run.metric(stage="generator", unit=left_out, step=step + 1, loss=round(value, 5),
                        lr=opt.param_groups[0]["lr"])
         if (step + 1) % g.save_every == 0 and step + 1 < g.steps:
             _save_state(folder / "state.safetensors", decoder, opt, step + 1, made_with)
+    if part:
+        return
     save_tensors(folder / "generator.safetensors", {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}
                  | {f"code.{k}": v for k, v in code.constants.items()})
     (folder / "state.safetensors").unlink(missing_ok=True)
     run.finish(f"generator/{left_out}", "generator", start, tasks=tasks, recon_mse=last,
                parameters=sum(p.numel() for p in decoder.parameters()))
     run.log(f"{label}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
+
+
+def _accumulate(cfg, run: Run, decoder, pairs: list, states: dict, targets: dict, weight: Tensor | None, step: int,
+                part: int, parts: int) -> Tensor:
+    """Leave the gradient of one global batch on the decoder's parameters, and return its loss; both over all ranks."""
+    g, total = cfg.generator, torch.zeros((), device=run.device)
+    cast = g.dtype == "bfloat16" or (g.dtype == "auto" and run.dtype == torch.bfloat16)
+    for at in range(part * g.micro_batch, len(pairs), parts * g.micro_batch):
+        condition, target = _load_pairs(cfg, pairs[at:at + g.micro_batch], states, targets, step, at)
+        with torch.autocast(run.device, torch.bfloat16, enabled=cast):
+            out = decoder(condition.to(run.device))
+        each = None if weight is None else weight.expand(out.shape)
+        loss = F.mse_loss(out.float(), target.to(run.device), weight=each) * (len(condition) / len(pairs))
+        loss.backward()
+        total += loss.detach()
+    if parts > 1:
+        for p in decoder.parameters():   # a rank may have had no micro-batch
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        run.sum_over_ranks([*(p.grad for p in decoder.parameters()), total])
+    return total
 
 
 def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple[str, np.ndarray, int]]:

@@ -46,7 +46,8 @@ DEPENDS = {
 # What a method's adapters and scores depend on besides.
 METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys([*META_TRAINED, "maml_matched"], ["baselines"]),
                   **dict.fromkeys(ALIGNED, ["align"])}
-_CHOICES = ("data.targets", "data.skip_test", "evaluate.methods", "generator.save_every")   # unless named above
+_CHOICES = ("data.targets", "data.skip_test", "evaluate.methods", "generator.save_every", "generator.data_parallel",
+            "generator.recompute")   # unless named above
 
 
 @dataclass
@@ -109,6 +110,12 @@ class Run:
         while (i := self.store.add(f"deal/{self._deals}", 1) - 1) < len(units):
             yield units[i]
         self.barrier()
+
+    def sum_over_ranks(self, tensors) -> None:
+        """Add up every rank's tensors in place; all ranks get the same sums."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
     def barrier(self) -> None:
         if self.world > 1:

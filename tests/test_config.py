@@ -9,7 +9,7 @@ import degaml
 from config import DEFAULT, ROOT, Config, UserError, differences, flatten, load_config, parse_yaml
 from lora import check_width
 
-NOT_PRESETS = {"default.yaml", "contexts.yaml", "paper_tables.yaml"}
+NOT_PRESETS = {"default.yaml", "contexts.yaml", "models.yaml", "paper_tables.yaml"}
 PRESETS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name not in NOT_PRESETS)
 DIMS = {"assets/models/smollm2-135m-instruct": [576, 192, 1536],
         "Qwen/Qwen2.5-0.5B-Instruct": [896, 128, 4864],
@@ -202,7 +202,7 @@ def test_main_turns_mistakes_into_one_error_line(argv, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("error:") == 1 and "Traceback" not in err and out == ""
     assert not (tmp_path / "run").exists()
-    assert "nonsense" not in argv[0] or "legal: assets, config, check, collect" in err
+    assert "nonsense" not in argv[0] or "legal: assets, config, doctor, check, collect" in err
 
 
 def test_help_names_every_stage(capsys):

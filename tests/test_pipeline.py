@@ -182,6 +182,25 @@ def test_two_ranks_give_the_results_of_one(full, words, tmp_path):
     assert "[0] " in text and "[1] " in text, "both ranks took units"
 
 
+def test_two_ranks_train_one_generator_together(full, words, tmp_path):
+    """generator.data_parallel divides a global batch over ranks: the weights of one rank, up to the order of sums."""
+    shutil.copytree(full, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two/generator")
+    log = tmp_path / "ranks.log"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "degaml.py", *words,
+               "stage=generator", f"run={tmp_path / 'two'}", "generator.data_parallel=true", "generator.recompute=true",
+               "generator.micro_batch=1"]
+    with open(log, "w") as out:
+        done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
+    assert done.returncode == 0, log.read_text()[-3000:]
+    found = sorted(full.glob("generator/*/generator.safetensors"))
+    assert len(found) >= 2
+    for one in found:
+        two = load_file(tmp_path / "two" / one.relative_to(full))
+        for key, value in load_file(one).items():
+            assert (two[key] - value).abs().max() <= 1e-3 * value.abs().max().clamp_min(1e-3), f"{one}: {key}"
+
+
 BEGUN = {   # the first trace each stage leaves
     "collect": "adapters/*/step_*.safetensors", "generator": "generator/*/state.safetensors",
     "adapt": "adapted/rewards*/*.jsonl", "baselines": "adapted/rewards*/*.no_meta.jsonl",
