@@ -18,17 +18,20 @@ run stage=collect "$@"
 # 3. Prompt states, and the generator once per left-out task (paper D, E.1-E.4).
 run stage=generator "$@"
 
-# 4. Meta-training of the policy; only with policy.mode=meta (paper D, Algorithm 2).
+# 4. Fusion VAE per left-out task; only where evaluate.methods lists aligned, tempo or tempo_plus (paper T, stage 2).
+run stage=align "$@"
+
+# 5. Meta-training of the policy; only with policy.mode=meta (paper D, Algorithm 2).
 run stage=policy "$@"
 
-# 5. Each target: generate, propose, execute, reward, ReST-EM, select (paper D, F; paper T, G).
+# 6. Each target: generate, propose, execute, reward, ReST-EM, select (paper D, F; paper T, G).
 run stage=adapt "$@"
 
-# 6. Baselines on the same support labels.
+# 7. Baselines: their meta-training where evaluate.methods lists them, then the same support labels.
 run stage=baselines "$@"
 
-# 7. Every method on the held-out test examples.
+# 8. Every method on the held-out test examples.
 run stage=evaluate "$@"
 
-# 8. results.json, report.md, report.html and figures, from stored files.
+# 9. results.json, report.md, report.html and figures, from stored files.
 run stage=report "$@"
