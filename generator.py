@@ -107,7 +107,7 @@ def _collect_one(cfg, run: Run, lm: LM, task) -> None:
         "task": task.name, "steps": steps, "last_loss": losses[-1], "losses": [round(x, 4) for x in losses],
         "init_sha": adapter_hash({k: v for k, v in first.items() if "lora_A" in k}),
         "sha256": {f.name: sha256(f) for f in sorted(folder.glob("step_*.safetensors"))}})
-    run.finish(f"adapters/{task.name}", "collect", start)
+    run.finish(f"adapters/{task.name}", "collect", start, steps=steps)
     run.log(f"collect {task.name}: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.monotonic() - start:.0f} s", True)
 
 
@@ -350,7 +350,7 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     save_tensors(folder / "generator.safetensors", {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}
                  | {f"code.{k}": v for k, v in code.constants.items()})
     (folder / "state.safetensors").unlink(missing_ok=True)
-    run.finish(f"generator/{left_out}", "generator", start, tasks=tasks, recon_mse=last,
+    run.finish(f"generator/{left_out}", "generator", start, tasks=tasks, recon_mse=last, steps=g.steps,
                parameters=sum(p.numel() for p in decoder.parameters()))
     run.log(f"{label}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
 

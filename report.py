@@ -989,7 +989,8 @@ def table_budget(results: dict) -> dict:
              show(b["seconds_adapt"] / b["targets"]), show(b["labels"])]
             for method, b in results["budget"].items()]
     notes = ["Core-seconds. Meta-training is summed over the left-out sets; generator and DeGAML share theirs "
-             "(collection, prompt states, generators). Labels: support examples seen per target."]
+             "(collection, prompt states, generators). Tokens: of the rows drawn, all options counted. Labels: "
+             "support examples seen per target."]
     notes += [f"{_label(method)} without {left_out} diverged at step {step + 1}; its loss curve is kept."
               for method, b in results["budget"].items() for left_out, step in b["diverged"].items()]
     return _table("Budget", ["Method", "Meta-training s", "Gradient steps", "Tokens", "Adaptation s / target",
