@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import degaml
 import scoring
 from config import ROOT, load_config
+from generator import HyperConvDecoder
 from lora import load_adapter, swap_adapter
 from runtime import Run, read_json, read_jsonl
 from scoring import load_lm
@@ -183,7 +184,7 @@ def test_two_ranks_give_the_results_of_one(full, words, tmp_path):
 
 
 def test_two_ranks_train_one_generator_together(full, words, tmp_path):
-    """generator.data_parallel divides a global batch over ranks: the weights of one rank, up to the order of sums."""
+    """generator.data_parallel divides a global batch over ranks: the generator of one rank, up to the order of sums."""
     shutil.copytree(full, tmp_path / "two")
     shutil.rmtree(tmp_path / "two/generator")
     log = tmp_path / "ranks.log"
@@ -193,12 +194,26 @@ def test_two_ranks_train_one_generator_together(full, words, tmp_path):
     with open(log, "w") as out:
         done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
     assert done.returncode == 0, log.read_text()[-3000:]
+    cfg, _ = load_config(words)
     found = sorted(full.glob("generator/*/generator.safetensors"))
     assert len(found) >= 2
     for one in found:
-        two = load_file(tmp_path / "two" / one.relative_to(full))
-        for key, value in load_file(one).items():
-            assert (two[key] - value).abs().max() <= 1e-3 * value.abs().max().clamp_min(1e-3), f"{one}: {key}"
+        two = tmp_path / "two" / one.relative_to(full)
+        errors = [read_json(p.with_name("DONE.json"))["recon_mse"] for p in (one, two)]
+        assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+        # not the weights: where a gradient is zero but for rounding, as before a norm, AdamW steps on the rounding
+        a, b = (decode(cfg.generator, load_file(p)) for p in (one, two))
+        assert (a - b).abs().max() <= 5e-3 * a.abs().max(), str(one)
+
+
+def decode(g, state: dict) -> torch.Tensor:
+    """What stored generator weights make of one fixed input."""
+    weights = {k[8:]: v for k, v in state.items() if k.startswith("decoder.")}
+    last = len(g.flow) - 1
+    decoder = HyperConvDecoder([*g.flow, [len(weights[f"{last}.out.bias"]), *weights[f"{last}.bias"].shape]], g.kernel)
+    decoder.load_state_dict(weights)
+    with torch.no_grad():
+        return decoder(torch.randn(1, *g.flow[0], generator=torch.Generator().manual_seed(0)))
 
 
 BEGUN = {   # the first trace each stage leaves
