@@ -14,7 +14,6 @@ start is always a candidate.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -349,18 +348,15 @@ def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- targets
 
-def candidate_sft(run: Run, task: str) -> list[Strategy]:
+def candidate_sft(run: Run, task: str, share: float = 1.0) -> list[Strategy]:
     """The SFT settings a baseline may use on a task, longest first: those of `baselines.sft`, else what the policy
-    proposed. All start from the whole baseline."""
+    proposed. All start from the whole baseline, or with `share` 0 from the plain initialisation."""
     path = run.path / f"adapted/degaml_plus/{task}/episodes.jsonl"
     fixed = [{"family": "SFT", **s.model_dump()} for s in run.cfg.baselines.sft]
     episodes = read_jsonl(path) if path.exists() else []
     proposed = [e["strategy"] for e in episodes if e["valid"] and e["strategy"]["family"] == "SFT"]
-    found = {}
-    for s in fixed or proposed:
-        obj = s | {"init_scale": 1.0}
-        found[json.dumps(obj, sort_keys=True)] = Strategy(obj.pop("family"), tuple(obj.items()))
-    return sorted(found.values(), key=lambda s: -s["sft_steps"])
+    found = [Strategy.from_dict(s | {"init_scale": share}) for s in fixed or proposed]
+    return sorted({str(s): s for s in found}.values(), key=lambda s: -s["sft_steps"])
 
 
 def _adapt_start(cfg, run: Run, method: str, task) -> None:
@@ -368,11 +364,12 @@ def _adapt_start(cfg, run: Run, method: str, task) -> None:
     started, lm, support = time.monotonic(), load_lm(run), list(task.support)
     target = make_target(run, task)
     if method == "no_meta":
-        target.start, name = init_adapter(lm.layout, cfg.seed), f"{task.name}.no_meta"
+        target.start, name, share = init_adapter(lm.layout, cfg.seed), f"{task.name}.no_meta", 0.0
     else:
+        share = 1.0
         target.start = load_adapter(run.path / f"baselines/{method}/{left_out_for(cfg, task.name)}", lm.layout)
         name = f"{task.name}.{method}-{adapter_hash(target.start)[:8]}"   # rewards know nothing of cfg.baselines
-    candidates = candidate_sft(run, task.name)
+    candidates = candidate_sft(run, task.name, share)
     if len(cfg.baselines.sft) == 1:   # nothing to choose: fine-tune as told
         strategy, result = candidates[0], {"wins": None, "losses": None, "gold_logp_gain": None}
     else:
@@ -402,14 +399,15 @@ def _adapt_matched(cfg, run: Run, method: str, task) -> None:
     target = make_target(run, task)
     goal = _distance(target.start, mean_adapter(run, lm, task.name), lm)
     target.start = load_adapter(run.path / f"baselines/maml/{left_out_for(cfg, task.name)}", lm.layout)
-    fields = dict(candidate_sft(run, task.name)[0].fields)
+    strategy = candidate_sft(run, task.name)[0]
+    rate_ = strategy["learning_rate"]
     for _ in range(5):
-        strategy = Strategy("SFT", tuple(sorted(fields.items())))
+        strategy = strategy.but(learning_rate=rate_)
         adapter = execute(target, strategy, support).adapters[0]
         moved = _distance(adapter, target.start, lm)
         if abs(moved / goal - 1) < 0.05:
             break
-        fields["learning_rate"] *= goal / moved
+        rate_ *= goal / moved
     folder = run.path / f"adapted/{method}/{task.name}"
     save_adapter(folder, adapter, lm.layout, cfg.model.name, cfg.model.revision)
     facts = {"update_norm": moved, "matched_to": goal}

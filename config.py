@@ -42,6 +42,7 @@ Positive = Annotated[Int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0, le=1)]
 ALIGNED = ("aligned", "tempo", "tempo_plus")              # methods that start from the aligned adapter (paper T)
 META_TRAINED = ("maml", "abmll", "union", "reptile")      # baselines with a meta-training of their own, longest first
+USER_STAGES = ("export", "predict")                       # what one does with an adapter, besides stage=adapt task=
 Family = Literal["TTT", "LORA", "TTS", "Latent", "SFT"]
 
 
@@ -159,6 +160,7 @@ class Policy(_Section):
     top_k: Positive
     max_new_tokens: Positive
     reward_margin: Count
+    select_by: Literal["wins", "gold_logp"]
     select_margin: Count
     sft_margin: Count
     tie_reward: StrictBool
@@ -248,6 +250,11 @@ class Config(_Section):
 
     name: str
     run: str
+    task: str
+    method: Literal["auto", "generator", "degaml", "degaml_plus", "aligned", "tempo", "tempo_plus"]
+    adapter: str
+    input: str
+    output: str
     seed: Int
     seeds: list[Int]
     device: Literal["auto", "cpu", "cuda", "mps"]
@@ -332,8 +339,10 @@ def load_config(args: list[str]) -> tuple[Config, str]:
         if "=" not in a:
             raise UserError(f"argument {a!r}: expected key=value, such as stage=all or generator.lr=1e-3")
         words.append(a.split("=", 1))
-    stage = next((v for k, v in words if k == "stage"), "all")
-    preset = next((v for k, v in words if k == "config"), "")
+    given = dict(words)
+    stage, preset = given.get("stage", "all"), given.get("config", "")
+    if not preset and (stage in USER_STAGES or "task" in given):
+        preset = _trained_run(given.get("run"))
     flat = _read(DEFAULT)
     known, where = dict(flat), dict.fromkeys(flat, "configs/default.yaml")
     layers = [(preset, _read(Path(preset)))] if preset else []
@@ -348,6 +357,10 @@ def load_config(args: list[str]) -> tuple[Config, str]:
                 faults.append(f"{key} ({source}): unknown key{hint}")
                 continue
             flat[key], where[key] = value, source
+    for key in ("adapter", "input", "output"):   # the user's own files: relative to where the command is given
+        flat[key] = str(Path(flat[key]).absolute()) if flat[key] and isinstance(flat[key], str) else flat[key]
+    if flat["task"]:
+        faults += _take_in(flat, str(flat["task"]), stage, "evaluate.methods" in given)
     try:
         cfg = Config.model_validate(_unflatten(flat))
     except ValidationError as e:
@@ -363,6 +376,44 @@ def load_config(args: list[str]) -> tuple[Config, str]:
     if faults:
         raise UserError(f"{len(faults)} fault(s) in the configuration:\n  " + "\n  ".join(faults))
     return cfg, stage
+
+
+def _trained_run(run: str | None) -> str:
+    """The configuration a run folder was made with: of `run`, else of the presets' own folders. Raises: UserError."""
+    folders = [ROOT / (run or "runs/smollm2"), *([] if run else [ROOT / "runs/demo"])]
+    found = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
+    if found is None:
+        raise UserError(f"run={run or 'runs/smollm2'}: no trained run there; `make demo` (runs/demo, five minutes) or "
+                        "`make reproduce` (runs/smollm2) trains one, run=folder names another")
+    return str(found)
+
+
+def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[str]:
+    """Make `task=` the one target: a file, a hub data set or a task the run knows. Returns faults."""
+    if stage not in ("adapt", *USER_STAGES):
+        return [f"task (command line): goes with stage=adapt, {' or '.join(USER_STAGES)}, not stage={stage}"]
+    known = flat["data.train_tasks"] + flat["data.test_tasks"]
+    path = Path(source).expanduser()
+    if source in known:
+        name = source
+    elif source.startswith("hf:"):
+        parts = source[3:].rstrip("/").split("/")
+        name = re.sub(r"\W+", "_", parts[-1] if Path(source[3:]).is_dir() else parts[min(1, len(parts) - 1)])
+        flat["data.hub"] = flat["data.hub"] | {name: source[3:]}
+    elif path.suffix.lower() in (".jsonl", ".csv"):
+        name = re.sub(r"\W+", "_", path.stem)
+        flat["data.jsonl"] = flat["data.jsonl"] | {name: str(path.absolute())}
+    elif stage in USER_STAGES and re.fullmatch(r"\w+", source):
+        name = source   # adapted before; its folder is asked for later
+    else:
+        return [f"task (command line): got {source!r}; expected a .jsonl or .csv file, hf:org/name or one of {known}"]
+    if name in known and name != source:
+        return [f"task (command line): {source} would be called {name}, which is one of the run's own tasks; rename it"]
+    flat["task"], flat["data.targets"] = name, [name]
+    flat["data.test_tasks"] = [*flat["data.test_tasks"], *([] if name in known else [name])]
+    if not methods_given:
+        flat["evaluate.methods"] = ["base", "wrong_prompts", "generator", "degaml_plus", "no_meta"]
+    return []
 
 
 def _cross_checks(cfg: Config, where: dict) -> list[str]:

@@ -6,9 +6,12 @@ the `Example` a model sees, so the three sources cannot drift apart. Splits depe
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,10 +118,14 @@ def load_tasks(run: Run, names: list[str] | None = None) -> dict[str, Task]:
 def load_task(cfg: Config, name: str) -> Task:
     """Read, format and split one task. Raises: UserError."""
     records = read_records(cfg, name)
-    pools = {split: _examples(cfg, name, rows) for split, rows in records.items()}
+    bare = [r for rows in records.values() for r in rows if not is_labelled(r)]
+    pools = {split: _examples(cfg, name, [r for r in rows if is_labelled(r)]) for split, rows in records.items()}
     train, support, test = make_splits(cfg, name, pools)
-    source = {e.text: None for e in (test if cfg.data.prompts_from == "test" else train)}
-    prompts = tuple(source)[:cfg.data.num_prompts]
+    source = [make_example(name, r, cfg.data.format) for r in bare]
+    source += test if cfg.data.prompts_from == "test" else train
+    if name == cfg.task and len(source) < cfg.generator.num_prompts:   # a small file: its support inputs, unlabelled
+        source += support
+    prompts = tuple({e.text: None for e in source})[:cfg.data.num_prompts]
     if not prompts:
         raise UserError(f"task {name}: no unlabelled prompts remain with data.prompts_from={cfg.data.prompts_from}; "
                         "lower data.num_test or add rows")
@@ -135,7 +142,8 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
     """Disjoint train, support and test examples; duplicates across splits are dropped from the training side.
 
     Args: pools: {"train": …, "test": …} where the benchmark has both, else {"all": …}, cut in the order test,
-        support, train after one seeded shuffle.
+        support, train after one seeded shuffle. Of the user's own task (`task=`) the test takes what the support set
+        leaves, and fewer labels than num_support are all for the test.
     Raises: UserError: fewer than num_support examples remain, or no test example lies behind skip_test.
     """
     d, rng = cfg.data, rng_for(cfg.seed, "split", name)
@@ -145,15 +153,20 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
         raise UserError(f"data.skip_test={d.skip_test}: task {name} has {have}; skip less, or name data.targets "
                         "without it")
     pools = {k: [v[i] for i in rng.permutation(len(v))] for k, v in pools.items()}
-    rest = pools.get("train", pools.get("all", []))
-    test = pools["test"][d.skip_test:d.skip_test + d.num_test] if "test" in pools else rest[:d.num_test]
+    rest, num_test = pools.get("train", pools.get("all", [])), d.num_test
+    own = name == cfg.task   # a file of any size: the support set first, what is left of it tests
+    if own and "test" not in pools:
+        num_test = min(num_test, len(rest) - d.num_support) if len(rest) >= d.num_support else len(rest)
+    test = pools["test"][d.skip_test:d.skip_test + num_test] if "test" in pools else rest[:num_test]
     if "test" not in pools:
-        rest = rest[d.num_test:]
+        rest = rest[num_test:]
     # the whole benchmark test set is kept out of training, not only the part scored here
     held = {_key(e.text) for e in pools.get("test", test)}
     rest = [e for e in rest if _key(e.text) not in held]
     support, seen = rest[:d.num_support], {_key(e.text) for e in rest[:d.num_support]}
     rest = support + [e for e in rest[d.num_support:] if _key(e.text) not in seen]
+    if own and len(rest) < d.num_support:   # too few labels to refine with: all of them test
+        return (), (), tuple(test)
     if len(rest) < d.num_support:
         raise UserError(f"task {name}: {len(rest)} examples remain for the support set, data.num_support="
                         f"{d.num_support} are needed (after {len(test)} for the test); lower data.num_test or "
@@ -175,11 +188,11 @@ def _unique(examples: list[Example]) -> list[Example]:
 def read_records(cfg: Config, name: str) -> dict[str, list[dict]]:
     """{split: records} from the configured source. Raises: UserError."""
     if name in cfg.data.jsonl:
-        return _read_user_jsonl(cfg.data.jsonl[name])
+        return _read_user_jsonl(cfg.data.jsonl[name], labels=name != cfg.task)
+    if cfg.data.source == "hub" or name in cfg.data.hub:
+        return _read_hub(cfg, name)
     if cfg.data.source == "assets":
         return _read_assets(Path(cfg.data.dir), name)
-    if cfg.data.source == "hub":
-        return _read_hub(cfg, name)
     raise UserError(f"data.jsonl: no file for task {name}; add `data.jsonl: {{{name}: {name}.jsonl}}`")
 
 
@@ -204,39 +217,65 @@ def _read_assets(folder: Path, name: str) -> dict[str, list[dict]]:
     return out
 
 
-def _read_user_jsonl(pattern: str) -> dict[str, list[dict]]:
+def _read_user_jsonl(pattern: str, labels: bool) -> dict[str, list[dict]]:
     """One file, or `my_{split}.jsonl` for splits train and test."""
     files = {s: Path(pattern.format(split=s)) for s in ("train", "test")} if "{split}" in pattern \
         else {"all": Path(pattern)}
     seen: dict[str, str] = {}
-    return {split: read_user_file(path, seen) for split, path in files.items()}
+    return {split: read_user_file(path, seen, labels) for split, path in files.items()}
 
 
-def read_user_file(path: Path, seen: dict[str, str] | None = None) -> list[dict]:
-    """Read and check a user's JSONL: {question, choices, gold} or {question, answer}; id and context are optional.
+GOOD_ROW = '{"id": "q1", "question": "Which ...?", "choices": ["one", "two"], "gold": 0}'
 
+
+def is_labelled(row: dict) -> bool:
+    """Does a record say what the right answer is?"""
+    return row.get("gold") is not None or row.get("answer") is not None
+
+
+def _user_lines(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """(line number, row) of JSON lines, or of a CSV file with a header; a row that cannot be read is its fault's text.
+
+    A CSV's options are its columns choice1, choice2, … or A, B, C, …; empty cells are no values.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot read ({e}); expected UTF-8 JSON lines such as {GOOD_ROW}") from None
+    if path.suffix.lower() != ".csv":
+        for n, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    yield n, json.loads(line)
+                except (ValueError, RecursionError) as e:
+                    yield n, f"not JSON ({str(e)[:80]})"
+        return
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for cells in reader:
+        row = {k: v for k, v in cells.items() if k is not None and v is not None and v != ""}
+        options = [k for k in cells if k and re.fullmatch(r"choice_?\d+|[A-J]", k)]
+        if options:
+            row["choices"] = [row.pop(k) for k in options if k in row]
+        if row.get("gold", "").isdigit():
+            row["gold"] = int(row["gold"])
+        yield reader.line_num, row if None not in cells else "more cells than the header has columns"
+
+
+def read_user_file(path: Path, seen: dict[str, str] | None = None, labels: bool = True) -> list[dict]:
+    """Read and check a user's JSONL or CSV: {question, choices, gold} or {question, answer}; id, context are optional.
+
+    Args: labels: must every row be labelled?
     Raises: UserError: naming file and line of the first bad row, with an example of a good one.
     """
-    seen = {} if seen is None else seen
-    good = '{"id": "q1", "question": "Which ...?", "choices": ["one", "two"], "gold": 0}'
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot read ({e}); expected UTF-8 JSON lines such as {good}") from None
-    rows = []
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    seen, rows, first = {} if seen is None else seen, [], None
+    for n, row in _user_lines(path):
         where = f"{path}:{n}"
 
         def bad(what, where=where):
-            return UserError(f"{where}: {what}; a good row: {good}")
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise bad(f"not JSON ({e})") from None
+            return UserError(f"{where}: {what}; a good row: {GOOD_ROW}")
         if not isinstance(row, dict):
-            raise bad(f"expected an object, got {type(row).__name__}")
+            raise bad(row if isinstance(row, str) and row.startswith(("not JSON", "more cells")) else
+                      f"expected an object, got {type(row).__name__}")
         row = {**row, "question": row.get("question", row.get("prompt"))}
         if not isinstance(row["question"], str) or not row["question"].strip():
             raise bad("`question` is missing or empty")
@@ -252,17 +291,23 @@ def read_user_file(path: Path, seen: dict[str, str] | None = None) -> list[dict]
                 raise bad("`choices` must be a list of at least two texts")
             if not all(c.strip() for c in choices):
                 raise bad(f"option {[bool(c.strip()) for c in choices].index(False)} is empty")
-            row["gold"] = _read_gold(row.get("gold"), len(choices), bad)
-        elif row.get("answer") is None or not str(row["answer"]).strip():
-            raise bad("neither `choices` with `gold` nor `answer` is given")
-        else:
+            if labels or row.get("gold") is not None:
+                row["gold"] = _read_gold(row.get("gold"), len(choices), bad)
+            row.pop("answer", None)
+        elif row.get("answer") is not None and str(row["answer"]).strip():
             row["answer"] = str(row["answer"]).strip()
             row.pop("choices", None)
-        if rows and ("choices" in row) != ("choices" in rows[0]):
-            raise bad("rows with and without `choices` in one file")
+        elif labels:
+            raise bad("neither `choices` with `gold` nor `answer` is given")
+        else:
+            row = {k: v for k, v in row.items() if k not in ("choices", "gold", "answer")}
+        if is_labelled(row):
+            first = first or row
+            if ("choices" in row) != ("choices" in first):
+                raise bad("rows with and without `choices` in one file")
         rows.append(row)
     if not rows:
-        raise UserError(f"{path}: no rows; expected JSON lines such as {good}")
+        raise UserError(f"{path}: no rows; expected JSON lines such as {GOOD_ROW}")
     return rows
 
 
@@ -282,9 +327,12 @@ def _read_hub(cfg: Config, name: str) -> dict[str, list[dict]]:
     if name not in HUB and name not in cfg.data.hub:
         raise UserError(f"task {name}: no hub data set known (JAMA is licensed: bring your own file); use "
                         f"data.jsonl={{{name}: file.jsonl}} or data.hub={{{name}: org/name}}")
-    path, configs, splits = HUB.get(name, ("", None, {"train": "train", "test": "test"}))
+    path, configs, splits = HUB.get(name, ("", None, None))
     if name in cfg.data.hub:
         path, configs = cfg.data.hub[name], None if Path(cfg.data.hub[name]).is_dir() else configs
+    if splits is None and not Path(path).is_dir() and path.count("/") == 2:   # org/name/configuration
+        path, configs = path.rsplit("/", 1)
+    splits = splits or _hub_splits(name, path, configs)
     out = {}
     for ours, theirs in splits.items():
         rows = []
@@ -305,12 +353,24 @@ def _read_hub(cfg: Config, name: str) -> dict[str, list[dict]]:
 
 
 _COLUMNS = {   # candidates in order; data.columns overrides
-    "question": ("question", "query", "goal", "sentence", "problem", "ctx", "premise", "premises"),
+    "question": ("question", "question_stem", "query", "goal", "sentence", "problem", "ctx", "premise", "premises"),
     "context": ("passage", "context", "problem_description"),
     "choices": ("choices", "options", "endings"),
     "gold": ("answerKey", "label", "answer", "gold"),
 }
 _SPLIT_CHOICES = (("sol1", "sol2"), ("option1", "option2"), ("answerA", "answerB", "answerC"), ("A", "B", "C", "D"))
+
+
+def _hub_splits(name: str, path: str, config: str | None) -> dict[str, str]:
+    """{our split: theirs} of a data set that is none of the twelve; one without a test split is cut by us."""
+    from datasets import get_dataset_split_names
+    try:
+        have = get_dataset_split_names(path, config)
+    except Exception as e:   # as in _read_hub
+        raise UserError(f"data.hub.{name}={path}: cannot read its splits ({type(e).__name__}: {str(e)[:160]}); "
+                        "expected org/name, org/name/configuration or a folder of parquet or JSON files") from None
+    test = next((s for s in ("test", "validation") if s in have), None)
+    return {"train": "train", "test": test} if test and "train" in have else {"all": have[0]}
 
 
 def _hub_record(cfg: Config, name: str, config: str | None, i: str, row: dict, columns: list[str]) -> dict | None:
@@ -374,8 +434,9 @@ def make_example(name: str, r: dict, form: str) -> Example:
     if "choices" not in r or r["choices"] is None:
         body = f"{context}\n{q}".strip()
         prompt = f"Question: {body}\nAnswer:" if form == "cloze" else body
-        return Example(r["id"], prompt, (), None, str(r["answer"]))
-    choices, gold = tuple(c.strip() for c in r["choices"]), r["gold"]
+        return Example(r["id"], prompt, (), None, str(r.get("answer", "")))
+    choices, gold = tuple(c.strip() for c in r["choices"]), r.get("gold")
+    answer = "" if gold is None else choices[gold]
     if form == "letter":
         if len(choices) > len(LETTERS):
             raise UserError(f"{r['id']}: {len(choices)} options, the letter format has {len(LETTERS)} letters; use "
@@ -383,10 +444,10 @@ def make_example(name: str, r: dict, form: str) -> Example:
         options = "\n".join(f"{LETTERS[i]}: {c}" for i, c in enumerate(choices))
         head = f"{context}\n{q}" if context else q
         return Example(r["id"], f"{head}\n{options}", tuple(f"[{LETTERS[i]}]" for i in range(len(choices))), gold,
-                       f"[{LETTERS[gold]}]")
+                       answer and f"[{LETTERS[gold]}]")
     if name == "winogrande" and q.count("_") == 1:   # partial evaluation: the text after the blank is scored
         before, after = q.split("_")
-        return Example(r["id"], before.strip(), choices, gold, choices[gold], " " + after.strip())
+        return Example(r["id"], before.strip(), choices, gold, answer, " " + after.strip())
     if name in ("hellaswag", "divlogic"):
         prompt = q
     elif name == "codemmlu" and q.endswith("return"):   # a function stub to be completed, not a question
@@ -395,7 +456,7 @@ def make_example(name: str, r: dict, form: str) -> Example:
         prompt = f"{context}\nQuestion: {q.rstrip('?')}?\nAnswer:"
     else:
         prompt = f"Question: {context + ' ' if context else ''}{q}\nAnswer:"
-    return Example(r["id"], prompt, choices, gold, choices[gold])
+    return Example(r["id"], prompt, choices, gold, answer)
 
 
 def add_distractors(records: list[dict], seed: int, n: int = 4) -> list[dict]:
@@ -468,7 +529,7 @@ def describe_tasks(tasks: dict[str, Task], prompts_from: str) -> dict:
             "domain": t.domain, "title": t.title, "source": t.source, "stand_in_for": t.stand_in_for or None,
             "n_train": len(t.train), "n_support": len(t.support), "n_test": len(t.test), "n_prompts": len(t.prompts),
             "prompts_from": prompts_from,
-            "chance": round(sum(1 / len(e.options) for e in t.test if e.options) / len(t.test), 4),
-            "majority": round(max((golds.count(g) for g in set(golds)), default=0) / len(t.test), 4),
+            "chance": round(sum(1 / len(e.options) for e in t.test if e.options) / max(1, len(t.test)), 4),
+            "majority": round(max((golds.count(g) for g in set(golds)), default=0) / max(1, len(t.test)), 4),
             "support_ids": [e.id for e in t.support], "test_ids": [e.id for e in t.test]}
     return out

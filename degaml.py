@@ -80,7 +80,10 @@ def run_policy(cfg, run) -> dict:
 
 
 def run_adapt(cfg, run) -> dict:
-    """Generate, propose, execute and select for every target."""
+    """Generate, propose, execute and select for every target; task=file for one of your own."""
+    if cfg.task:
+        from own_task import adapt_own
+        return adapt_own(cfg, run)
     from policy import adapt_targets
     return adapt_targets(cfg, run)
 
@@ -125,6 +128,18 @@ def run_contexts(cfg, run) -> dict:
     return write_contexts(cfg, run)
 
 
+def run_export(cfg, run) -> dict:
+    """An adapted task as a folder for PEFT, vLLM, lm-eval and stage=predict."""
+    from own_task import export_adapter
+    return export_adapter(cfg, run) if run.rank == 0 else {}
+
+
+def run_predict(cfg, run) -> dict:
+    """Answer new inputs with an exported folder: JSON lines in, JSON lines out."""
+    from own_task import predict
+    return predict(cfg, run) if run.rank == 0 else {}
+
+
 def run_all(cfg, run) -> dict:
     """Every stage in order."""
     out: dict = {}
@@ -142,7 +157,9 @@ WORK = {"collect": ("adapters/*",), "generator": ("prompts/*", "generator/*"), "
 STAGES = {"assets": run_assets, "config": run_config, "doctor": run_doctor, "check": run_check,
           "collect": run_collect, "generator": run_generator, "align": run_align, "policy": run_policy,
           "adapt": run_adapt, "baselines": run_baselines, "evaluate": run_evaluate, "report": run_report,
-          "analyze": run_analyze, "contexts": run_contexts, "all": run_all}
+          "analyze": run_analyze, "contexts": run_contexts, "export": run_export, "predict": run_predict,
+          "all": run_all}
+NO_RECORD = ("all", "config", "doctor", "check", "assets", "export", "predict")   # leave nothing in <run>/stages
 
 
 def run_stage(name: str, cfg, run) -> dict:
@@ -151,7 +168,7 @@ def run_stage(name: str, cfg, run) -> dict:
     start = time.monotonic()
     out = STAGES[name](cfg, run)
     run.barrier()
-    if run.rank == 0 and name not in ("all", "config", "doctor", "check", "assets"):
+    if run.rank == 0 and name not in NO_RECORD and not cfg.task:
         took = time.monotonic() - start
         # summed over finished units, so that neither a rerun nor an interruption changes what the work cost
         units = [read_json(p)["seconds"] for w in WORK.get(name, ()) for p in run.path.glob(w + "/DONE.json")]
@@ -213,7 +230,7 @@ def main(argv: list[str]) -> int:
         run = open_run(cfg, stage, argv)
         for one in each_seed(cfg, run):
             run_stage(stage, one, run)
-            if run.rank == 0:
+            if run.rank == 0 and not cfg.task:   # a task taken in later does not redescribe the run
                 write_config(run)
         if len(cfg.seeds) > 1 and stage in ("all", "report"):
             run_stage("report", *pool(cfg, run))

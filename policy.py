@@ -59,6 +59,7 @@ from scoring import (
     generate_answers,
     gold_logprob,
     hidden_states,
+    judge,
     load_lm,
     match_answer,
     parse_letter,
@@ -107,7 +108,7 @@ def proposal_prompt(lm: LM, task: Task, families: list[str], support: list[Score
     Source: paper T, G.6 for structure and fields; paper D, section 2.2 for the state. The wording is ours.
     """
     right = sum(s.pick(metric) == e.gold for s, e in zip(support, task.support, strict=True))
-    log_p = gold_logprob(support, list(task.support), metric)
+    log_p = sum(gold_logprob(support, list(task.support), metric)) / len(support)
     order = rng_for("families", task.name).permutation(families)   # the first one listed is proposed too often
     options = "\n".join(f"({i + 1}) {DESCRIPTIONS[f]}" for i, f in enumerate(order))
     user = (f"Task: {task.title}. {task.context or 'No description is available.'}\n"
@@ -206,14 +207,14 @@ def make_target(run: Run, task: Task, left_out: str | None = None, aligned: bool
                   lambda texts: encode_texts(run, texts)[1], cfg.strategies, cfg.seed)
 
 
-def evaluate_strategy(target: Target, strategy: Strategy, support: list, reference: list[Scores], metric: str,
-                      folds: int, at_steps: list[int] = ()) -> dict[str, dict]:
-    """Paired result of a strategy against `reference` on the support set.
+def evaluate_strategy(target: Target, strategy: Strategy, support: list, metric: str, folds: int,
+                      at_steps: list[int] = ()) -> dict[str, dict]:
+    """What a strategy makes of the support examples.
 
     A label-free strategy is executed once. SFT reads labels, so its scores come from `folds`-fold cross-validation
     inside the support set: no example is scored by an adapter that was fitted on it.
-    Returns: {canonical JSON: {wins, losses, gold_logp_gain, seconds, forwards, backwards}}; for SFT also of the
-        shorter trainings in `at_steps`, which the same trajectory yields.
+    Returns: {canonical JSON: {correct, gold_logp (one entry per example), seconds, forwards, backwards}}; for SFT also
+        of the shorter trainings in `at_steps`, which the same trajectory yields.
     """
     lm, start, passes = target.lm, time.monotonic(), (target.lm.forwards, target.lm.backwards)
     if strategy.family != "SFT":
@@ -226,12 +227,10 @@ def evaluate_strategy(target: Target, strategy: Strategy, support: list, referen
             for s, adapter in train_on_support(target, strategy, fit, steps).items():
                 for i, score in zip(held, score_examples(lm, adapter, [support[i] for i in held]), strict=True):
                     out[s][i] = score
-        fields = dict(strategy.fields)
-        found = {Strategy("SFT", tuple((fields | {"sft_steps": s}).items())): v for s, v in out.items()}
+        found = {strategy.but(sft_steps=s): v for s, v in out.items()}
     seconds = time.monotonic() - start
     cost = {"seconds": round(seconds, 2), "forwards": lm.forwards - passes[0], "backwards": lm.backwards - passes[1]}
-    return {str(k): dict(zip(("wins", "losses", "gold_logp_gain"), compare(v, reference, support, metric), strict=True))
-            | cost for k, v in found.items()}
+    return {str(k): judge(v, support, metric) | cost for k, v in found.items()}
 
 
 def fold_indices(target: Target, n: int, folds: int) -> list[list[int]]:
@@ -247,51 +246,74 @@ def reward_of(result: dict, policy) -> int:
 
 
 def choose(results: dict[str, dict], policy) -> tuple[Strategy, dict]:
-    """The final choice: most wins minus losses, ties by mean gold log-probability.
+    """The final choice: most wins minus losses, ties by mean gold log-probability (`select_by: wins`), or the highest
+    mean gold log-probability (`gold_logp`).
 
-    The generated adapter is kept unless a strategy wins at least `select_margin` (SFT: `sft_margin`) more examples than
-    it loses and also raises the mean gold log-probability: on 20 examples either alone is too easily had by chance.
+    The generated adapter is kept unless a strategy wins at least `select_margin` (SFT, by wins: `sft_margin`) more
+    examples than it loses and also raises the mean gold log-probability. SFT's scores are cross-validated, so the
+    log-probability, which says more per example than right or wrong does, may be trusted without the margin.
     """
+    by_logp = policy.select_by == "gold_logp"
+
     def passes(key):
-        margin = policy.sft_margin if json.loads(key)["family"] == "SFT" else policy.select_margin
-        return results[key]["wins"] - results[key]["losses"] >= margin and results[key]["gold_logp_gain"] > 0
+        net, gain = results[key]["wins"] - results[key]["losses"], results[key]["gold_logp_gain"]
+        if json.loads(key)["family"] == "SFT":
+            return gain > 0 and (by_logp or net >= policy.sft_margin)
+        return gain > 0 and net >= policy.select_margin
 
     def rank(key):
-        return results[key]["wins"] - results[key]["losses"], results[key]["gold_logp_gain"]
+        net, gain = results[key]["wins"] - results[key]["losses"], results[key]["gold_logp_gain"]
+        return (gain, net) if by_logp else (net, gain)
 
     best = max(filter(passes, results), key=rank, default=None)
     if best is None:
         return KEEP, {"wins": 0, "losses": 0, "gold_logp_gain": 0.0}
-    obj = json.loads(best)
-    return Strategy(obj.pop("family"), tuple(obj.items())), results[best]
+    return Strategy.from_dict(json.loads(best)), results[best]
+
+
+def with_plain_twins(proposed: list[Strategy]) -> list[Strategy]:
+    """The distinct proposals, and each SFT once more from the plain initialisation, longest training first.
+
+    A task the generated adapter does not help must be able to leave it: its share is the one field whose two ends are
+    always tried. The other end costs nothing, `no_meta` needs it too.
+    """
+    found = {str(s): s for s in [*proposed, *(s.but(init_scale=0.0) for s in proposed if s.family == "SFT")]}
+    return sorted(found.values(), key=lambda s: -s["sft_steps"] if s.family == "SFT" else 0)
 
 
 class Rewards:
-    """Results of strategies on one task, kept in a file so that no strategy is executed twice.
+    """What strategies make of one task's support set, kept in files so that no strategy is executed twice.
 
-    The file belongs to one configuration (its name carries the hash) and one starting adapter (`name`).
+    A file belongs to one configuration (its folder carries the hash) and one starting adapter (`name`). SFT that starts
+    from nothing of that adapter has a file of its own, shared by every method.
     """
 
     def __init__(self, run: Run, name: str, target: Target, support: list, reference: list[Scores]):
-        key = hashlib.sha256(json.dumps(fingerprint(run.cfg, "rewards")).encode()).hexdigest()[:8]
-        self.path = path = run.path / f"adapted/rewards-{key}/{name}.jsonl"
-        self.run, self.target, self.support, self.reference = run, target, support, reference
-        self.known = {r["strategy"]: r for r in (read_jsonl(path) if path.exists() else [])}
+        key = hashlib.sha256(json.dumps(fingerprint(run.cfg, "rewards", unit=target.name)).encode()).hexdigest()[:8]
+        self.folder, self.name = run.path / f"adapted/rewards-{key}", name
+        self.run, self.target, self.support = run, target, support
+        self.reference = judge(reference, support, run.cfg.evaluate.metric)
+        self.known: dict[str, dict[str, dict]] = {}   # per file
 
     def of(self, strategy: Strategy, at_steps: list[int] = ()) -> dict:
-        key = str(strategy)
-        if key not in self.known:
-            cfg = self.run.cfg
+        """{wins, losses, gold_logp_gain, seconds, forwards, backwards} against the starting adapter."""
+        key, p = str(strategy), self.run.cfg.policy
+        path = self.folder / f"{self.target.name + '.plain' if strategy.plain else self.name}.jsonl"
+        if path not in self.known:
+            self.known[path] = {r["strategy"]: r for r in (read_jsonl(path) if path.exists() else [])}
+        known = self.known[path]
+        if key not in known:
             try:
-                found = evaluate_strategy(self.target, strategy, self.support, self.reference, cfg.evaluate.metric,
-                                          cfg.policy.folds, at_steps)
+                found = evaluate_strategy(self.target, strategy, self.support, self.run.cfg.evaluate.metric, p.folds,
+                                          at_steps)
             except FloatingPointError:   # a training that diverged lost every example
-                found = {key: {"wins": 0, "losses": len(self.support), "gold_logp_gain": -100.0, "diverged": True}}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = [{"strategy": k, **r} for k, r in found.items() if k not in self.known]
-            self.known |= {r["strategy"]: r for r in new}
-            write_jsonl(self.path, list(self.known.values()))
-        return self.known[key]
+                n = len(self.support)
+                found = {key: {"correct": [0] * n, "gold_logp": [-100.0] * n, "diverged": True}}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            known |= {k: {"strategy": k, **r} for k, r in found.items() if k not in known}
+            write_jsonl(path, list(known.values()))
+        row = known[key]
+        return compare(row, self.reference) | {k: row[k] for k in row if k not in ("strategy", "correct", "gold_logp")}
 
 
 # ------------------------------------------------------------------------------------------------------------ ReST-EM
@@ -364,7 +386,7 @@ def run_episodes(run: Run, task: Task, rewards: Rewards, families: list[str], pr
         else:
             r = rewards.of(s)
             episodes.append({"iteration": iteration, "index": i, "text": text, "strategy": s.as_dict(), "valid": True,
-                             "reward": reward_of(r, p), **{k: v for k, v in r.items() if k != "strategy"},
+                             "reward": reward_of(r, p), **r,
                              "cached": any(str(x) == str(s) for x in parsed[:i] if x is not None)})
     rate_ = sum(e["reward"] for e in episodes) / len(episodes)
     run.metric(stage="policy", unit=task.name, method=label, iteration=iteration, reward_mean=round(rate_, 4))
@@ -463,9 +485,9 @@ def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
         if it + 1 < iterations:
             policy = train_policy(run, layout, rewarded(new, prompt, cfg.policy.max_samples),
                                   seed_for(cfg.seed, task.name, method, it)) or policy
-    proposed = {k: rewards.known[k] for e in episodes if e["valid"]
-                for k in [json.dumps(e["strategy"], sort_keys=True)]}
-    strategy, result = choose(proposed, cfg.policy)
+    candidates = with_plain_twins([Strategy.from_dict(e["strategy"]) for e in episodes if e["valid"]])
+    steps = sorted({s["sft_steps"] for s in candidates if s.family == "SFT"})
+    strategy, result = choose({str(s): rewards.of(s, steps) for s in candidates}, cfg.policy)
     refined = execute(target, strategy, support)
     save_generated(folder, refined.adapters[0], run)
     write_jsonl(folder / "episodes.jsonl", episodes)
@@ -485,13 +507,13 @@ def _start_name(target: Target, method: str) -> str:
 
 
 def _keep_example_ids(run: Run, wanted: list[Task]) -> None:
-    write_json(run.path / "tasks.json", describe_tasks({t.name: t for t in wanted}, run.cfg.data.prompts_from))
+    if not run.cfg.task:   # the report is about the run's own tasks
+        write_json(run.path / "tasks.json", describe_tasks({t.name: t for t in wanted}, run.cfg.data.prompts_from))
 
 
 def load_refined(run: Run, target: Target, folder: Path) -> Refined:
     """What `adapt` chose for a target, ready to score: its adapter, or an ensemble or steering rebuilt from it."""
-    obj = dict(read_json(folder / "strategy.json")["strategy"])
-    strategy = Strategy(obj.pop("family"), tuple(obj.items()))
+    strategy = Strategy.from_dict(read_json(folder / "strategy.json")["strategy"])
     if strategy.family in ("TTS", "Latent", "none"):   # made from the generator alone, exactly again
         return execute(target, strategy)
     return Refined([load_adapter(folder, load_lm(run).layout)])

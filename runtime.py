@@ -46,8 +46,8 @@ DEPENDS = {
 # What a method's adapters and scores depend on besides.
 METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys([*META_TRAINED, "maml_matched"], ["baselines"]),
                   **dict.fromkeys(ALIGNED, ["align"])}
-_CHOICES = ("data.targets", "data.skip_test", "evaluate.methods", "generator.save_every", "generator.data_parallel",
-            "generator.recompute")   # unless named above
+_CHOICES = ("data.test_tasks", "data.targets", "data.skip_test", "evaluate.methods", "generator.save_every",
+            "generator.data_parallel", "generator.recompute")   # unless named above
 
 
 @dataclass
@@ -129,8 +129,9 @@ class Run:
         path = self.path / folder
         if not (path / "DONE.json").is_file():
             return False
-        made, now = read_json(path / "DONE.json").get("config", {}), fingerprint(self.cfg, stage, method)
-        changed = sorted(k for k in made | now if made.get(k) != now.get(k))
+        made = read_json(path / "DONE.json").get("config", {})
+        now = fingerprint(self.cfg, stage, method, path.name)
+        changed = sorted(k for k in made | now if made.get(k) != now.get(k) and (k in now or k not in _CHOICES))
         if not changed:
             return True
         if self.cfg.overwrite:
@@ -144,14 +145,28 @@ class Run:
         """Record a unit as done: configuration, seconds, and whatever the stage wants kept."""
         write_json(self.path / folder / "DONE.json",
                    {"stage": stage, "seconds": round(time.monotonic() - started, 2), **facts,
-                    "config": fingerprint(self.cfg, stage, method)})
+                    "config": fingerprint(self.cfg, stage, method, Path(folder).name)})
 
 
-def fingerprint(cfg: Config, stage: str, method: str = "") -> dict:
-    """The flat keys a stage's output depends on."""
+def fingerprint(cfg: Config, stage: str, method: str = "", unit: str = "") -> dict:
+    """The flat keys a stage's output depends on.
+
+    Of the maps by task only the entries of the meta-training tasks and of `unit`, so that a run takes in tasks it was
+    not told of when it began; of a user's file its content counts.
+    """
     keys = DEPENDS[stage] + METHOD_DEPENDS.get(method, [])
-    return {k: v for k, v in flatten(cfg.model_dump()).items()
-            if (k not in _CHOICES or k in keys) and any(k == p or k.startswith(p + ".") for p in keys)}
+    out = {k: v for k, v in flatten(cfg.model_dump()).items()
+           if (k not in _CHOICES or k in keys) and any(k == p or k.startswith(p + ".") for p in keys)}
+    for k in out.keys() & {"data.jsonl", "data.hub", "data.columns"}:
+        out[k] = {t: _content(v) if k == "data.jsonl" else v for t, v in out[k].items()
+                  if t == unit or t in cfg.data.train_tasks}
+    return out
+
+
+def _content(pattern: str) -> str:
+    """What a file (or the two of a {split} pattern) holds, in eight digits; "absent" without it."""
+    files = [Path(pattern.format(split=s)) for s in ("train", "test")] if "{split}" in pattern else [Path(pattern)]
+    return " ".join(sha256(f)[:8] if f.is_file() else "absent" for f in files)
 
 
 def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
@@ -191,8 +206,9 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
 def _describe(run: Run, stage: str, argv: list[str]) -> None:
     if not (run.path / "config.yaml").exists():   # a command that is refused must not redescribe the folder
         write_config(run)
-    with open(run.path / "command.txt", "a") as f:
-        f.write("python degaml.py " + " ".join(argv) + "\n")
+    if not run.cfg.task and stage != "predict":   # what made the results, not what was done with them
+        with open(run.path / "command.txt", "a") as f:
+            f.write("python degaml.py " + " ".join(argv) + "\n")
     write_json(run.path / "env.json", environment(run))
     run.log(f"{run.cfg.name}: stage {stage} | {run.device} {str(run.dtype)[6:]} | {run.world} rank(s) x "
             f"{torch.get_num_threads()} thread(s) | run folder {run.path}")

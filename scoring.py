@@ -461,18 +461,24 @@ def accuracy(scores: list[Scores], examples: list[Example], metric: str) -> floa
     return sum(s.pick(metric) == e.gold for s, e in zip(scores, examples, strict=True)) / len(examples)
 
 
-def gold_logprob(scores: list[Scores], examples: list[Example], metric: str) -> float:
-    """Mean log-probability of the right option under a softmax over the options."""
-    total = 0.0
+def gold_logprob(scores: list[Scores], examples: list[Example], metric: str) -> list[float]:
+    """Log-probability of each example's right option under a softmax over its options."""
+    out = []
     for s, e in zip(scores, examples, strict=True):
         v = s.of(metric)
         top = max(v)
-        total += v[e.gold] - top - math.log(sum(math.exp(x - top) for x in v))
-    return total / len(examples)
+        out.append(v[e.gold] - top - math.log(sum(math.exp(x - top) for x in v)))
+    return out
 
 
-def compare(new: list[Scores], old: list[Scores], examples: list[Example], metric: str) -> tuple[int, int, float]:
-    """(wins, losses, gain in mean gold log-probability) of `new` over `old` on the same examples."""
-    right = [(n.pick(metric) == e.gold, o.pick(metric) == e.gold) for n, o, e in zip(new, old, examples, strict=True)]
-    return (sum(n and not o for n, o in right), sum(o and not n for n, o in right),
-            gold_logprob(new, examples, metric) - gold_logprob(old, examples, metric))
+def judge(scores: list[Scores], examples: list[Example], metric: str) -> dict[str, list]:
+    """What labels say about scores, one entry per example: `correct` (0 or 1) and `gold_logp`."""
+    return {"correct": [int(s.pick(metric) == e.gold) for s, e in zip(scores, examples, strict=True)],
+            "gold_logp": [round(x, 6) for x in gold_logprob(scores, examples, metric)]}
+
+
+def compare(new: dict[str, list], old: dict[str, list]) -> dict:
+    """Wins, losses and the gain in mean gold log-probability of one judgement over another of the same examples."""
+    pairs = list(zip(new["correct"], old["correct"], strict=True))
+    return {"wins": sum(n > o for n, o in pairs), "losses": sum(n < o for n, o in pairs),
+            "gold_logp_gain": (sum(new["gold_logp"]) - sum(old["gold_logp"])) / len(pairs)}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data import Example
-from lora import Adapter, train_adapter
+from lora import Adapter, init_adapter, train_adapter
 from runtime import rng_for
 from scoring import (
     LM,
@@ -45,11 +45,28 @@ class Strategy:
     family: str
     fields: tuple[tuple[str, object], ...] = ()
 
+    def __post_init__(self):
+        object.__setattr__(self, "fields", tuple(sorted(self.fields)))   # equal whatever order they were given in
+
     def __getitem__(self, name: str):
         return dict(self.fields)[name]
 
+    @classmethod
+    def from_dict(cls, obj: dict) -> Strategy:
+        """The inverse of `as_dict`, for what was validated before it was stored."""
+        return cls(obj["family"], tuple((k, v) for k, v in obj.items() if k != "family"))
+
     def as_dict(self) -> dict:
         return {"family": self.family, **dict(self.fields)}
+
+    def but(self, **fields) -> Strategy:
+        """The same with other values."""
+        return Strategy(self.family, tuple((dict(self.fields) | fields).items()))
+
+    @property
+    def plain(self) -> bool:
+        """Does it start from nothing of the generated adapter?"""
+        return self.family == "SFT" and not self["init_scale"]
 
     def __str__(self) -> str:
         return json.dumps(self.as_dict(), sort_keys=True)
@@ -281,15 +298,16 @@ def train_on_support(target: Target, strategy: Strategy, labelled: list[Example]
                      at_steps: list[int] = ()) -> dict[int, Adapter]:
     """Supervised steps on labelled examples, from the target's adapter; constant rate after two warm-up steps.
 
-    `init_scale` is the share of the generated update that training starts from: B is multiplied by it, so 0 forgets
-    the generator. With a constant rate the first s steps of a longer training are the training of s steps, so one
-    trajectory yields every step count in `at_steps` exactly.
+    `init_scale` s is the share of the generated adapter in the start, s generated + (1 - s) plain, entry by entry: 0 is
+    the plain initialisation, as if there were no generator. With a constant rate the first s steps of a longer training
+    are the training of s steps, so one trajectory yields every step count in `at_steps` exactly.
     Returns: {steps: adapter} for `sft_steps` and `at_steps`.
     """
     lm, steps, size = target.lm, strategy["sft_steps"], min(strategy["batch_size"], len(labelled))
     rows = [make_row(lm, e) for e in labelled]
     rng = rng_for(target.seed, "sft", target.name, len(labelled), size)
-    start = {k: v * strategy["init_scale"] if "lora_B" in k else v for k, v in target.start.items()}
+    share, plain = strategy["init_scale"], init_adapter(lm.layout, target.seed)
+    start = {k: share * v + (1 - share) * plain[k] for k, v in target.start.items()}
     order = np.concatenate([rng.permutation(len(rows)) for _ in range(1 + steps * size // len(rows))])
     loss_fn = choice_loss if strategy["loss"] == "choice" else lm_loss
     out: dict[int, Adapter] = {}

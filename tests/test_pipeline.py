@@ -218,7 +218,7 @@ def decode(g, state: dict) -> torch.Tensor:
 
 BEGUN = {   # the first trace each stage leaves
     "collect": "adapters/*/step_*.safetensors", "generator": "generator/*/state.safetensors",
-    "adapt": "adapted/rewards*/*.jsonl", "baselines": "adapted/rewards*/*.no_meta.jsonl",
+    "adapt": "adapted/rewards*/*.jsonl", "baselines": "adapted/no_meta/*/adapter_model.safetensors",
     "evaluate": "scores/*/*.jsonl"}
 
 

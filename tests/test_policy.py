@@ -33,6 +33,7 @@ from policy import (
     sample_proposals,
     train_policies,
     train_policy,
+    with_plain_twins,
 )
 from runtime import Run, read_json, read_jsonl, write_json
 from scoring import Row, branch_logprobs, encode, hidden_states, load_lm, score_examples
@@ -96,7 +97,7 @@ def test_sampled_proposals_always_parse(run, family, grid):
     assert len(texts) == 6
     for text in texts:
         s = parse_strategy(text, bounds, [family])
-        assert list(json.loads(text)) == ["family", *dict(s.fields)] and s.family == family
+        assert sorted(json.loads(text)) == sorted(["family", *dict(s.fields)]) and s.family == family
         for name, value in s.fields:
             assert value in bounds.proposal_grid.get(f"{family}.{name}", [value])
     if not grid:
@@ -174,7 +175,7 @@ def result(wins, losses, gain) -> dict:
 
 
 def margins(label_free: int, sft: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(select_margin=label_free, sft_margin=sft)
+    return SimpleNamespace(select_margin=label_free, sft_margin=sft, select_by="wins")
 
 
 def test_choose_takes_net_wins_then_log_probability():
@@ -192,6 +193,16 @@ def test_choose_takes_net_wins_then_log_probability():
     sft = '{"family": "SFT", "sft_steps": 5}'
     assert choose({sft: result(1, 0, 0.1)}, margins(2, sft=1))[0].family == "SFT"
     assert choose({sft: result(1, 0, 0.1)}, margins(1, sft=2))[0] == KEEP
+
+
+def test_choose_by_log_probability():
+    """SFT needs a gain in cross-validated log-probability and no wins; label-free strategies their margin as well."""
+    by = SimpleNamespace(select_margin=2, sft_margin=9, select_by="gold_logp")
+    free, sft_ = str(strategy("LORA", **{"lambda": 0.1})), str(sft(2))
+    assert choose({free: result(1, 0, 9.0)}, by)[0] == KEEP
+    assert choose({sft_: result(0, 3, 0.1)}, by)[0] == sft(2) and choose({sft_: result(5, 0, 0.0)}, by)[0] == KEEP
+    assert choose({sft_: result(5, 0, 0.1), free: result(2, 0, 0.2)}, by)[0].family == "LORA"
+    assert choose({sft_: result(0, 1, 0.3), free: result(5, 0, 0.2)}, by)[0].family == "SFT"
 
 
 def test_rewarded_is_distinct_best_first_and_capped():
@@ -231,7 +242,7 @@ def test_sft_reward_scores_no_fitted_example(run, monkeypatch):
         return real_score(lm, adapter, examples, **kwargs)
     monkeypatch.setattr(policy, "train_on_support", train)
     monkeypatch.setattr(policy, "score_examples", score)
-    found = evaluate_strategy(target, sft(4), support, reference, "norm", 2, [2, 4])
+    found = evaluate_strategy(target, sft(4), support, "norm", 2, [2, 4])
     assert set(found) == {str(sft(2)), str(sft(4))}
     assert scored == {e.id: 2 for e in support}
 
@@ -239,9 +250,9 @@ def test_sft_reward_scores_no_fitted_example(run, monkeypatch):
 def test_shorter_trainings_come_from_the_longer_one(run):
     """Results of s steps read off a longer training are those of a training of s steps, to the last digit."""
     target, support, reference = ready(run)
-    both = evaluate_strategy(target, sft(6, "choice"), support, reference, "norm", 2, [2, 6])
-    alone = evaluate_strategy(target, sft(2, "choice"), support, reference, "norm", 2)
-    keys = ("wins", "losses", "gold_logp_gain")
+    both = evaluate_strategy(target, sft(6, "choice"), support, "norm", 2, [2, 6])
+    alone = evaluate_strategy(target, sft(2, "choice"), support, "norm", 2)
+    keys = ("correct", "gold_logp")
     assert [both[str(sft(2, "choice"))][k] for k in keys] == [alone[str(sft(2, "choice"))][k] for k in keys]
     assert alone[str(sft(2, "choice"))]["backwards"] == 2 * 2 * 4, "two folds of two steps of four rows"
 
@@ -249,7 +260,7 @@ def test_shorter_trainings_come_from_the_longer_one(run):
 def test_keeping_the_adapter_changes_nothing(run):
     """Against itself the generated adapter neither wins nor loses."""
     target, support, reference = ready(run)
-    found = evaluate_strategy(target, KEEP, support, reference, "norm", 2)[str(KEEP)]
+    found = Rewards(run, "delta", target, support, reference).of(KEEP)
     assert (found["wins"], found["losses"], found["gold_logp_gain"]) == (0, 0, 0)
     assert (found["forwards"], found["backwards"]) == (8, 0)
 
@@ -293,7 +304,8 @@ def test_no_strategy_is_evaluated_twice_by_two_methods(run, monkeypatch):
         assert all(len(e) == 10 for e in told)
         texts = [{json.dumps(x["strategy"], sort_keys=True) for x in e if x["valid"]} for e in told]
         assert texts[0] & texts[1], "the two methods proposed something in common"
-        assert len([n for n, _ in asked if n == task]) <= len(texts[0] | texts[1])
+        plain = {json.dumps(json.loads(t) | {"init_scale": 0.0}, sort_keys=True) for t in texts[1] if "SFT" in t}
+        assert len([n for n, _ in asked if n == task]) <= len(texts[0] | texts[1] | plain)
         assert not any(x["strategy"].get("family") == "SFT" for x in told[0])
 
 
@@ -306,7 +318,7 @@ def test_policy_gradient_does_not_reach_the_generator(run):
     prompt, text = "Adapt.", '{"family":"LORA","lambda":0.5}'
     assert train_policy(run, policy_layout(run), [(prompt, text)], 0) is not None
     _, support, reference = ready(run)
-    evaluate_strategy(target, sft(2), support, reference, "norm", 2)
+    evaluate_strategy(target, sft(2), support, "norm", 2)
     assert all(p.grad is None and not p.requires_grad for p in decoder.parameters())
     assert all(torch.equal(v, before[k]) for k, v in decoder.state_dict().items())
     assert not any(v.requires_grad for v in target.start.values())
@@ -547,24 +559,34 @@ def test_interrupted_adaptation_is_not_mixed_with_another_configuration(trained,
 
 # -------------------------------------------------------------------------------------------------- baselines
 
-def test_no_meta_starts_plain_with_the_proposed_settings(run):
-    """Its candidates are degaml_plus' SFT proposals, measured from a plain start against the base model."""
+def test_plain_twins_join_the_proposals():
+    """Every proposed SFT is a candidate from the plain start too, once; longer trainings first; the rest unchanged."""
+    lora = strategy("LORA", **{"lambda": 0.5})
+    got = with_plain_twins([lora, sft(2), sft(4).but(init_scale=0.5), sft(2).but(init_scale=0.0), sft(2)])
+    want = [sft(4).but(init_scale=0.5), sft(4).but(init_scale=0.0), sft(2), sft(2).but(init_scale=0.0), lora]
+    assert sorted(map(str, got)) == sorted(map(str, want)) and got[-1] == lora
+    assert [s["sft_steps"] for s in got[:-1]] == [4, 4, 2, 2] and with_plain_twins([lora]) == [lora]
+
+
+def test_no_meta_starts_plain_with_the_proposed_settings(run, monkeypatch):
+    """Its candidates are degaml_plus' SFT proposals from a plain start: measured already, and the same training."""
     run.cfg.data.targets = ["delta"]
     adapt_targets(run.cfg, run)
-    train_baselines(run.cfg, run)
-    proposed = {str(s) for s in candidate_sft(run, "delta")}
     told = read_jsonl(run.path / "adapted/degaml_plus/delta/episodes.jsonl")
-    assert proposed == {json.dumps(e["strategy"] | {"init_scale": 1.0}, sort_keys=True) for e in told
-                        if e["strategy"].get("family") == "SFT"}
-    file = next(run.path.glob("adapted/rewards*/*.no_meta.jsonl"))
-    rows = {r["strategy"]: r for r in read_jsonl(file)}
-    assert set(rows) >= proposed and proposed
+    proposed = {json.dumps(e["strategy"] | {"init_scale": 0.0}, sort_keys=True) for e in told
+                if e["strategy"].get("family") == "SFT"}
+    rows = {r["strategy"]: r for r in read_jsonl(next(run.path.glob("adapted/rewards*/delta.plain.jsonl")))}
+    assert proposed and proposed <= set(rows)
+    assert all(json.loads(k)["init_scale"] == 0 for k in rows), "nothing of a generated adapter is shared"
+    real = policy.evaluate_strategy
+    monkeypatch.setattr(policy, "evaluate_strategy", None)
+    train_baselines(run.cfg, run)   # measures nothing again
+    assert {str(s) for s in candidate_sft(run, "delta", 0.0)} == proposed
     target, support, _ = ready(run)
     target.start = init_adapter(target.lm.layout, run.cfg.seed)
-    base = score_examples(target.lm, None, support)
-    s = candidate_sft(run, "delta")[0]
-    want = evaluate_strategy(target, s, support, base, "norm", run.cfg.policy.folds)[str(s)]
-    assert all(rows[str(s)][k] == want[k] for k in ("wins", "losses", "gold_logp_gain"))
+    s = candidate_sft(run, "delta", 0.0)[0]
+    want = real(target, s.but(init_scale=1.0), support, "norm", run.cfg.policy.folds)[str(s.but(init_scale=1.0))]
+    assert all(rows[str(s)][k] == want[k] for k in ("correct", "gold_logp"))
 
 
 def test_no_meta_without_proposals_is_refused(trained):

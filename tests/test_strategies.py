@@ -11,7 +11,7 @@ from conftest import tiny_rows
 import strategies
 from config import load_config
 from data import make_example
-from lora import LoraLinear, swap_adapter
+from lora import LoraLinear, init_adapter, swap_adapter
 from scoring import Scores, gold_logprob, prompt_nll, prompt_row, score_examples
 from strategies import (
     KEEP,
@@ -500,16 +500,17 @@ def test_sft_learns_the_support(target):
     s = strategy("SFT", sft_steps=12, learning_rate=1e-2, batch_size=64, loss="choice", init_scale=1.0)
     out = execute(target, s, items)
     after, before = (score_examples(target.lm, a, items) for a in (out.adapters[0], target.start))
-    assert gold_logprob(after, items, "raw") > gold_logprob(before, items, "raw") + 0.5
+    assert np.mean(gold_logprob(after, items, "raw")) > np.mean(gold_logprob(before, items, "raw")) + 0.5
 
 
 def test_sft_starts_from_a_share_of_the_generated_adapter(target):
-    """With a vanishing rate what comes out is the start: A as generated, B times init_scale."""
+    """With a vanishing rate what comes out is the start: between the plain initialisation and the generated adapter."""
+    plain = init_adapter(target.lm.layout, target.seed)
     for share in (0.0, 0.5, 1.0):
         s = strategy("SFT", sft_steps=1, learning_rate=1e-30, batch_size=2, loss="lm", init_scale=share)
         got = execute(target, s, examples_of("delta", 4)).adapters[0]
         for k, v in target.start.items():
-            torch.testing.assert_close(got[k], v * share if "lora_B" in k else v, rtol=0, atol=1e-20)
+            torch.testing.assert_close(got[k], share * v + (1 - share) * plain[k], rtol=1e-6, atol=1e-20)
 
 
 def test_costs_are_counted(target):
