@@ -4,11 +4,14 @@ assets.
 The tiny model goes through `save_pretrained` and `load_base`, the path a user's own model takes.
 """
 
+import gc
 import json
 import os
 import random
 import re
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -204,3 +207,49 @@ def real_lm(assets):
     layout = find_layout(model, m.rank, m.alpha, m.token_width, m.modules)
     attach_lora(model, layout)
     return LM(model, tokenizer, layout)
+
+
+# --------------------------------------------------------------------------------------------- a whole tiny run
+
+# a choice that ties is taken too, so that more than one family ends up in the results
+LOOSE = ["policy.select_margin=0", "policy.sft_margin=0", "policy.tie_reward=true", "generator.steps=20"]
+FULL_RUN: dict = {}
+
+
+def run_command(words: list[str]) -> int:
+    """The command in this process, after letting go of folders that earlier calls held."""
+    import degaml
+    gc.collect()
+    return degaml.main(words)
+
+
+@pytest.fixture
+def one_thread():
+    """Sums depend on the number of threads, and some tests compare bits with runs in processes of their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def words(tiny_args) -> list[str]:
+    return [*tiny_args, *LOOSE]
+
+
+@pytest.fixture
+def full(words, one_thread, tmp_path_factory) -> Path:
+    """The folder of one uninterrupted run in this process. Read it, or take `copy`."""
+    if "run" not in FULL_RUN:
+        folder = tmp_path_factory.mktemp("full") / "run"
+        start = time.monotonic()
+        assert run_command([*words, "stage=all", f"run={folder}"]) == 0
+        FULL_RUN.update(run=folder, seconds=time.monotonic() - start)
+    return FULL_RUN["run"]
+
+
+@pytest.fixture
+def copy(full, tmp_path) -> Path:
+    """A copy of the full run at the place the words name."""
+    shutil.copytree(full, tmp_path / "run")
+    return tmp_path / "run"

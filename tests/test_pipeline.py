@@ -1,6 +1,5 @@
 """The whole command on tiny models: results, reruns, ranks, kills, refusals and portable adapters."""
 
-import gc
 import json
 import os
 import shutil
@@ -14,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import FULL_RUN, run_command
 from safetensors.torch import load_file
 
-import degaml
 import scoring
 from config import ROOT, load_config
 from generator import HyperConvDecoder
@@ -24,51 +23,9 @@ from lora import load_adapter, swap_adapter
 from runtime import Run, read_json, read_jsonl
 from scoring import load_lm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = {"alpha": "id", "beta": "id", "gamma": "id", "delta": "ood", "epsilon": "ood"}
 METHODS = ["base", "mean", "wrong_prompts", "own", "generator", "degaml", "degaml_plus", "no_meta"]
-# a choice that ties is taken too, so that more than one family ends up in the results
-WORDS = ["policy.select_margin=0", "policy.sft_margin=0", "policy.tie_reward=true", "generator.steps=20"]
-_FULL: dict = {}
-
-
-def run_command(words: list[str]) -> int:
-    """The command in this process, after letting go of folders that earlier calls held."""
-    gc.collect()
-    return degaml.main(words)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums depend on the number of threads, and these tests compare bits with runs in processes of their own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def words(tiny_args) -> list[str]:
-    return [*tiny_args, *WORDS]
-
-
-@pytest.fixture
-def full(words, tmp_path_factory) -> Path:
-    """The folder of one uninterrupted run in this process. Read it, or take `copy`."""
-    if "run" not in _FULL:
-        folder = tmp_path_factory.mktemp("full") / "run"
-        start = time.monotonic()
-        assert run_command([*words, "stage=all", f"run={folder}"]) == 0
-        _FULL.update(run=folder, seconds=time.monotonic() - start)
-    return _FULL["run"]
-
-
-@pytest.fixture
-def copy(full, tmp_path) -> Path:
-    """A copy of the full run at the place the words name."""
-    shutil.copytree(full, tmp_path / "run")
-    return tmp_path / "run"
-
-
 def environment() -> dict:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -154,7 +111,7 @@ def test_second_invocation_skips_everything(full, words, monkeypatch):
     assert run_command([*words, "stage=all", f"run={full}"]) == 0
     took = time.monotonic() - start
     assert stamps() == files
-    assert took < max(5.0, _FULL["seconds"] / 2)
+    assert took < max(5.0, FULL_RUN["seconds"] / 2)
     assert stable(results_of(full), ("seconds", "command")) == stable(before, ("seconds", "command"))
 
 
