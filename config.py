@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,13 @@ FREE_MAPS = ("data.jsonl", "data.hub", "data.columns", "strategies.proposal_grid
 
 class UserError(Exception):
     """A mistake the user can mend: what, where, what was expected, what to do. Shown without a traceback."""
+
+
+class Stopped(BaseException):
+    """The run was asked to stop: raised between two steps of a loop once STOP is set."""
+
+
+STOP = threading.Event()
 
 
 class _Section(BaseModel):

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from config import ALIGNED, META_TRAINED, ROOT, UserError, load_config
+from config import ALIGNED, META_TRAINED, ROOT, STOP, Stopped, UserError, load_config
 
 
 def run_assets(cfg, run) -> dict:
@@ -245,8 +247,31 @@ def main(argv: list[str]) -> int:
     return 2
 
 
+def stop_on_signals(patience: int = 5) -> None:
+    """Let SIGTERM and SIGINT end the process between two steps, or where it stands after `patience` seconds.
+
+    Standing still anywhere is safe, files being written whole or not at all; a generator saves its state besides. A
+    thread waits for the signals, since the main one may sit in a collective whose peer is gone. Called before any
+    library starts threads, which would take the signals otherwise.
+    """
+    asked = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+
+    def wait():
+        number = signal.sigwait(asked)
+        STOP.set()
+        time.sleep(patience)
+        os._exit(128 + number)
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    stop_on_signals()
+    try:
+        code = main(sys.argv[1:])
+    except Stopped:
+        print("stopped by a signal; what is finished is kept, the same command continues", file=sys.stderr)
+        os._exit(143)   # at once: another rank may be waiting in a collective that this one left
     sys.stdout.flush()
     import torch.distributed as dist
     if dist.is_available() and dist.is_initialized():

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError
+from config import Stopped, UserError
 from data import load_tasks
 from lora import (
     Adapter,
@@ -325,26 +325,31 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     done = _resume(folder / "state.safetensors", decoder, opt, made_with)
     last = float("nan")
     label = "generator on all tasks" if left_out == "none" else f"generator without {left_out}"
-    for step in run.track(range(done, g.steps), label):
-        opt.param_groups[0]["lr"] = rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
-        pairs = draw_pairs(cfg, states, targets, step)
-        loss = _accumulate(cfg, run, decoder, pairs, states, targets, weight, step, part, parts)
-        norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
-        value = float(loss)
-        if not (math.isfinite(value) and torch.isfinite(norm)):
-            _save_state(folder / "state.safetensors", decoder, opt, step, made_with)
-            raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
-                            f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        last = value
-        if part:
-            continue
-        if step % 10 == 9 or step + 1 == g.steps:
-            run.metric(stage="generator", unit=left_out, step=step + 1, loss=round(value, 5),
-                       lr=opt.param_groups[0]["lr"])
-        if (step + 1) % g.save_every == 0 and step + 1 < g.steps:
-            _save_state(folder / "state.safetensors", decoder, opt, step + 1, made_with)
+    try:
+        for step in run.track(range(done, g.steps), label):
+            opt.param_groups[0]["lr"] = rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
+            pairs = draw_pairs(cfg, states, targets, step)
+            loss = _accumulate(cfg, run, decoder, pairs, states, targets, weight, step, part, parts)
+            norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
+            value = float(loss)
+            if not (math.isfinite(value) and torch.isfinite(norm)):
+                _save_state(folder / "state.safetensors", decoder, opt, step, made_with)
+                raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
+                                f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            last, done = value, step + 1
+            if part:
+                continue
+            if step % 10 == 9 or done == g.steps:
+                run.metric(stage="generator", unit=left_out, step=done, loss=round(value, 5),
+                           lr=opt.param_groups[0]["lr"])
+            if done % g.save_every == 0 and done < g.steps:
+                _save_state(folder / "state.safetensors", decoder, opt, done, made_with)
+    except Stopped:
+        if not part:
+            _save_state(folder / "state.safetensors", decoder, opt, done, made_with)
+        raise
     if part:
         return
     save_tensors(folder / "generator.safetensors", {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}

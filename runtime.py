@@ -26,7 +26,7 @@ import yaml
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from config import ALIGNED, META_TRAINED, Config, UserError, differences, flatten
+from config import ALIGNED, META_TRAINED, STOP, Config, Stopped, UserError, differences, flatten
 
 # What a stage's output depends on. Keys that only choose *which* units are worked on are left out.
 _DATA = ["seed", "dtype", "model", "data"]
@@ -89,12 +89,14 @@ class Run:
     def track(self, items, label: str, total: int | None = None):
         """Iterate with a progress bar on a terminal, or a line with an ETA every 15 s in a log."""
         total = len(items) if total is None else total
-        if sys.stderr.isatty() and self.rank == 0:
-            yield from tqdm(items, desc=label, total=total, leave=False)
-            return
+        bar = sys.stderr.isatty() and self.rank == 0
         start = last = time.monotonic()
-        for i, item in enumerate(items):
+        for i, item in enumerate(tqdm(items, desc=label, total=total, leave=False) if bar else items):
             yield item
+            if STOP.is_set():
+                raise Stopped
+            if bar:
+                continue
             now = time.monotonic()
             if now - last > 15 and i + 1 < total:
                 last = now
@@ -190,6 +192,8 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
                 from None
     if world > 1:
         store, rank, world = next(dist.rendezvous("env://"))
+        # after a restart by torchrun's agent the store still holds what the dead ranks wrote
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=rank, world_size=world,
                                 timeout=datetime.timedelta(days=2))
         if device == "cpu":

@@ -212,6 +212,59 @@ def test_killed_in_every_stage(full, words, tmp_path):
     assert set(ours) == set(theirs) and [k for k in ours if ours[k] != theirs[k]] == []
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
+
+
+def wait_for(pattern: str, folder: Path, process, log: Path) -> None:
+    limit = time.monotonic() + 90
+    while not next(folder.glob(pattern), None):
+        assert process.poll() is None and time.monotonic() < limit, log.read_text()[-2000:]
+        time.sleep(0.001)
+
+
+def test_a_dead_worker_is_restarted(full, words, tmp_path):
+    """torchrun's elastic agent starts the ranks again, and they go on from what is finished: the same results."""
+    log, folder = tmp_path / "elastic.log", tmp_path / "elastic"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2",
+               "degaml.py", *words, "stage=all", f"run={folder}"]
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out)
+    try:
+        for i, stage in enumerate(("generator", "adapt")):
+            wait_for(BEGUN[stage], folder, process, log)
+            while len((folder / "command.txt").read_text().splitlines()) <= i:   # the ranks are up again
+                time.sleep(0.1)
+            os.kill(children_of(process.pid)[i], signal.SIGKILL)
+        assert process.wait(timeout=150) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    assert len((folder / "command.txt").read_text().splitlines()) == 3, "begun thrice"
+    drop = ("seconds", "provenance", "forwards", "backwards")
+    assert stable(results_of(folder), drop) == stable(results_of(full), drop)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_goes(words, tmp_path, number):
+    """Within seconds, with a message and no traceback; the generator's steps so far are not lost."""
+    log, folder = tmp_path / "stop.log", tmp_path / "stopped"
+    mine = [*words, "stage=all", f"run={folder}", "generator.steps=100000", "generator.save_every=1000000"]
+    with open(log, "w") as out:
+        process = subprocess.Popen([sys.executable, "degaml.py", *mine], cwd=ROOT, env=environment(), stdout=out,
+                                   stderr=out)
+    try:
+        wait_for("prompts/epsilon/DONE.json", folder, process, log)
+        time.sleep(2)
+        process.send_signal(number)
+        asked = time.monotonic()
+        assert process.wait(timeout=20) == 143 and time.monotonic() - asked < 5
+    finally:
+        process.kill()
+    assert "the same command continues" in log.read_text() and "Traceback" not in log.read_text()
+    state = load_file(next(folder.glob("generator/*/state.safetensors")))
+    assert int(state["step"]) > 0
+
+
 def test_one_process_per_folder(full, words, capsys):
     """A folder another process works in is refused, not shared."""
     import fcntl
