@@ -5,9 +5,10 @@ ARGS   ?=
 METHODS ?= [base,mean,wrong_prompts,own,generator,degaml,degaml_plus,no_meta,union,maml,maml_matched,abmll,aligned,tempo]
 PYTHON ?= python3
 PY      = .venv/bin/python
-TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --log-dir .cache/torchrun
+RESTARTS ?= 0
+TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --max-restarts=$(RESTARTS) --log-dir .cache/torchrun
 
-.PHONY: help install assets demo reproduce reproduce-all test harness bench report lint clean
+.PHONY: help install assets demo reproduce reproduce-all test reliability harness bench report lint clean
 
 help:
 	@echo "make demo       five minutes of the whole pipeline on a slice of the real data"
@@ -16,6 +17,7 @@ help:
 	@echo "make report     tables, figures and report.html of a run, from stored results"
 	@echo "make test       the tests"
 	@echo "make bench      the hot paths beside Trainer + PEFT, lm-eval and plain loops (installs the peers)"
+	@echo "make reliability    kill -9 at 20 random moments, and what came of it"
 	@echo "make harness    our log-likelihoods beside lm-evaluation-harness (installs it)"
 	@echo "variables: CONFIG=$(CONFIG) NPROC=$(NPROC) ARGS='key=value ...'"
 
@@ -52,6 +54,10 @@ report:
 
 test: assets/.done
 	OMP_NUM_THREADS=2 $(PY) -m pytest -q tests
+
+# About half an hour: kill -9 at 20 random moments of a small real run; writes results/reliability.json.
+reliability: assets/.done
+	$(PY) tests/reliability.py $(ARGS)
 
 harness: assets/.done
 	$(PY) -m pip install --disable-pip-version-check -q -r requirements-bench.txt
