@@ -308,7 +308,8 @@ def read_json(path: Path):
 
 def read_jsonl(path: Path) -> list[dict]:
     """All whole lines; a last line cut short by a kill is dropped, damage elsewhere is an error."""
-    lines = Path(path).read_text().rstrip("\n").split("\n")   # other separators may stand inside a text
+    # split at newlines alone: other separators may stand inside a text; damaged bytes become damaged JSON
+    lines = Path(path).read_text(errors="replace").rstrip("\n").split("\n")
     rows = []
     for i, line in enumerate(lines):
         try:
