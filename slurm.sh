@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# A whole run on two nodes of four GPUs:   sbatch slurm.sh configs/qwen2.5-0.5b.yaml [key=value ...]
+# The repository, its .venv and the run folder lie on a file system that all nodes share. Requeued after preemption
+# (SIGTERM comes two minutes ahead), the same command goes on where it stopped.
+#SBATCH --job-name=degaml
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=48:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+#SBATCH --output=degaml-%j.log
+set -euo pipefail
+config=${1:?usage: sbatch slurm.sh configs/<preset>.yaml [key=value ...]}
+shift
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_PER_NODE:-4}" --max-restarts=3 \
+  --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:29500" \
+  degaml.py stage=all config="$config" "$@"

@@ -1,0 +1,116 @@
+"""The documents say what is so: worked examples run, commands parse, glossaries and file lists are complete."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import config
+from config import load_config
+from degaml import STAGES
+
+README = (ROOT / "README.md").read_text()
+EXTEND = (ROOT / "docs/extend.md").read_text()
+
+
+def section(text: str, title: str) -> str:
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S).group(1)
+
+
+def block(text: str, language: str) -> str:
+    found = re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+    assert len(found) == 1
+    return found[0]
+
+
+def apply_patch(diff: str, folder: Path) -> None:
+    """Apply hunks by their text: each must occur exactly once, as a reader would look it up."""
+    for part in re.split(r"^--- .*\n", diff, flags=re.M)[1:]:
+        name, *hunks = re.split(r"^@@.*\n", part, flags=re.M)
+        path = folder / name.removeprefix("+++ b/").strip()
+        text = path.read_text() if path.exists() else ""
+        for hunk in hunks:
+            lines = hunk.rstrip("\n").split("\n")
+            old = "".join(line[1:] + "\n" for line in lines if not line.startswith("+"))
+            new = "".join(line[1:] + "\n" for line in lines if not line.startswith("-"))
+            assert not old or text.count(old) == 1, f"{path.name} does not hold this once:\n{old}"
+            text = text.replace(old, new) if old else new
+        path.write_text(text)
+
+
+@pytest.mark.parametrize("title", ["Add a strategy", "Add a task", "Add a base model"])
+def test_worked_examples(tmp_path, title):
+    """The patch applies to the code as it is, and its check passes."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "configs").iterdir()]:
+        to = tmp_path / path.relative_to(ROOT)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copy(path, to)
+    text = section(EXTEND, title)
+    check = block(text, "python")
+    before = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True)
+    assert before.returncode != 0, "the check passes without the patch: it checks nothing"
+    apply_patch(block(text, "diff"), tmp_path)
+    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every `python degaml.py` and torchrun line in code blocks."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
+    found = [re.search(r"(?:python|torchrun[^#]*?) degaml\.py (.*)", line) for line in lines]
+    return [shlex.split(m.group(1), comments=True) for m in found if m]
+
+
+@pytest.mark.parametrize("words", commands(README) + commands((ROOT / "run.sh").read_text()), ids=" ".join)
+def test_commands_are_legal(words, monkeypatch):
+    """Every command shown parses: stages exist, keys are known, values are in range."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(config, "_trained_run", lambda run: "configs/demo.yaml")
+    cfg, stage = load_config(words)
+    assert stage in STAGES
+
+
+def test_every_stage_is_documented():
+    """A stage the command has is named in the README."""
+    assert [s for s in STAGES if f"`{s}`" not in README and f"stage={s}" not in README] == []
+
+
+def test_every_metric_has_a_line_in_the_glossary():
+    """What the code writes to metrics.jsonl is what the glossary explains, stage by stage, field by field."""
+    written = set()
+    for path in ROOT.glob("*.py"):
+        for call in re.findall(r"run\.metric\(stage=\"(\w+)\",(.*?)\)\n", path.read_text(), re.S):
+            fields = set(re.findall(r"(\w+)=", call[1])) - {"unit", "step", "method", "iteration", "task", "ndigits"}
+            written |= {(call[0], f) for f in fields}
+    rows = re.findall(r"^\| `stage: (\w+)`, `(\w+)` \|", section(README, "Metrics in `metrics.jsonl`"), re.M)
+    assert set(rows) == written and len(rows) == len(set(rows))
+
+
+def test_every_file_is_on_the_list():
+    """The README's reading order names each module once, and nothing that is not there; the tour names them all."""
+    listed = re.findall(r"^(\w+\.py) ", section(README, "Files, in reading order"), re.M)
+    modules = sorted(p.name for p in ROOT.glob("*.py"))
+    assert sorted(listed) == modules
+    tour = (ROOT / "docs/tour.md").read_text()
+    assert [m for m in modules if f"`{m}`" not in tour and m != "assets.py"] == []
+
+
+def test_troubleshooting_messages_exist():
+    """Each message of the table is one the code can print."""
+    code = " ".join(re.sub(r'"\s*\n\s*f?"', "", p.read_text()) for p in ROOT.glob("*.py"))
+    for message in re.findall(r"^\| `([^`]+)`", section(README, "Troubleshooting"), re.M):
+        for part in (p.strip() for p in re.split(r"…|\[…\]|\(key: a -> b\)", message)):
+            assert part in code or part.replace("`", "") in code.replace("`", ""), part
+
+
+def test_links_lead_somewhere():
+    """Relative links of the documents point at files of the repository."""
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
