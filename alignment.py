@@ -161,12 +161,10 @@ def train_aligners(cfg, run: Run) -> dict:
     """One Fusion VAE per left-out set that the targets need. Writes align/<left_out>/vae.safetensors."""
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     wanted = sorted({left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "none", t))
-    gains = []
-    for left_out in run.deal(wanted):
-        if not run.finished(f"align/{left_out}", "align"):
-            _train_one(cfg, run, left_out)
-        gains.append(read_json(run.path / f"align/{left_out}/DONE.json")["r2"])
-    return {"align/r2": sum(gains) / len(gains)} if gains else {}
+    for left_out, part, parts in run.divide(wanted, "align", "align"):
+        _train_one(cfg, run, left_out, part, parts)
+    gains = [read_json(run.path / f"align/{left_out}/DONE.json")["r2"] for left_out in wanted]
+    return {"align/r2": sum(gains) / len(gains)}
 
 
 def collect_pairs(cfg, run: Run, left_out: str) -> tuple[dict[str, list[tuple[Tensor, Tensor, Tensor]]], dict]:
@@ -215,25 +213,35 @@ def vae_loss(vae: FusionVAE, params: dict, batch, noise: Tensor, weight: float) 
     return mse + weight * kl, mse, kl
 
 
-def fomaml_gradient(vae: FusionVAE, support, query, noises, lr: float, steps: int, weight: float):
+def fomaml_gradient(vae: FusionVAE, support, query, noises, lr: float, steps: int, weight: float,
+                    share: float = 1.0, add_up=lambda tensors: None):
     """First-order meta-gradient: inner SGD on the support pairs, then the query gradient at its end.
 
+    Args: share: of each batch that these pairs are, the rest being other ranks'; add_up: sums tensors over them.
     Returns: gradients by parameter name, query MSE, query KL.
     """
+    def gradient(params: dict, batch, noise) -> tuple[dict, Tensor, Tensor]:
+        params = {k: v.requires_grad_() for k, v in params.items()}
+        found = [torch.zeros_like(v) for v in params.values()] + [torch.zeros((), device=noise.device)] * 2
+        if share:
+            loss, mse, kl = vae_loss(vae, params, batch, noise, weight)
+            found = [*torch.autograd.grad(share * loss, list(params.values())),
+                     share * mse.detach(), share * kl.detach()]
+        add_up(found)
+        return dict(zip(params, found[:-2], strict=True)), found[-2], found[-1]
     params = {k: v.detach() for k, v in vae.named_parameters()}
     for _ in range(steps):
-        params = {k: v.requires_grad_() for k, v in params.items()}
-        loss, _, _ = vae_loss(vae, params, support, noises[0], weight)
-        grads = torch.autograd.grad(loss, list(params.values()))
-        params = {k: (v - lr * g).detach() for (k, v), g in zip(params.items(), grads, strict=True)}
-    params = {k: v.requires_grad_() for k, v in params.items()}
-    loss, mse, kl = vae_loss(vae, params, query, noises[1], weight)
-    grads = torch.autograd.grad(loss, list(params.values()))
-    return dict(zip(params, grads, strict=True)), float(mse.detach()), float(kl.detach())
+        grads, _, _ = gradient(params, support, noises[0])
+        params = {k: (v - lr * grads[k]).detach() for k, v in params.items()}
+    grads, mse, kl = gradient(params, query, noises[1])
+    return grads, float(mse), float(kl)
 
 
-def _train_one(cfg, run: Run, left_out: str) -> None:
-    """FOMAML over the meta-training tasks (paper T, Algorithm 1), the KL weight rising linearly."""
+def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> None:
+    """FOMAML over the meta-training tasks (paper T, Algorithm 1), the KL weight rising linearly.
+
+    Of `parts` ranks that train together this one takes every parts-th pair of each batch, from number `part`.
+    """
     a, started, lm = cfg.align, time.monotonic(), load_lm(run)
     pairs, held = collect_pairs(cfg, run, left_out)
     aligner = _new_aligner(cfg, lm.layout, pairs)
@@ -249,17 +257,20 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
         task = str(rng.choice(list(data)))
         order = rng.permutation(len(data[task]))
         half = max(1, min(a.batch_size, len(order) // 2))
-        support, query = (_batch(run, data[task], order[part]) for part in (slice(half), slice(-half, None)))
-        noises = [torch.randn(half, a.latent, generator=noise).to(run.device) for _ in range(2)]
+        support, query = (_batch(run, data[task], index[part::parts]) for index in (order[:half], order[-half:]))
+        noises = [torch.randn(half, a.latent, generator=noise)[part::parts].to(run.device) for _ in range(2)]
         with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
-            grads, mse, kl = fomaml_gradient(vae, support, query, noises, a.inner_lr, a.inner_steps, weight)
+            grads, mse, kl = fomaml_gradient(vae, support, query, noises, a.inner_lr, a.inner_steps, weight,
+                                             len(noises[0]) / half, run.sum_over_ranks if parts > 1 else lambda _: None)
         if not (math.isfinite(mse) and math.isfinite(kl)):
             raise UserError(f"{label}: the loss is not finite at meta-epoch {epoch + 1}; lower align.meta_lr")
         for name, p in vae.named_parameters():
             p.grad = grads[name]
         opt.step()
-        if epoch % 10 == 9 or epoch + 1 == a.meta_epochs:
+        if not part and (epoch % 10 == 9 or epoch + 1 == a.meta_epochs):
             run.metric(stage="align", unit=left_out, step=epoch + 1, loss=round(mse, 5), kl=round(kl, 4), lr=a.meta_lr)
+    if part:
+        return
     folder = run.path / f"align/{left_out}"
     save_tensors(folder / "vae.safetensors", {f"vae.{k}": v.detach().cpu() for k, v in vae.state_dict().items()}
                  | {k: getattr(aligner, k) for k in ("mean", "std", "task_mean", "task_std")})
@@ -272,7 +283,8 @@ def _train_one(cfg, run: Run, left_out: str) -> None:
 
 
 def _batch(run: Run, pairs: list, index: np.ndarray) -> tuple[Tensor, ...]:
-    return tuple(torch.stack([pairs[i][part] for i in index]).to(run.device) for part in range(3))
+    """(inputs, task vectors, targets) of some pairs; empty where there are none."""
+    return tuple(torch.stack([pairs[i][k] for i in index]).to(run.device) for k in range(3)) if len(index) else ()
 
 
 def _new_aligner(cfg, layout: Layout, pairs: dict) -> Aligner:

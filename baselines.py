@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,9 +60,11 @@ def train_baselines(cfg, run: Run) -> dict:
     meta = [m for m in META_TRAINED if m in cfg.evaluate.methods
             or (m == "maml" and "maml_matched" in cfg.evaluate.methods)]
     left = sorted({left_out_for(cfg, t.name) for t in wanted})
-    for method, left_out in run.deal([(m, out) for m in meta for out in left]):
+    for method, left_out in run.deal([(m, out) for m in meta if m != "union" for out in left]):
         if not run.finished(f"baselines/{method}/{left_out}", "baselines"):
             _meta_train(cfg, run, method, left_out)
+    for left_out, part, parts in run.divide(left if "union" in meta else [], "baselines", "baselines/union"):
+        _meta_train(cfg, run, "union", left_out, part, parts)
     methods = [m for m in ("no_meta", *META_TRAINED, "maml_matched") if m in cfg.evaluate.methods]
     adapt = {"abmll": _adapt_posterior, "maml_matched": _adapt_matched}
     for method, task in run.deal([(m, t) for t in wanted for m in methods]):
@@ -90,17 +93,23 @@ class Draws:
         return rows
 
 
-def _meta_train(cfg, run: Run, method: str, left_out: str) -> None:
-    """Train one start, keep its loss curve and its budget. A diverged training is kept, and called so."""
+def _meta_train(cfg, run: Run, method: str, left_out: str, part: int = 0, parts: int = 1) -> None:
+    """Train one start, keep its loss curve and its budget. A diverged training is kept, and called so.
+
+    Only the union has batches worth dividing over ranks (`parts`); the others' hold a row or two.
+    """
     started, lm, folder = time.monotonic(), load_lm(run), run.path / f"baselines/{method}/{left_out}"
     draws, losses, extra = Draws(cfg, run, left_out, method), [], {}
     passes, failed = lm.backwards, None
-    train = {"union": _train_union, "reptile": _train_reptile, "maml": _train_maml, "abmll": _train_abmll}[method]
+    train = {"union": partial(_train_union, part=part, parts=parts), "reptile": _train_reptile, "maml": _train_maml,
+             "abmll": _train_abmll}[method]
     try:
         start, extra = train(cfg, run, draws, losses)
     except FloatingPointError as e:
         failed, _, start, *rest = e.args
         extra = rest[0] if rest else {}
+    if part:
+        return
     save_adapter(folder, start, lm.layout, cfg.model.name, cfg.model.revision)
     if extra:
         save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in extra.items()})
@@ -112,7 +121,7 @@ def _meta_train(cfg, run: Run, method: str, left_out: str) -> None:
             f"{time.monotonic() - started:.0f} s", True)
 
 
-def _train_union(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
+def _train_union(cfg, run: Run, draws: Draws, losses: list[float], part: int, parts: int) -> tuple[Adapter, dict]:
     """One adapter on the shuffled union: `collect`'s schedule, longer by the number of tasks (`step_share` of it)."""
     c, lm = cfg.collect, load_lm(run)
     longer = cfg.baselines.union.step_share * len(draws.tasks)
@@ -128,8 +137,13 @@ def _train_union(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adap
         return rate(s - first, second, c.finetune_lr, 0, c.schedule)
 
     loss_fn = {"lm": lm_loss, "choice": choice_loss}[c.loss]
-    return train_adapter(lm.model, lm.layout, init_adapter(lm.layout, cfg.seed), batches(), lambda b: loss_fn(lm, b),
-                         lr=lr, clip=c.clip, on_step=lambda s, loss, _: losses.append(loss)), {}
+
+    def loss_of_share(batch):   # a rank beyond the batch repeats one row with no weight
+        mine = batch[part::parts]
+        return len(mine) / len(batch) * loss_fn(lm, mine or batch[:1])
+    return train_adapter(lm.model, lm.layout, init_adapter(lm.layout, cfg.seed), batches(), loss_of_share, lr=lr,
+                         clip=c.clip, on_step=lambda s, loss, _: losses.append(loss),
+                         add_up=run.sum_over_ranks if parts > 1 else None), {}
 
 
 def _train_reptile(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:

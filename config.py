@@ -114,7 +114,6 @@ class Generator(_Section):
     pairs_per_task: Positive
     noise: Annotated[Float, Field(ge=0)]
     dtype: Literal["auto", "float32", "bfloat16"]
-    data_parallel: StrictBool
     recompute: StrictBool
     save_every: Positive
     seed: Int
@@ -267,6 +266,7 @@ class Config(_Section):
     seeds: list[Int]
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16"]
+    data_parallel: StrictBool
     overwrite: StrictBool
     model: Model
     data: Data

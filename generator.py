@@ -287,20 +287,10 @@ def train_generators(cfg, run: Run) -> dict:
     encode_prompts(cfg, run)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     wanted = sorted({left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "none", t))   # the same on every rank
-    losses = []
-    together = cfg.generator.data_parallel and run.world > 1
-    for left_out in wanted if together else run.deal(wanted):
-        if together and run.rank:   # rank 0 looks first: it may have to clear what another configuration left
-            run.barrier()
-        done = run.finished(f"generator/{left_out}", "generator")
-        if together and not run.rank:
-            run.barrier()
-        if not done:
-            _train_one(cfg, run, left_out, run.rank if together else 0, run.world if together else 1)
-            if together:
-                run.barrier()
-        losses.append(read_json(run.path / f"generator/{left_out}/DONE.json")["recon_mse"])
-    return {"generator/recon_mse": sum(losses) / len(losses)} if losses else {}
+    for left_out, part, parts in run.divide(wanted, "generator", "generator"):
+        _train_one(cfg, run, left_out, part, parts)
+    losses = [read_json(run.path / f"generator/{left_out}/DONE.json")["recon_mse"] for left_out in wanted]
+    return {"generator/recon_mse": sum(losses) / len(losses)}
 
 
 def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> None:

@@ -188,7 +188,7 @@ def average_adapters(adapters: list[Adapter]) -> Adapter:
 # ------------------------------------------------------------------------------------------------------- fine-tuning
 
 def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: Iterable, loss_fn, *, lr, clip: float,
-                  on_step=None) -> Adapter:
+                  on_step=None, add_up=None) -> Adapter:
     """Gradient steps on an adapter: AdamW without decay, fp32 masters, gradients clipped by their global norm.
 
     The base stays in its own dtype; the model sees copies of the masters in that dtype, so bf16 rounding never
@@ -197,6 +197,7 @@ def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: I
     Args:
         batches: one item per step, handed to `loss_fn(batch)`, which returns a scalar loss (or None to skip).
         lr: step (from 0) -> learning rate. on_step: called as on_step(step, loss, adapter()) after each update.
+        add_up: where ranks train together on shares of a batch, what sums the gradient and the loss over them.
     Returns: the trained adapter; the model is left bare.
     Raises: FloatingPointError: a loss that is not finite; its args are (step, last finite loss, adapter before it).
     """
@@ -220,11 +221,14 @@ def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: I
             loss = loss_fn(batch)
             if loss is None:
                 continue
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise FloatingPointError(step, last, snapshot())
+            value = loss.detach()
             grads = torch.autograd.grad(loss, leaves)
             master.grad = torch.cat([g.reshape(-1) for g in grads]).float()
+            if add_up is not None:
+                add_up([master.grad, value])
+            value = float(value)
+            if not math.isfinite(value):
+                raise FloatingPointError(step, last, snapshot())
             norm = master.grad.norm()
             if not torch.isfinite(norm):
                 raise FloatingPointError(step, last, snapshot())

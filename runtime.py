@@ -47,7 +47,7 @@ DEPENDS = {
 METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys([*META_TRAINED, "maml_matched"], ["baselines"]),
                   **dict.fromkeys(ALIGNED, ["align"])}
 _CHOICES = ("data.test_tasks", "data.targets", "data.skip_test", "evaluate.methods", "generator.save_every",
-            "generator.data_parallel", "generator.recompute")   # unless named above
+            "generator.recompute")   # unless named above
 
 
 @dataclass
@@ -112,6 +112,27 @@ class Run:
         while (i := self.store.add(f"deal/{self._deals}", 1) - 1) < len(units):
             yield units[i]
         self.barrier()
+
+    def divide(self, units: list[str], stage: str, folder: str):
+        """Trainings not yet done, each as (unit, part, parts); `folder` is where a unit's own lies.
+
+        With `data_parallel` every rank gets every training, as part `part` of `parts` that sum their gradients; else
+        ranks take whole ones.
+        """
+        if not (self.cfg.data_parallel and self.world > 1):
+            for unit in self.deal(units):
+                if not self.finished(f"{folder}/{unit}", stage):
+                    yield unit, 0, 1
+            return
+        for unit in units:
+            if self.rank:   # rank 0 looks first: it may have to clear what another configuration left
+                self.barrier()
+            done = self.finished(f"{folder}/{unit}", stage)
+            if not self.rank:
+                self.barrier()
+            if not done:
+                yield unit, self.rank, self.world
+                self.barrier()
 
     def sum_over_ranks(self, tensors) -> None:
         """Add up every rank's tensors in place; all ranks get the same sums."""

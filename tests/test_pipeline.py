@@ -141,12 +141,12 @@ def test_two_ranks_give_the_results_of_one(full, words, tmp_path):
 
 
 def test_two_ranks_train_one_generator_together(full, words, tmp_path):
-    """generator.data_parallel divides a global batch over ranks: the generator of one rank, up to the order of sums."""
+    """data_parallel divides a global batch over ranks: the generator of one rank, up to the order of sums."""
     shutil.copytree(full, tmp_path / "two")
     shutil.rmtree(tmp_path / "two/generator")
     log = tmp_path / "ranks.log"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "degaml.py", *words,
-               "stage=generator", f"run={tmp_path / 'two'}", "generator.data_parallel=true", "generator.recompute=true",
+               "stage=generator", f"run={tmp_path / 'two'}", "data_parallel=true", "generator.recompute=true",
                "generator.micro_batch=1"]
     with open(log, "w") as out:
         done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
@@ -161,6 +161,29 @@ def test_two_ranks_train_one_generator_together(full, words, tmp_path):
         # not the weights: where a gradient is zero but for rounding, as before a norm, AdamW steps on the rounding
         a, b = (decode(cfg.generator, load_file(p)) for p in (one, two))
         assert (a - b).abs().max() <= 5e-3 * a.abs().max(), str(one)
+
+
+def test_two_ranks_train_union_and_vae_together(copy, words, tmp_path):
+    """data_parallel: the losses, step by step, and the reconstruction of one rank, up to the order of sums."""
+    more = ["evaluate.methods=[base, degaml_plus, union, aligned]", "baselines.union.step_share=1.0",
+            "align.meta_epochs=5", "align.draws=2", "align.prompts=2", "align.latent=4", "align.batch_size=3"]
+    shutil.copytree(copy, tmp_path / "two")
+    assert run_command([*words, *more, "stage=align"]) == 0 and run_command([*words, *more, "stage=baselines"]) == 0
+    log = tmp_path / "ranks.log"
+    for stage in ("align", "baselines"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "degaml.py",
+                   *words, *more, f"stage={stage}", f"run={tmp_path / 'two'}", "data_parallel=true"]
+        with open(log, "w") as out:
+            done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
+        assert done.returncode == 0, log.read_text()[-3000:]
+    curves = sorted(copy.glob("baselines/union/*/losses.json"))
+    fits = sorted(copy.glob("align/*/DONE.json"))
+    assert len(curves) == len(fits) == 4
+    for one in curves:
+        assert read_json(tmp_path / "two" / one.relative_to(copy)) == pytest.approx(read_json(one), rel=1e-3)
+    for one in fits:
+        a, b = read_json(one), read_json(tmp_path / "two" / one.relative_to(copy))
+        assert (b["r2"], b["kl"]) == pytest.approx((a["r2"], a["kl"]), rel=1e-2, abs=1e-4)
 
 
 def decode(g, state: dict) -> torch.Tensor:
