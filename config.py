@@ -115,6 +115,7 @@ class Generator(_Section):
     noise: Annotated[Float, Field(ge=0)]
     dtype: Literal["auto", "float32", "bfloat16"]
     recompute: StrictBool
+    compile: StrictBool
     save_every: Positive
     seed: Int
 

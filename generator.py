@@ -310,16 +310,16 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     folder = run.path / f"generator/{left_out}"
     torch.manual_seed(seed_for(g.seed, "generator"))
     decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel, g.recompute).to(run.device)
-    opt = torch.optim.AdamW(decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay)
+    opt = torch.optim.AdamW(decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay, fused=run.device == "cuda")
     made_with = seed_for(fingerprint(cfg, "generator"))
     done = _resume(folder / "state.safetensors", decoder, opt, made_with)
-    last = float("nan")
+    forward, last = _compiled(g, run, decoder) if g.compile else decoder, float("nan")
     label = "generator on all tasks" if left_out == "none" else f"generator without {left_out}"
     try:
         for step in run.track(range(done, g.steps), label):
             opt.param_groups[0]["lr"] = rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
             pairs = draw_pairs(cfg, states, targets, step)
-            loss = _accumulate(cfg, run, decoder, pairs, states, targets, weight, step, part, parts)
+            loss = _accumulate(cfg, run, forward, pairs, states, targets, weight, step, part, parts)
             norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
             value = float(loss)
             if not (math.isfinite(value) and torch.isfinite(norm)):
@@ -350,6 +350,19 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     run.log(f"{label}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
 
 
+def _compiled(g, run: Run, decoder: nn.Module):
+    """The decoder through torch.compile, tried forward and backward; where that fails, as it is, with a message."""
+    try:
+        fast = torch.compile(decoder)
+        fast(torch.zeros(g.micro_batch, *g.flow[0], device=run.device)).sum().backward()
+    except Exception as e:   # a missing C++ compiler, an unsupported device: it raises many types of its own
+        run.log(f"generator.compile: not possible here ({type(e).__name__}: {str(e).splitlines()[0][:120]}); going on "
+                "without it", True)
+        fast = decoder
+    decoder.zero_grad(set_to_none=True)
+    return fast
+
+
 def _accumulate(cfg, run: Run, decoder, pairs: list, states: dict, targets: dict, weight: Tensor | None, step: int,
                 part: int, parts: int) -> Tensor:
     """Leave the gradient of one global batch on the decoder's parameters, and return its loss; both over all ranks."""
@@ -358,9 +371,9 @@ def _accumulate(cfg, run: Run, decoder, pairs: list, states: dict, targets: dict
     for at in range(part * g.micro_batch, len(pairs), parts * g.micro_batch):
         condition, target = _load_pairs(cfg, pairs[at:at + g.micro_batch], states, targets, step, at)
         with torch.autocast(run.device, torch.bfloat16, enabled=cast):
-            out = decoder(condition.to(run.device))
+            out = decoder(_to_device(condition, run))
         each = None if weight is None else weight.expand(out.shape)
-        loss = F.mse_loss(out.float(), target.to(run.device), weight=each) * (len(condition) / len(pairs))
+        loss = F.mse_loss(out.float(), _to_device(target, run), weight=each) * (len(condition) / len(pairs))
         loss.backward()
         total += loss.detach()
     if parts > 1:
@@ -368,6 +381,11 @@ def _accumulate(cfg, run: Run, decoder, pairs: list, states: dict, targets: dict
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         run.sum_over_ranks([*(p.grad for p in decoder.parameters()), total])
     return total
+
+
+def _to_device(x: Tensor, run: Run) -> Tensor:
+    """A batch on its way; from pinned memory the copy to a GPU does not stop the host."""
+    return x.pin_memory().to(run.device, non_blocking=True) if run.device == "cuda" else x.to(run.device)
 
 
 def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple[str, np.ndarray, int]]:

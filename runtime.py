@@ -47,7 +47,7 @@ DEPENDS = {
 METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys([*META_TRAINED, "maml_matched"], ["baselines"]),
                   **dict.fromkeys(ALIGNED, ["align"])}
 _CHOICES = ("data.test_tasks", "data.targets", "data.skip_test", "evaluate.methods", "generator.save_every",
-            "generator.recompute")   # unless named above
+            "generator.recompute", "generator.compile")   # unless named above
 
 
 @dataclass

@@ -28,7 +28,7 @@ from generator import (
     training_tasks,
 )
 from lora import TokenCode, average_adapters, load_adapter, to_tokens
-from runtime import Run, read_json, save_tensors, seed_for, sha256, write_json
+from runtime import Run, load_tensors, read_json, save_tensors, seed_for, sha256, write_json
 from scoring import load_lm
 
 _READY: dict = {}
@@ -479,3 +479,24 @@ def test_untrained_generator_is_asked_for(collected):
     """Adapting before training says which stage is missing."""
     with pytest.raises(UserError, match="stage=generator"):
         generate_adapter(make_run(collected), "delta", 0)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_compiled_training_or_a_message(tiny_args, tmp_path, monkeypatch, works):
+    """generator.compile goes through torch.compile; where that fails training goes on, says so, and is the same."""
+    used = []
+
+    def stand_in(module):   # the real one needs a C++ compiler, which not every machine has
+        if not works:
+            raise RuntimeError("no compiler found")
+        return lambda x: used.append(len(x)) or module(x)
+    monkeypatch.setattr(torch, "compile", stand_in)
+    states = {}
+    for name, more in (("plain", []), ("compiled", ["generator.compile=true"])):
+        run = make_run(tiny_args, f"run={tmp_path / name}", "data.targets=[delta]", *more)
+        collect_adapters(run.cfg, run)
+        train_generators(run.cfg, run)
+        states[name] = load_tensors(run.path / "generator/none/generator.safetensors")
+        said = (run.path / "log.txt").read_text()
+    assert all(torch.equal(v, states["compiled"][k]) for k, v in states["plain"].items())
+    assert bool(used) == works and ("going on without it" in said) == (not works)
