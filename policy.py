@@ -246,24 +246,23 @@ def reward_of(result: dict, policy) -> int:
 
 
 def choose(results: dict[str, dict], policy) -> tuple[Strategy, dict]:
-    """The final choice: most wins minus losses, ties by mean gold log-probability (`select_by: wins`), or the highest
-    mean gold log-probability (`gold_logp`).
+    """The final choice among the strategies that the paired counts confirm.
 
-    The generated adapter is kept unless a strategy wins at least `select_margin` (SFT, by wins: `sft_margin`) more
-    examples than it loses and also raises the mean gold log-probability. SFT's scores are cross-validated, so the
-    log-probability, which says more per example than right or wrong does, may be trusted without the margin.
+    The generated adapter is kept unless a strategy wins at least `select_margin` (SFT: `sft_margin`) more examples than
+    it loses and also raises the mean gold log-probability: on 20 examples either alone is too easily had by chance. Of
+    those that pass, the one with most net wins (`select_by: wins`) or with the highest mean gold log-probability
+    (`gold_logp`, which says more per example than right or wrong does); ties by the other.
     """
-    by_logp = policy.select_by == "gold_logp"
+    def net(key):
+        return results[key]["wins"] - results[key]["losses"]
 
     def passes(key):
-        net, gain = results[key]["wins"] - results[key]["losses"], results[key]["gold_logp_gain"]
-        if json.loads(key)["family"] == "SFT":
-            return gain > 0 and (by_logp or net >= policy.sft_margin)
-        return gain > 0 and net >= policy.select_margin
+        margin = policy.sft_margin if json.loads(key)["family"] == "SFT" else policy.select_margin
+        return net(key) >= margin and results[key]["gold_logp_gain"] > 0
 
     def rank(key):
-        net, gain = results[key]["wins"] - results[key]["losses"], results[key]["gold_logp_gain"]
-        return (gain, net) if by_logp else (net, gain)
+        both = net(key), results[key]["gold_logp_gain"]
+        return both if policy.select_by == "wins" else both[::-1]
 
     best = max(filter(passes, results), key=rank, default=None)
     if best is None:

@@ -196,13 +196,13 @@ def test_choose_takes_net_wins_then_log_probability():
 
 
 def test_choose_by_log_probability():
-    """SFT needs a gain in cross-validated log-probability and no wins; label-free strategies their margin as well."""
-    by = SimpleNamespace(select_margin=2, sft_margin=9, select_by="gold_logp")
-    free, sft_ = str(strategy("LORA", **{"lambda": 0.1})), str(sft(2))
-    assert choose({free: result(1, 0, 9.0)}, by)[0] == KEEP
-    assert choose({sft_: result(0, 3, 0.1)}, by)[0] == sft(2) and choose({sft_: result(5, 0, 0.0)}, by)[0] == KEEP
-    assert choose({sft_: result(5, 0, 0.1), free: result(2, 0, 0.2)}, by)[0].family == "LORA"
-    assert choose({sft_: result(0, 1, 0.3), free: result(5, 0, 0.2)}, by)[0].family == "SFT"
+    """The margins hold as before; among what passes them the higher log-probability wins, ties by net wins."""
+    by = SimpleNamespace(select_margin=3, sft_margin=1, select_by="gold_logp")
+    free, sft_, other = str(strategy("LORA", **{"lambda": 0.1})), str(sft(2)), str(sft(4))
+    assert choose({free: result(2, 0, 9.0), sft_: result(0, 0, 9.0), other: result(5, 0, 0.0)}, by)[0] == KEEP
+    assert choose({sft_: result(1, 0, 0.2), other: result(5, 0, 0.1)}, by)[0] == sft(2)
+    assert choose({sft_: result(1, 0, 0.1), free: result(3, 0, 0.2)}, by)[0].family == "LORA"
+    assert choose({sft_: result(1, 0, 0.1), other: result(2, 0, 0.1)}, by)[0] == sft(4)
 
 
 def test_rewarded_is_distinct_best_first_and_capped():
