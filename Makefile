@@ -1,6 +1,9 @@
 # Thin: prints what it runs. On a CPU one rank per core with one thread each; ranks change speed only.
 CONFIG ?= configs/smollm2.yaml
-NPROC  ?= $(shell nproc 2>/dev/null || echo 1)
+# ranks: one per GPU, else one per core, as long as each finds 6 GiB of memory and one of the twelve tasks
+NPROC  ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); if [ $$n -eq 0 ]; then n=$$(nproc 2>/dev/null || echo 1); \
+  m=$$(awk '/MemAvailable/ {print int($$2 / 6291456)}' /proc/meminfo 2>/dev/null || echo 12); \
+  for c in $${m:-12} 12; do [ $$n -gt $$c ] && n=$$c; done; fi; [ $$n -gt 0 ] && echo $$n || echo 1)
 ARGS   ?=
 METHODS ?= [base,mean,wrong_prompts,own,generator,degaml,degaml_plus,no_meta,union,maml,maml_matched,abmll,aligned,tempo]
 PYTHON ?= python3

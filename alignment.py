@@ -34,7 +34,7 @@ BLOCK = STRIDE ** (len(CHANNELS) - 1)   # weights that share one position after 
 class FusionVAE(nn.Module):
     """(B, D) standardised adapters and (B, d) task vectors -> (B, D) aligned adapters.
 
-    Implements: paper T, section on stage 2, as spec, section 8, completes it: the described decoder ends at 32,768
+    Implements: paper T, section on stage 2, as docs/choices.md, 16, completes it: the described decoder ends at 32,768
     values, so its 32 positions are interpolated to ceil(D / 1024) before the transposed convolutions, and a learned
     table tells neighbouring positions apart. With `residual` the last layer starts at zero and is added to the input,
     so that the untrained network is the identity.
@@ -123,7 +123,7 @@ class Aligner:
 def task_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
     """(d,) what an adapter does to a task: mean over prompts of its change to the last prompt token's hidden state.
 
-    One definition for training (checkpoints) and inference (generated adapters); spec, section 8.
+    One definition for training (checkpoints) and inference (generated adapters); docs/choices.md, 16.
     """
     lm = load_lm(run)
     rows = [prompt_row(lm, t) for t in task_texts(run, task)[:run.cfg.align.prompts]]
@@ -225,7 +225,8 @@ def fomaml_gradient(vae: FusionVAE, support, query, noises, lr: float, steps: in
         found = [torch.zeros_like(v) for v in params.values()] + [torch.zeros((), device=noise.device)] * 2
         if share:
             loss, mse, kl = vae_loss(vae, params, batch, noise, weight)
-            found = [*torch.autograd.grad(share * loss, list(params.values())),
+            # contiguous, as the zeros of a rank without pairs are: a sum over ranks goes by memory
+            found = [*(g.contiguous() for g in torch.autograd.grad(share * loss, list(params.values()))),
                      share * mse.detach(), share * kl.detach()]
         add_up(found)
         return dict(zip(params, found[:-2], strict=True)), found[-2], found[-1]
@@ -325,7 +326,7 @@ def load_aligner(run: Run, left_out: str) -> Aligner:
     key = f"align/{left_out}"
     if key not in run.cache:
         lm, a = load_lm(run), run.cfg.align
-        if not run.finished(key, "align"):
+        if not run.finished(key, "align", redo=False):
             raise UserError(f"{run.path / key}: not trained yet; run stage=align")
         state = load_tensors(run.path / key / "vae.safetensors")
         vae = FusionVAE(lm.layout.size, len(state["task_mean"]), a.latent, a.pos_table, a.residual)

@@ -105,7 +105,7 @@ def gradient_conflict(cfg, run: Run, tasks: list[str], adapters: dict, folder) -
     """Similarity of the tasks' gradients on their support examples: at each method's own adapters, and at one point
     common to all (the mean training adapter), since adapters of different tasks differ in place as well.
 
-    Source: paper T, experiment 1 (cosines over 15 pairs of six tasks); spec, section 10.
+    Source: paper T, experiment 1 (cosines over 15 pairs of six tasks).
     """
     lm, support = load_lm(run), {t: list(load_tasks(run)[t].support) for t in tasks}
     common = average_adapters([last_checkpoint(run, lm, t) for t in cfg.data.train_tasks])

@@ -3,8 +3,8 @@
 no_meta   SFT from a plain initialisation: no meta-training at all
 union     one LoRA trained on the union of the meta-training tasks
 reptile   the mean of many short trainings, one task each               (Nichol et al. 2018, as ReptiLoRA applies it)
-maml      MAML-en-LLM: bi-level, moments shared by both levels           (spec, section 9)
-abmll     amortised Bayesian meta-learning: a Gaussian over the adapter  (spec, section 9)
+maml      MAML-en-LLM: bi-level, moments shared by both levels           (docs/choices.md, 15)
+abmll     amortised Bayesian meta-learning: a Gaussian over the adapter  (docs/choices.md, 15)
 maml_matched   maml, fine-tuned with updates as long as the staged system's
 
 A meta-trained start lies in baselines/<method>/<left_out>/. On a target, every start but abmll's is fine-tuned on the
@@ -179,7 +179,7 @@ class Moments:
 def shared_update(theta: Tensor, grad: Tensor, state: Moments, lr: float, decay: float) -> Tensor:
     """One AdamW update out of place; the gradient may carry a graph, the moments kept for later do not.
 
-    Source: MAML-en-LLM's shared moments as spec, section 9, reads them: old moments are constants, the graph of a
+    Source: MAML-en-LLM's shared moments as docs/choices.md, 15, reads them: old moments are constants, the graph of a
     second-order step runs through the present gradient alone.
     """
     state.t += 1
@@ -405,7 +405,7 @@ def _adapt_start(cfg, run: Run, method: str, task) -> None:
 def _adapt_matched(cfg, run: Run, method: str, task) -> None:
     """MAML's start, fine-tuned at the rate that moves it as far as the generated adapter lies from the mean adapter.
 
-    Ten steps at 1e-5 leave every task's adapter where the start was (spec, section 9); this separates what coupled
+    Ten steps at 1e-5 leave every task's adapter where the start was; this separates what coupled
     training does from how far it was allowed to move. Distance: Euclidean, over all D entries. AdamW's update is nearly
     proportional to its rate, so a few corrections match it to 5 %; both distances are kept.
     """

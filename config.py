@@ -30,7 +30,7 @@ class Stopped(BaseException):
     """The run was asked to stop: raised between two steps of a loop once STOP is set."""
 
 
-STOP = threading.Event()
+STOP, SAVING = threading.Event(), threading.Lock()   # who holds SAVING is not cut short
 
 
 class _Section(BaseModel):
@@ -352,9 +352,14 @@ def load_config(args: list[str]) -> tuple[Config, str]:
     stage, preset = given.get("stage", "all"), given.get("config", "")
     if not preset and (stage in USER_STAGES or "task" in given):
         preset = _trained_run(given.get("run"))
+    elif not preset and stage in ("report", "analyze") and (ROOT / given.get("run", "-") / "config.yaml").is_file():
+        preset = str(ROOT / given["run"] / "config.yaml")   # what a run was made with is not described anew by reading it
     flat = _read(DEFAULT)
     known, where = dict(flat), dict.fromkeys(flat, "configs/default.yaml")
     layers = [(preset, _read(Path(preset)))] if preset else []
+    if preset and "config" not in given:   # a run's own record: what it is, not what was last done with it
+        for key in ("task", "method", "adapter", "input", "output", "overwrite", "seeds"):
+            layers[0][1].pop(key, None)
     layers.append(("command line", {k: parse_yaml(v, f"{k}={v}") for k, v in words
                                     if k not in ("stage", "config")}))
     faults = []
@@ -401,6 +406,9 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
     """Make `task=` the one target: a file, a hub data set or a task the run knows. Returns faults."""
     if stage not in ("adapt", *USER_STAGES):
         return [f"task (command line): goes with stage=adapt, {' or '.join(USER_STAGES)}, not stage={stage}"]
+    if not all(isinstance(flat[k], t) for k, t in (("data.train_tasks", list), ("data.test_tasks", list),
+                                                   ("data.jsonl", dict), ("data.hub", dict))):
+        return []   # of another type: the schema says so
     known = flat["data.train_tasks"] + flat["data.test_tasks"]
     path = Path(source).expanduser()
     if source in known:
@@ -408,7 +416,8 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
     elif source.startswith("hf:"):
         parts = source[3:].rstrip("/").split("/")
         name = re.sub(r"\W+", "_", parts[-1] if Path(source[3:]).is_dir() else parts[min(1, len(parts) - 1)])
-        flat["data.hub"] = flat["data.hub"] | {name: source[3:]}
+        where = str(Path(source[3:]).absolute()) if Path(source[3:]).is_dir() else source[3:]
+        flat["data.hub"] = flat["data.hub"] | {name: where}
     elif path.suffix.lower() in (".jsonl", ".csv"):
         name = re.sub(r"\W+", "_", path.stem)
         flat["data.jsonl"] = flat["data.jsonl"] | {name: str(path.absolute())}
@@ -416,8 +425,8 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
         name = source   # adapted before; its folder is asked for later
     else:
         return [f"task (command line): got {source!r}; expected a .jsonl or .csv file, hf:org/name or one of {known}"]
-    if name in known and name != source:
-        return [f"task (command line): {source} would be called {name}, which is one of the run's own tasks; rename it"]
+    if (name in known and name != source) or name == "none":
+        return [f"task (command line): {source} would be called {name}, which is a name of the run's own; rename it"]
     flat["task"], flat["data.targets"] = name, [name]
     flat["data.test_tasks"] = [*flat["data.test_tasks"], *([] if name in known else [name])]
     if not methods_given:

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -121,14 +122,16 @@ def load_task(cfg: Config, name: str) -> Task:
     bare = [r for rows in records.values() for r in rows if not is_labelled(r)]
     pools = {split: _examples(cfg, name, [r for r in rows if is_labelled(r)]) for split, rows in records.items()}
     train, support, test = make_splits(cfg, name, pools)
-    source = [make_example(name, r, cfg.data.format) for r in bare]
+    asked = {r["id"]: _key(r["question"]) for rows in records.values() for r in rows} if bare else {}
+    held = {asked[e.id] for e in test} if bare else ()   # a question listed twice, once with its label, stays held out
+    source = [make_example(name, r, cfg.data.format) for r in bare if asked[r["id"]] not in held]
     source += test if cfg.data.prompts_from == "test" else train
     if name == cfg.task and len(source) < cfg.generator.num_prompts:   # a small file: its support inputs, unlabelled
         source += support
     prompts = tuple({e.text: None for e in source})[:cfg.data.num_prompts]
     if not prompts:
-        raise UserError(f"task {name}: no unlabelled prompts remain with data.prompts_from={cfg.data.prompts_from}; "
-                        "lower data.num_test or add rows")
+        how = "add rows with nothing but a question" if name == cfg.task else "lower data.num_test or add rows"
+        raise UserError(f"task {name}: no unlabelled prompts remain (data.prompts_from={cfg.data.prompts_from}); {how}")
     title, origin, stand_in = SPECS.get(name, (name, cfg.data.source, ""))
     if cfg.data.source != "assets":
         origin, stand_in = cfg.data.source, stand_in if name in GENERATED and cfg.data.math_form == "choice" else ""
@@ -251,12 +254,22 @@ def _user_lines(path: Path) -> Iterator[tuple[int, dict | str]]:
                     yield n, f"not JSON ({str(e)[:80]})"
         return
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    for cells in reader:
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            yield reader.line_num, f"not CSV ({e})"
+            return
         row = {k: v for k, v in cells.items() if k is not None and v is not None and v != ""}
         options = [k for k in cells if k and re.fullmatch(r"choice_?\d+|[A-J]", k)]
-        if options:
-            row["choices"] = [row.pop(k) for k in options if k in row]
-        if row.get("gold", "").isdigit():
+        given = [row.pop(k, "") for k in options]
+        while given and not given[-1]:   # a row may have fewer options than the header; a gap is a fault
+            given.pop()
+        if given:
+            row["choices"] = given
+        if row.get("gold", "").isdecimal():
             row["gold"] = int(row["gold"])
         yield reader.line_num, row if None not in cells else "more cells than the header has columns"
 
@@ -274,33 +287,12 @@ def read_user_file(path: Path, seen: dict[str, str] | None = None, labels: bool 
         def bad(what, where=where):
             return UserError(f"{where}: {what}; a good row: {GOOD_ROW}")
         if not isinstance(row, dict):
-            raise bad(row if isinstance(row, str) and row.startswith(("not JSON", "more cells")) else
+            raise bad(row if isinstance(row, str) and row.startswith(("not JSON", "not CSV", "more cells")) else
                       f"expected an object, got {type(row).__name__}")
-        row = {**row, "question": row.get("question", row.get("prompt"))}
-        if not isinstance(row["question"], str) or not row["question"].strip():
-            raise bad("`question` is missing or empty")
-        if not isinstance(row.get("context") or "", str):
-            raise bad("`context` must be a text")
-        row["id"] = str(row.get("id", f"{path.stem}-{n}"))
+        row = check_row({"id": f"{path.stem}-{n}", **row}, labels, bad)
         if row["id"] in seen:
             raise bad(f"id {row['id']!r} was used before, at {seen[row['id']]}")
         seen[row["id"]] = where
-        choices = row.get("choices")
-        if choices is not None:
-            if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
-                raise bad("`choices` must be a list of at least two texts")
-            if not all(c.strip() for c in choices):
-                raise bad(f"option {[bool(c.strip()) for c in choices].index(False)} is empty")
-            if labels or row.get("gold") is not None:
-                row["gold"] = _read_gold(row.get("gold"), len(choices), bad)
-            row.pop("answer", None)
-        elif row.get("answer") is not None and str(row["answer"]).strip():
-            row["answer"] = str(row["answer"]).strip()
-            row.pop("choices", None)
-        elif labels:
-            raise bad("neither `choices` with `gold` nor `answer` is given")
-        else:
-            row = {k: v for k, v in row.items() if k not in ("choices", "gold", "answer")}
         if is_labelled(row):
             first = first or row
             if ("choices" in row) != ("choices" in first):
@@ -309,6 +301,29 @@ def read_user_file(path: Path, seen: dict[str, str] | None = None, labels: bool 
     if not rows:
         raise UserError(f"{path}: no rows; expected JSON lines such as {GOOD_ROW}")
     return rows
+
+
+def check_row(row: dict, labels: bool, bad) -> dict:
+    """One record as the rest expects it. Raises: what `bad(text)` makes of the first fault."""
+    row = {**row, "id": str(row["id"]), "question": row.get("question", row.get("prompt"))}
+    if not isinstance(row["question"], str) or not row["question"].strip():
+        raise bad("`question` is missing or empty")
+    if not isinstance(row.get("context") or "", str):
+        raise bad("`context` must be a text")
+    choices = row.get("choices")
+    if choices is not None:
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
+            raise bad("`choices` must be a list of at least two texts")
+        if not all(c.strip() for c in choices):
+            raise bad(f"option {[bool(c.strip()) for c in choices].index(False)} is empty")
+        if labels or row.get("gold") is not None:
+            row["gold"] = _read_gold(row.get("gold"), len(choices), bad)
+        return {k: v for k, v in row.items() if k != "answer"}
+    if row.get("answer") is not None and str(row["answer"]).strip():
+        return {k: v for k, v in row.items() if k != "choices"} | {"answer": str(row["answer"]).strip()}
+    if labels:
+        raise bad("neither `choices` with `gold` nor `answer` is given")
+    return {k: v for k, v in row.items() if k not in ("choices", "gold", "answer")}
 
 
 def _read_gold(gold, n: int, bad) -> int:
@@ -349,6 +364,10 @@ def _read_hub(cfg: Config, name: str) -> dict[str, list[dict]]:
                 raise UserError(f"data.columns.{name}: {path} has no column {e}; its columns are {ds.column_names}; "
                                 f"use data.jsonl={{{name}: file.jsonl}}") from None
         out[ours] = [r for r in rows if r is not None]
+        if name not in HUB:
+            def bad(row, what, path=path):
+                return UserError(f"data.hub.{name}={path}, row {row['id']}: {what}")
+            out[ours] = [check_row(r, True, partial(bad, r)) for r in out[ours]]
     return out
 
 
@@ -401,7 +420,8 @@ def _hub_record(cfg: Config, name: str, config: str | None, i: str, row: dict, c
     choices = choices["text"] if isinstance(choices, dict) else choices
     # these two count their string labels from 1
     offset = 1 if name in ("winogrande", "socialiqa") else 0
-    return _with_gold(rec, list(choices), row[col["gold"]], labels, offset)
+    choices = choices if isinstance(choices, str) else list(choices)   # a text is no list of options: check_row says so
+    return _with_gold(rec, choices, row[col["gold"]], labels, offset)
 
 
 def _with_gold(rec: dict, choices: list[str], gold, labels: list | None, offset: int = 0) -> dict | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from config import ALIGNED, META_TRAINED, ROOT, STOP, Stopped, UserError, load_config
+from config import ALIGNED, META_TRAINED, ROOT, SAVING, STOP, USER_STAGES, Stopped, UserError, load_config
 
 
 def run_assets(cfg, run) -> dict:
@@ -173,7 +173,8 @@ def run_stage(name: str, cfg, run) -> dict:
     if run.rank == 0 and name not in NO_RECORD and not cfg.task:
         took = time.monotonic() - start
         # summed over finished units, so that neither a rerun nor an interruption changes what the work cost
-        units = [read_json(p)["seconds"] for w in WORK.get(name, ()) for p in run.path.glob(w + "/DONE.json")]
+        units = [r["seconds"] for w in WORK.get(name, ()) for p in run.path.glob(w + "/DONE.json")
+                 if not (r := read_json(p)).get("own_task")]
         write_json(run.path / "stages" / f"{name}.json", {"seconds": round(sum(units) if units else took, 1), **out})
         run.log(f"stage {name}: {took:.0f} s " + " ".join(f"{k}={_show(v)}" for k, v in out.items()))
     return out
@@ -232,7 +233,8 @@ def main(argv: list[str]) -> int:
         run = open_run(cfg, stage, argv)
         for one in each_seed(cfg, run):
             run_stage(stage, one, run)
-            if run.rank == 0 and not cfg.task:   # a task taken in later does not redescribe the run
+            # what is done with a trained run does not redescribe it
+            if run.rank == 0 and not cfg.task and stage not in USER_STAGES:
                 write_config(run)
         if len(cfg.seeds) > 1 and stage in ("all", "report"):
             run_stage("report", *pool(cfg, run))
@@ -240,10 +242,11 @@ def main(argv: list[str]) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EISDIR, errno.EEXIST,
+                           errno.ENOTDIR):
             raise
-        print(f"error: {e.filename or 'run folder'}: {e.strerror}; free space or choose another folder (run=...); "
-              "what is finished is kept, the same command continues", file=sys.stderr)
+        print(f"error: {e.filename or 'run folder'}: {e.strerror}; free space or choose another place (run=..., "
+              "output=...); what is finished is kept, the same command continues", file=sys.stderr)
     return 2
 
 
@@ -261,7 +264,8 @@ def stop_on_signals(patience: int = 5) -> None:
         number = signal.sigwait(asked)
         STOP.set()
         time.sleep(patience)
-        os._exit(128 + number)
+        with SAVING:   # a large generator's state takes longer
+            os._exit(128 + number)
     threading.Thread(target=wait, daemon=True).start()
 
 

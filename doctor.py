@@ -121,7 +121,7 @@ def _layers(cfg, tokens):
 
 
 def multiplications(cfg, tokens: tuple[int, int, int]) -> int:
-    """Multiply-adds of the decoder on one prompt batch (spec, section 2)."""
+    """Multiply-adds of the decoder on one prompt batch."""
     return cfg.generator.kernel ** 2 * sum(
         c * c2 * n * m + m * m2 * n * c2 + m * m2 * n * c + c * c2 * n * m2 + n * n2 * m2 * c2
         for (n, m, c), (n2, m2, c2) in _layers(cfg, tokens))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import Stopped, UserError
+from config import SAVING, Stopped, UserError
 from data import load_tasks
 from lora import (
     Adapter,
@@ -217,7 +217,7 @@ def load_states(run: Run, task: str) -> np.ndarray:
 
 def draw_prompts(cfg, task: str, count: int, *key) -> np.ndarray:
     """Indices of one prompt batch: `num_prompts` drawn without replacement and shuffled; repeated cyclically if the
-    task has fewer (spec, section 2)."""
+    task has fewer."""
     n = cfg.generator.num_prompts
     order = rng_for(cfg.generator.seed, "prompts", task, *key).permutation(count)
     return np.resize(order, n)
@@ -312,8 +312,8 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel, g.recompute).to(run.device)
     opt = torch.optim.AdamW(decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay, fused=run.device == "cuda")
     made_with = seed_for(fingerprint(cfg, "generator"))
-    done = _resume(folder / "state.safetensors", decoder, opt, made_with)
-    forward, last = _compiled(g, run, decoder) if g.compile else decoder, float("nan")
+    done, last = _resume(folder / "state.safetensors", decoder, opt, made_with)
+    forward = _compiled(g, run, decoder) if g.compile else decoder
     label = "generator on all tasks" if left_out == "none" else f"generator without {left_out}"
     try:
         for step in run.track(range(done, g.steps), label):
@@ -323,7 +323,7 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
             norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
             value = float(loss)
             if not (math.isfinite(value) and torch.isfinite(norm)):
-                _save_state(folder / "state.safetensors", decoder, opt, step, made_with)
+                _save_state(folder / "state.safetensors", decoder, opt, step, last, made_with)
                 raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
                                 f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
             opt.step()
@@ -335,10 +335,10 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
                 run.metric(stage="generator", unit=left_out, step=done, loss=round(value, 5),
                            lr=opt.param_groups[0]["lr"])
             if done % g.save_every == 0 and done < g.steps:
-                _save_state(folder / "state.safetensors", decoder, opt, done, made_with)
+                _save_state(folder / "state.safetensors", decoder, opt, done, last, made_with)
     except Stopped:
         if not part:
-            _save_state(folder / "state.safetensors", decoder, opt, done, made_with)
+            _save_state(folder / "state.safetensors", decoder, opt, done, last, made_with)
         raise
     if part:
         return
@@ -354,7 +354,8 @@ def _compiled(g, run: Run, decoder: nn.Module):
     """The decoder through torch.compile, tried forward and backward; where that fails, as it is, with a message."""
     try:
         fast = torch.compile(decoder)
-        fast(torch.zeros(g.micro_batch, *g.flow[0], device=run.device)).sum().backward()
+        with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
+            fast(torch.zeros(g.micro_batch, *g.flow[0], device=run.device)).sum().backward()
     except Exception as e:   # a missing C++ compiler, an unsupported device: it raises many types of its own
         run.log(f"generator.compile: not possible here ({type(e).__name__}: {str(e).splitlines()[0][:120]}); going on "
                 "without it", True)
@@ -415,7 +416,7 @@ def _load_pairs(cfg, pairs, states, targets, step: int, at: int) -> tuple[Tensor
 def token_weights(targets: dict[str, Tensor]) -> Tensor:
     """(1, T, 1, 1) loss weights with mean 1: each token's spread over a task's checkpoints, averaged over tasks.
 
-    Source: Drag-and-Drop's criterion weight (spec, section 1).
+    Source: Drag-and-Drop's criterion weight.
     """
     per_task = []
     for t in targets.values():
@@ -424,29 +425,34 @@ def token_weights(targets: dict[str, Tensor]) -> Tensor:
     return torch.stack(per_task).mean(0).view(1, -1, 1, 1)
 
 
-def _save_state(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, step: int, made_with: int) -> None:
-    state = {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()}
-    state |= {"step": torch.tensor(step), "made_with": torch.tensor(made_with)}
-    for i, s in opt.state_dict()["state"].items():
-        state |= {f"m.{i}": s["exp_avg"].cpu(), f"v.{i}": s["exp_avg_sq"].cpu()}
-    save_tensors(path, state)
+def _save_state(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, step: int, last: float,
+                made_with: int) -> None:
+    with SAVING:
+        for torn in path.parent.glob(f".{path.name}.*.tmp"):   # of a process killed while it saved
+            torn.unlink(missing_ok=True)
+        state = {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()}
+        state |= {"step": torch.tensor(step), "last": torch.tensor(last), "made_with": torch.tensor(made_with)}
+        for i, s in opt.state_dict()["state"].items():
+            state |= {f"m.{i}": s["exp_avg"].cpu(), f"v.{i}": s["exp_avg_sq"].cpu()}
+        save_tensors(path, state)
 
 
-def _resume(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, made_with: int) -> int:
-    """Load weights, moments and step if an interrupted training of this configuration left them.
+def _resume(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, made_with: int) -> tuple[int, float]:
+    """Load weights, moments, step and last loss if an interrupted training of this configuration left them.
 
     Randomness depends on the step alone, so nothing else needs restoring.
     """
     state = load_tensors(path) if path.is_file() else {}
     if int(state.get("made_with", -1)) != made_with:   # none, or another configuration's: start afresh
-        return 0
+        return 0, float("nan")
     decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})
     step = int(state["step"])
     for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):
         if f"m.{i}" in state:
-            opt.state[p] = {"step": torch.tensor(float(step)), "exp_avg": state[f"m.{i}"].to(p.device),
+            at = p.device if opt.defaults["fused"] else "cpu"   # where AdamW keeps its count
+            opt.state[p] = {"step": torch.tensor(float(step), device=at), "exp_avg": state[f"m.{i}"].to(p.device),
                             "exp_avg_sq": state[f"v.{i}"].to(p.device)}
-    return step
+    return step, float(state["last"])
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -456,7 +462,7 @@ def load_generator(run: Run, left_out: str) -> Generator:
     key = f"generator/{left_out}"
     if key not in run.cache:
         lm, g = load_lm(run), run.cfg.generator
-        if not run.finished(key, "generator"):
+        if not run.finished(key, "generator", redo=False):
             raise UserError(f"{run.path / key}: not trained yet; run stage=generator")
         state = load_tensors(run.path / key / "generator.safetensors")
         code = TokenCode(g.scale_code, lm.layout, {k[5:]: v for k, v in state.items() if k.startswith("code.")})

@@ -157,7 +157,7 @@ def clear_adapters(model: nn.Module) -> None:
 def init_adapter(layout: Layout, seed: int) -> Adapter:
     """The A initialisation every checkpoint shares (Kaiming uniform, as PEFT) and B = 0.
 
-    One seed for all tasks: with different A's, A is unpredictable noise to the generator (spec, section 0).
+    One seed for all tasks: with different A's, A is unpredictable noise to the generator (docs/choices.md, 4).
     """
     g = torch.Generator().manual_seed(seed_for(seed, "lora_A"))
     out = {}
@@ -257,7 +257,7 @@ def rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> floa
 def to_tokens(adapter: Adapter, layout: Layout) -> Tensor:
     """(T, r, k) float32: per module the column blocks of A (r, d_in), then those of B^T (r, d_out).
 
-    Source: the Drag-and-Drop tokenizer both papers adopt (spec, section 1).
+    Source: the Drag-and-Drop tokenizer both papers adopt.
     """
     r, k = layout.rank, layout.width
     return torch.cat([m.reshape(r, -1, k).transpose(0, 1)
@@ -298,7 +298,7 @@ def unframe_tokens(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class TokenCode:
-    """How weight tokens become regression targets: `dnd | zlog | fixed | element` (spec, section 1).
+    """How weight tokens become regression targets: `dnd | zlog | fixed | element` (docs/choices.md, 2).
 
     dnd, zlog: per-token mean and standard deviation travel in a frame and are predicted. fixed, element: they are
     constants over the training checkpoints (per parameter tensor, per element), stored with the generator.
@@ -410,7 +410,7 @@ def posterior_moments(posterior: Tensor, layout: Layout, space: str, log_floor: 
 
     factor: one pair of (D,), the entries of A and B; row 1 is their log sd. product: a pair of (d_out, d_in) per
     module, the entries of dW; row 1 holds a second pair of factors, sd = |(alpha/r) B A| + e^log_floor (ABMLL's
-    structured spread, spec, section 9; the absolute value keeps it positive).
+    structured spread; the absolute value keeps it positive).
     """
     if space == "factor":
         return [(posterior[0], posterior[1])]

@@ -23,7 +23,7 @@ from policy import FAMILIES_OF, adapt_targets, evaluate_methods, load_refined, m
 from report import accuracy, load_scores, paired
 from runtime import Run, load_tensors, read_json, save_tensors, write_json, write_jsonl
 from scoring import generate_answers, load_lm
-from strategies import KEEP, ROUTERS, Refined, Target, score_refined
+from strategies import KEEP, METHODS, ROUTERS, Refined, Target, score_refined
 
 NEEDS_NO_LABELS = ("base", "wrong_prompts", "generator", "aligned", "mean")
 
@@ -32,7 +32,7 @@ def adapt_own(cfg: Config, run: Run) -> dict:
     """Generate, refine where labels allow, measure on held-out rows, export. Prints what came out."""
     name, task = cfg.task, load_tasks(run)[cfg.task]
     left_out = left_out_for(cfg, name)
-    if not run.finished(f"generator/{left_out}", "generator"):
+    if not run.finished(f"generator/{left_out}", "generator", redo=False):
         raise UserError(f"run={cfg.run}: no trained generator in {run.path}/generator/{left_out}; finish that run with "
                         "stage=all, or name a finished one by run=")
     if not task.support:
@@ -88,10 +88,11 @@ def export_adapter(cfg: Config, run: Run) -> dict:
                         f"task={(cfg.data.test_tasks or cfg.data.train_tasks)[0]}")
     method = cfg.method
     if method == "auto":
-        method = next((m for m in ("degaml_plus", "generator") if (run.path / f"adapted/{m}/{cfg.task}").is_dir()), "")
+        method = next((m for m in ("degaml_plus", "generator") if m in (*cfg.evaluate.methods, "generator")
+                       and (run.path / f"adapted/{m}/{cfg.task}/DONE.json").is_file()), "")
     source = run.path / f"adapted/{method}/{cfg.task}"
-    if not method or not (source / "adapter_model.safetensors").is_file():
-        have = sorted(p.parent.name for p in run.path.glob(f"adapted/*/{cfg.task}/adapter_model.safetensors"))
+    if not method or not (source / "DONE.json").is_file():
+        have = sorted(p.parent.parent.name for p in run.path.glob(f"adapted/*/{cfg.task}/DONE.json"))
         raise UserError(f"task={cfg.task}: {method or 'nothing'} was not adapted in {run.path}"
                         + (f"; method= may be {', '.join(have)}" if have else "; run stage=adapt task=your_file.jsonl"))
     strategy, refined, target = KEEP.as_dict(), None, None
@@ -136,7 +137,7 @@ def usage(cfg: Config, folder: Path, refined: Refined, lm) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ predict
 
 def load_exported(folder: Path, cfg: Config, run: Run) -> tuple[Target, Refined]:
-    """An exported folder, ready to score: what it holds, and a target that can route and knows nothing else of a task.
+    """An exported folder, ready to score: what it holds, and a target that can route and knows of its task the name.
 
     Raises: UserError: a file is missing, damaged, or names what this code does not know.
     """
@@ -148,19 +149,24 @@ def load_exported(folder: Path, cfg: Config, run: Run) -> tuple[Target, Refined]
         if not 1 <= count <= bounds.max_prompt_batches or \
                 (slot and not (1 <= slot[0] <= bounds.max_slot_steps and 0 < slot[1] <= bounds.max_slot_lr)):
             raise ValueError("adapters or slot lie outside strategies.* of the configuration")
+        if combine not in ("", *METHODS) or bool(combine) != (count > 1):
+            raise ValueError(f"combine is {combine!r} for {count} adapter(s)")
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise UserError(f"{folder}/strategy.json: {type(e).__name__} {e}; expected a folder made by stage=export") \
             from None
     if facts.get("base_model") != cfg.model.name:
         raise UserError(f"{folder}/strategy.json: made for {facts.get('base_model')!r}, model.name is "
                         f"{cfg.model.name!r}; name the run it came from by run=")
+    if facts.get("format") != cfg.data.format:
+        raise UserError(f"{folder}/strategy.json: adapted to data.format={facts.get('format')}, this is "
+                        f"{cfg.data.format}; name the run it came from by run=")
     adapters = [load_adapter(folder / f"adapter_{i}" if count > 1 else folder, lm.layout) for i in range(count)]
     routing = load_tensors(folder / "routing.safetensors") if combine in ROUTERS else {}
     if combine in ROUTERS and sorted(routing) != sorted(map(str, range(count))):
         raise UserError(f"{folder}/routing.safetensors: holds {sorted(routing)}, expected one entry per adapter")
     parts = [routing[str(i)] for i in range(len(routing))]
     ends = np.cumsum([0, *map(len, parts)])
-    target = Target(cfg.task or "input", lm, adapters[0], None, [], torch.cat(parts) if parts else torch.empty(0),
+    target = Target(str(facts.get("task")), lm, adapters[0], None, [], torch.cat(parts) if parts else torch.empty(0),
                     lambda texts: encode_texts(run, texts)[1], cfg.strategies, cfg.seed)
     return target, Refined(adapters, combine, slot, [np.arange(a, b) for a, b in itertools.pairwise(ends)])
 
@@ -178,7 +184,7 @@ def predict(cfg: Config, run: Run) -> dict:
         raise UserError(f"adapter={folder}: no such folder; stage=adapt task=… or stage=export task=… makes one")
     target, refined = load_exported(folder, cfg, run)
     rows = read_user_file(Path(cfg.input), labels=False)
-    examples = [make_example(cfg.task, r, cfg.data.format) for r in rows]
+    examples = [make_example(target.name, r, cfg.data.format) for r in rows]   # prompts as its task has them
     choose, write = ([i for i, e in enumerate(examples) if bool(e.options) is b] for b in (True, False))
     out: list[dict] = [{} for _ in rows]
     if choose:

@@ -240,7 +240,7 @@ def fold_indices(target: Target, n: int, folds: int) -> list[list[int]]:
 
 
 def reward_of(result: dict, policy) -> int:
-    """Binary reward: strictly better than the generated adapter by the paired margin (spec, contradiction 23)."""
+    """Binary reward: strictly better than the generated adapter by the paired margin (docs/choices.md, 9)."""
     net = result["wins"] - result["losses"]
     return int(net >= policy.reward_margin or (policy.tie_reward and net == 0))
 

@@ -375,7 +375,8 @@ def read_budget(run_path: Path) -> dict[str, dict]:
         core-seconds of adaptation over all targets, support labels per target, and where a training diverged.
     """
     def records(pattern):
-        return [(path.parent.name, read_json(path)) for path in sorted(run_path.glob(f"{pattern}/DONE.json"))]
+        found = [(path.parent.name, read_json(path)) for path in sorted(run_path.glob(f"{pattern}/DONE.json"))]
+        return [(name, record) for name, record in found if not record.get("own_task")]
 
     def total(found, key):
         values = [record[key] for _, record in found if record.get(key) is not None]

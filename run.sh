@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline in plain commands, for reading and for picking single stages from. `make reproduce` does the same.
-# Times are for the embedded preset on two CPU cores.
+# The whole pipeline in plain commands, for reading and for picking single stages from. `make reproduce` does the same, after stage=check.
 set -euo pipefail
 cd "$(dirname "$0")"
 CONFIG=${CONFIG:-configs/smollm2.yaml}

@@ -83,6 +83,8 @@ class Run:
 
     def metric(self, **row) -> None:
         """Append one flat object to metrics.jsonl; a single write, so that ranks do not tear each other's lines."""
+        if self.cfg.task:   # the curves are the run's
+            return
         with open(self.path / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
 
@@ -144,9 +146,10 @@ class Run:
         if self.world > 1:
             dist.barrier()
 
-    def finished(self, folder: str, stage: str, method: str = "") -> bool:
+    def finished(self, folder: str, stage: str, method: str = "", redo: bool = True) -> bool:
         """Is this unit (of a method, where its stage makes several) done under the present configuration?
 
+        Args: redo: may `overwrite` clear it? Not where a stage only reads it.
         Raises: UserError: it is done under another one; the changed keys are named.
         """
         path = self.path / folder
@@ -157,17 +160,18 @@ class Run:
         changed = sorted(k for k in made | now if made.get(k) != now.get(k) and (k in now or k not in _CHOICES))
         if not changed:
             return True
-        if self.cfg.overwrite:
+        if self.cfg.overwrite and redo:
             shutil.rmtree(path)
             return False
         shown = "; ".join(f"{k}: {made.get(k)!r} -> {now.get(k)!r}" for k in changed[:6])
-        raise UserError(f"{path} was made with another configuration ({shown}); use another folder (run=...), "
-                        "the old values, or overwrite=true to redo it")
+        how = "the old values, or overwrite=true to redo it" if redo else "or the old values"
+        raise UserError(f"{path} was made with another configuration ({shown}); use another folder (run=...), {how}")
 
     def finish(self, folder: str, stage: str, started: float, method: str = "", **facts) -> None:
         """Record a unit as done: configuration, seconds, and whatever the stage wants kept."""
         write_json(self.path / folder / "DONE.json",
                    {"stage": stage, "seconds": round(time.monotonic() - started, 2), **facts,
+                    **({"own_task": True} if self.cfg.task else {}),   # no part of what the run's own tasks cost
                     "config": fingerprint(self.cfg, stage, method, Path(folder).name)})
 
 
@@ -181,15 +185,17 @@ def fingerprint(cfg: Config, stage: str, method: str = "", unit: str = "") -> di
     out = {k: v for k, v in flatten(cfg.model_dump()).items()
            if (k not in _CHOICES or k in keys) and any(k == p or k.startswith(p + ".") for p in keys)}
     for k in out.keys() & {"data.jsonl", "data.hub", "data.columns"}:
-        out[k] = {t: _content(v) if k == "data.jsonl" else v for t, v in out[k].items()
+        out[k] = {t: v if k == "data.columns" else _content(v) for t, v in out[k].items()
                   if t == unit or t in cfg.data.train_tasks}
     return out
 
 
-def _content(pattern: str) -> str:
-    """What a file (or the two of a {split} pattern) holds, in eight digits; "absent" without it."""
-    files = [Path(pattern.format(split=s)) for s in ("train", "test")] if "{split}" in pattern else [Path(pattern)]
-    return " ".join(sha256(f)[:8] if f.is_file() else "absent" for f in files)
+def _content(source: str) -> str:
+    """What a file, a {split} pair of files or a folder holds, eight digits each; the name itself of what is none."""
+    files = [Path(source.format(split=s)) for s in ("train", "test")] if "{split}" in source else [Path(source)]
+    if files[0].is_dir():
+        files = sorted(f for f in files[0].rglob("*") if f.is_file())
+    return " ".join(sha256(f)[:8] for f in files if f.is_file()) or source
 
 
 def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
@@ -211,16 +217,22 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
         except OSError:
             raise UserError(f"run={path}: another process is working in this folder; wait for it, or use run=...") \
                 from None
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    if device == "cuda" and local >= torch.cuda.device_count():
+        raise UserError(f"rank {local} finds {torch.cuda.device_count()} GPU(s): start one rank per GPU (make … NPROC="
+                        f"{torch.cuda.device_count()}, torchrun --nproc-per-node), or use device=cpu")
     if world > 1:
         store, rank, world = next(dist.rendezvous("env://"))
-        # after a restart by torchrun's agent the store still holds what the dead ranks wrote
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # the agent's store survives a restart, and with it what the dead ranks wrote; the count is each agent's
+            # own, so several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (slurm.sh) and get a new store instead
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=rank, world_size=world,
                                 timeout=datetime.timedelta(days=2))
         if device == "cpu":
-            _pin(int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+            _pin(local, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
         elif device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(local)
     run = Run(path, cfg, rank, world, device, _pick_dtype(cfg.dtype, device), store)
     run.cache["lock"] = lock   # held as long as the run lives
     if rank == 0:

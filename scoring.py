@@ -328,7 +328,7 @@ def slot_deltas(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int], step
 
     Implements: SLOT (paper T, Algorithm 3). The loss is the mean NLL of the context's tokens 2..n; its gradient is
     W^T mean(p - y), and logits(delta) = z0 + W delta with z0 cached, so no autograd runs through the head.
-    Differs: mean instead of sum (spec, contradiction 30); AdamW betas (0.9, 0.999), eps 1e-5, decay 1e-8 as in the
+    Differs: mean instead of sum (docs/choices.md, 8); AdamW betas (0.9, 0.999), eps 1e-5, decay 1e-8 as in the
     reference code.
     """
     w = lm.model.get_output_embeddings().weight

@@ -14,7 +14,8 @@
 set -euo pipefail
 config=${1:?usage: sbatch slurm.sh configs/<preset>.yaml [key=value ...]}
 shift
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # a new store after every restart, the same on all nodes
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_PER_NODE:-4}" --max-restarts=3 \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_PER_NODE:-4}" --max-restarts=3 \
   --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:29500" \
   degaml.py stage=all config="$config" "$@"

@@ -119,7 +119,7 @@ def parse_strategy(text: str | dict, bounds, families: list[str]) -> Strategy:
     """Read a proposal: the first balanced {...}, names and aliases resolved, every field checked.
 
     Raises: ValueError: saying which field, what it is and what is legal. Nothing is silently clipped but a mixing
-        ratio outside [0, 1] (spec, section 5).
+        ratio outside [0, 1] (docs/choices.md, 6).
     """
     obj = text if isinstance(text, dict) else _first_object(text)
     family = _ALIASES.get(str(obj.get("family")).upper(), str(obj.get("family")))
@@ -232,7 +232,7 @@ def execute(target: Target, strategy: Strategy, labelled: list[Example] = ()) ->
 def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
     """Test-time training: minimise the input NLL of unlabelled prompts, weighted towards the surprising ones.
 
-    Implements: paper T, eq. 7, with S * ln P in place of eq. 8's S * P (reference code; spec, section 3): weight
+    Implements: paper T, eq. 7, with S * ln P in place of eq. 8's S * P (docs/choices.md, 5): weight
     lambda * exp(nll - threshold) where nll > threshold, else 0, detached; mean over the selected prompts. Continues
     from the generated adapter; one step is one update.
     """

@@ -42,7 +42,7 @@ def small(size: int = 3000, residual: bool = False, **more) -> FusionVAE:
 
 
 def test_parameters_are_those_of_the_description():
-    """Convolutions as spec, section 8, counts them, and the whole at 0.5B's D with latent 256."""
+    """Convolutions as paper T's layers count them, and the whole at 0.5B's D with latent 256."""
     with torch.device("meta"):
         vae = FusionVAE(4_399_104, 896, 256, True, True)
     count = {n: sum(p.numel() for p in m.parameters()) for n, m in vae.named_children()}

@@ -67,7 +67,7 @@ def curved(seed: int):
 # ---------------------------------------------------------------------------------------------------------------- MAML
 
 def moments_along(theta, inner, s: Moments) -> list[Moments]:
-    """The state each inner step finds, then the last one: constants of the second-order gradient (spec, section 9)."""
+    """The state each inner step finds, then the last one: constants of the second-order gradient."""
     found, x = [Moments(s.m, s.v, s.t)], theta
     for f in inner:
         x = x.detach().requires_grad_()

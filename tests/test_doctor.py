@@ -33,7 +33,7 @@ def test_the_papers_presets_offline(tmp_path, capsys, monkeypatch, preset, lines
 
 @pytest.mark.parametrize("preset, count", [("qwen2.5-0.5b", 4.13e12), ("qwen2.5-1.5b", 6.84e12)])
 def test_multiplications_are_those_of_the_flow(preset, count):
-    """4.13 and 6.84 T multiply-adds a sample (spec, section 2)."""
+    """4.13 and 6.84 T multiply-adds a sample."""
     cfg, _, _, tokens = shapes(f"config=configs/{preset}.yaml")
     assert doctor.multiplications(cfg, tokens) == pytest.approx(count, rel=0.002)
 

@@ -34,7 +34,7 @@ from lora import (
 )
 from scoring import gold_row, lm_loss, make_row
 
-# type, layers, hidden, inner, heads, key-value heads, width, rank -> tokens, D (spec, sections 0 and 1)
+# type, layers, hidden, inner, heads, key-value heads, width, rank -> tokens, D
 PAPER_MODELS = [
     ("qwen2", 24, 896, 4864, 14, 2, 128, 8, 4296, 4_399_104),
     ("qwen2", 28, 1536, 8960, 12, 2, 256, 16, 4508, 18_464_768),

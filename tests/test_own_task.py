@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import run_command, tiny_rows
 
+import own_task
 from config import UserError, load_config
-from data import load_task
+from data import load_task, make_example, read_user_file
 from lora import load_adapter
 from own_task import load_exported
 from runtime import Run, read_json, read_jsonl, write_json
@@ -135,10 +136,77 @@ def test_changed_file_is_not_mixed_with_its_old_adapter(copy, own, capsys):
     assert adapt(copy, own, "overwrite=true") == 0
 
 
+def test_replaced_by_prompts_alone_it_is_not_the_old_refined_adapter(copy, own):
+    """Labels gone, the refined adapter of the old file is not what is exported."""
+    assert adapt(copy, own) == 0
+    write_rows(own, [{"question": r["question"]} for r in fresh_rows(20)])
+    assert adapt(copy, own, "overwrite=true") == 0
+    assert read_json(copy / "export/my_task/strategy.json")["method"] == "generator"
+
+
+def test_overwrite_never_clears_what_is_only_read(copy, own, capsys):
+    """A setting the generator was not trained with is refused, and the generator survives overwrite=true."""
+    assert adapt(copy, own, "data.num_support=4", "overwrite=true") == 2
+    err = capsys.readouterr().err
+    assert "data.num_support: 8 -> 4" in err and "overwrite=true" not in err
+    assert (copy / "generator/none/generator.safetensors").is_file()
+
+
+def test_using_a_run_does_not_change_it(copy, own, tmp_path):
+    """predict without task=, and an own task's rows, leave the run's record, curves and costs as they were."""
+    assert run_command([f"run={copy}", "stage=report"]) == 0
+    kept = [copy / "config.yaml", copy / "metrics.jsonl"]
+    before = [p.read_bytes() for p in kept]
+    budget = read_json(copy / "report/results.json")["budget"]
+    assert adapt(copy, own) == 0
+    new = write_rows(tmp_path / "new.jsonl", fresh_rows(2))
+    assert run_command([f"run={copy}", "stage=predict", f"adapter={copy / 'export/my_task'}", f"input={new}",
+                        f"output={tmp_path / 'out.jsonl'}"]) == 0
+    assert [p.read_bytes() for p in kept] == before
+    assert run_command([f"run={copy}", "stage=report"]) == 0
+    assert read_json(copy / "report/results.json")["budget"] == budget
+    # a record that does hold such words, of an older command, is read without them
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("adapter: ''", "adapter: elsewhere"))
+    assert load_config([f"run={copy}", "stage=export", "task=delta"])[0].adapter == ""
+
+
+def test_predict_writes_prompts_as_the_task_has_them(copy, tmp_path, monkeypatch):
+    """A benchmark's own prompt form is used for an adapter of that benchmark, whatever the command says of tasks."""
+    assert run_command([f"run={copy}", "stage=export", "task=delta"]) == 0
+    folder = copy / "export/delta"
+    write_json(folder / "strategy.json", read_json(folder / "strategy.json") | {"task": "boolq"})
+    seen = []
+    monkeypatch.setattr(own_task, "make_example", lambda name, *rest: seen.append(name) or make_example(name, *rest))
+    new = write_rows(tmp_path / "new.jsonl", fresh_rows(2))
+    assert run_command([f"run={copy}", "stage=predict", f"adapter={folder}", f"input={new}",
+                        f"output={tmp_path / 'out.jsonl'}"]) == 0
+    assert seen == ["boolq"] * 2
+
+
+def test_a_question_listed_twice_stays_held_out(copy, tmp_path):
+    """An unlabelled copy of a held-out row is no prompt."""
+    rows = fresh_rows(14)
+    file = write_rows(tmp_path / "twice.jsonl", rows + [{"question": r["question"]} for r in rows])
+    task = load_task(load_config([f"run={copy}", "stage=adapt", f"task={file}", "data.num_prompts=40"])[0], "twice")
+    assert len(task.test) == 6 and not {e.text for e in task.test} & set(task.prompts) and len(task.prompts) == 8
+
+
+def test_a_gap_among_a_csv_rows_options_is_a_fault(tmp_path):
+    """Dropping an empty cell would shift the gold index."""
+    file = tmp_path / "gap.csv"
+    file.write_text("question,A,B,C,D,gold\nWhich?,one,,three,four,C\n")
+    with pytest.raises(UserError, match=r"gap\.csv:2: option 1 is empty"):
+        read_user_file(file)
+    file.write_text("question,A,B,C,D,gold\nWhich?,one,two,,,B\n")
+    assert read_user_file(file)[0]["choices"] == ["one", "two"]
+
+
 @pytest.mark.parametrize("words, complaint", [
     (["stage=adapt", "task=nothing.txt"], "expected a .jsonl or .csv file"),
     (["stage=collect", "task=a.jsonl"], "stage=adapt, export or predict"),
-    (["stage=adapt", "task=alpha.jsonl"], "rename it"),
+    (["stage=adapt", "task=alpha.jsonl"], "rename it"), (["stage=adapt", "task=none.jsonl"], "rename it"),
+    (["stage=adapt", "task=a.jsonl", "data.jsonl=text"], "data.jsonl (command line)"),
+    (["stage=adapt", "task=a.jsonl", "data.train_tasks=alpha"], "data.train_tasks (command line)"),
     (["stage=adapt", "task=missing.jsonl"], "cannot read"),
     (["stage=export"], "needs task="),
     (["stage=export", "task=delta", "method=tempo"], "method= may be"),
@@ -212,7 +280,9 @@ def test_predict_writes_free_answers_and_counts_gold(copy, tmp_path, capsys):
     ({"adapters": 10 ** 6}, "outside"), ({"adapters": "x"}, "expected a folder made by"),
     ({"slot": [10 ** 9, 0.1]}, "outside"), ({"slot": [2]}, "expected a folder made by"),
     ({"base_model": "other"}, "model.name"),
-    ({"adapters": 2}, "no such file"), ({"combine": "avg_sim_score"}, "routing.safetensors")])
+    ({"adapters": 2}, "combine is ''"), ({"adapters": 2, "combine": "majority_vote"}, "no such file"),
+    ({"adapters": 2, "combine": "avg_sim_score"}, "no such file"), ({"combine": "eval"}, "combine is 'eval'"),
+    ({"format": "letter"}, "data.format")])
 def test_damaged_exports_are_refused(copy, tmp_path, capsys, damage, complaint):
     """Nothing in an exported folder can ask for more work than the configuration allows, or go unnoticed."""
     assert run_command([f"run={copy}", "stage=export", "task=delta"]) == 0

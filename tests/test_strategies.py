@@ -158,7 +158,7 @@ def test_aliases(given, meant):
 
 
 def test_only_the_mixing_ratio_is_clipped():
-    """lambda outside [0, 1] is clipped (spec, section 5)."""
+    """lambda outside [0, 1] is clipped."""
     objects = [{"family": "LORA", "lambda": v} for v in (-0.5, 1.7, 0, 0.25)]
     assert [parse_strategy(o, BOUNDS, FAMILIES)["lambda"] for o in objects] == [0.0, 1.0, 0.0, 0.25]
 
