@@ -353,7 +353,7 @@ def load_config(args: list[str]) -> tuple[Config, str]:
     if not preset and (stage in USER_STAGES or "task" in given):
         preset = _trained_run(given.get("run"))
     elif not preset and stage in ("report", "analyze") and (ROOT / given.get("run", "-") / "config.yaml").is_file():
-        preset = str(ROOT / given["run"] / "config.yaml")   # what a run was made with is not described anew by reading it
+        preset = str(ROOT / given["run"] / "config.yaml")   # reading a run does not describe it anew
     flat = _read(DEFAULT)
     known, where = dict(flat), dict.fromkeys(flat, "configs/default.yaml")
     layers = [(preset, _read(Path(preset)))] if preset else []
