@@ -58,7 +58,7 @@ report:
 test: assets/.done
 	OMP_NUM_THREADS=2 $(PY) -m pytest -q tests
 
-# About half an hour: kill -9 at 20 random moments of a small real run; writes results/reliability.json.
+# About a minute a kill on two cores: kill -9 at 20 random moments of a small real run; writes results/reliability.json.
 reliability: assets/.done
 	$(PY) tests/reliability.py $(ARGS)
 

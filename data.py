@@ -236,8 +236,12 @@ def is_labelled(row: dict) -> bool:
     return row.get("gold") is not None or row.get("answer") is not None
 
 
-def _user_lines(path: Path) -> Iterator[tuple[int, dict | str]]:
-    """(line number, row) of JSON lines, or of a CSV file with a header; a row that cannot be read is its fault's text.
+def _bad_row(path: Path, line: int, what: str) -> UserError:
+    return UserError(f"{path}:{line}: {what}; a good row: {GOOD_ROW}")
+
+
+def _user_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """(line number, value) of JSON lines, or of a CSV file with a header.
 
     A CSV's options are its columns choice1, choice2, … or A, B, C, …; empty cells are no values.
     """
@@ -251,7 +255,7 @@ def _user_lines(path: Path) -> Iterator[tuple[int, dict | str]]:
                 try:
                     yield n, json.loads(line)
                 except (ValueError, RecursionError) as e:
-                    yield n, f"not JSON ({str(e)[:80]})"
+                    raise _bad_row(path, n, f"not JSON ({str(e)[:80]})") from None
         return
     reader = csv.DictReader(io.StringIO(text, newline=""))
     while True:
@@ -260,9 +264,10 @@ def _user_lines(path: Path) -> Iterator[tuple[int, dict | str]]:
         except StopIteration:
             return
         except csv.Error as e:
-            yield reader.line_num, f"not CSV ({e})"
-            return
-        row = {k: v for k, v in cells.items() if k is not None and v is not None and v != ""}
+            raise _bad_row(path, reader.line_num, f"not CSV ({e})") from None
+        if None in cells:
+            raise _bad_row(path, reader.line_num, "more cells than the header has columns")
+        row = {k: v for k, v in cells.items() if v}
         options = [k for k in cells if k and re.fullmatch(r"choice_?\d+|[A-J]", k)]
         given = [row.pop(k, "") for k in options]
         while given and not given[-1]:   # a row may have fewer options than the header; a gap is a fault
@@ -271,7 +276,7 @@ def _user_lines(path: Path) -> Iterator[tuple[int, dict | str]]:
             row["choices"] = given
         if row.get("gold", "").isdecimal():
             row["gold"] = int(row["gold"])
-        yield reader.line_num, row if None not in cells else "more cells than the header has columns"
+        yield reader.line_num, row
 
 
 def read_user_file(path: Path, seen: dict[str, str] | None = None, labels: bool = True) -> list[dict]:
@@ -282,17 +287,13 @@ def read_user_file(path: Path, seen: dict[str, str] | None = None, labels: bool 
     """
     seen, rows, first = {} if seen is None else seen, [], None
     for n, row in _user_lines(path):
-        where = f"{path}:{n}"
-
-        def bad(what, where=where):
-            return UserError(f"{where}: {what}; a good row: {GOOD_ROW}")
+        bad = partial(_bad_row, path, n)
         if not isinstance(row, dict):
-            raise bad(row if isinstance(row, str) and row.startswith(("not JSON", "not CSV", "more cells")) else
-                      f"expected an object, got {type(row).__name__}")
+            raise bad(f"expected an object, got {type(row).__name__}")
         row = check_row({"id": f"{path.stem}-{n}", **row}, labels, bad)
         if row["id"] in seen:
             raise bad(f"id {row['id']!r} was used before, at {seen[row['id']]}")
-        seen[row["id"]] = where
+        seen[row["id"]] = f"{path}:{n}"
         if is_labelled(row):
             first = first or row
             if ("choices" in row) != ("choices" in first):

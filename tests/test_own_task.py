@@ -46,7 +46,7 @@ def test_file_to_adapter_and_answers(copy, own, tmp_path, capsys):
     before = {p: p.read_bytes() for p in (copy / "config.yaml", copy / "tasks.json", copy / "command.txt")}
     assert adapt(copy, own) == 0
     said = capsys.readouterr().out
-    assert "my_task: 4 unlabelled" not in said and "8 support and 12 held-out" in said
+    assert "my_task: 10 unlabelled prompts, 8 support and 12 held-out" in said
     for text in ("degaml_plus", "vs base", "vs wrong_prompts", "PeftModel", "vllm serve", "lm_eval"):
         assert text in said
     assert all(p.read_bytes() == b for p, b in before.items()), "the run is still described as what it was"

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import save_tiny
+from conftest import run_command, save_tiny
 
 from config import load_config
 from runtime import read_json
@@ -27,7 +27,6 @@ SMALL = {   # sizes and lengths only: what a preset chooses stays chosen
 @pytest.mark.parametrize("preset", ["qwen2.5-0.5b", "tempo-qwen2.5-0.5b", "tempo-maml-qvo-qwen2.5-0.5b"])
 def test_every_stage_runs_on_a_small_copy(preset, tmp_path_factory, tmp_path, tiny_encoder_dir, tiny_jsonl, one_thread):
     """collect to report: each of the preset's methods on each task, generated answers and log-likelihoods scored."""
-    from conftest import run_command
     model = save_tiny(tmp_path_factory.mktemp("qwen"), "qwen2", **SHAPES)
     words = [f"config=configs/{preset}.yaml", f"run={tmp_path / 'run'}", f"model.name={model}",
              f"generator.encoder={tiny_encoder_dir}", f"data.jsonl={json.dumps(tiny_jsonl)}",
