@@ -116,6 +116,7 @@ class Generator(_Section):
     dtype: Literal["auto", "float32", "bfloat16"]
     recompute: StrictBool
     compile: StrictBool
+    shard_optimizer: StrictBool
     save_every: Positive
     seed: Int
 

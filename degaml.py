@@ -242,7 +242,7 @@ def main(argv: list[str]) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EISDIR, errno.EEXIST,
+        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EISDIR, errno.EEXIST,
                            errno.ENOTDIR):
             raise
         print(f"error: {e.filename or 'run folder'}: {e.strerror}; free space or choose another place (run=..., "

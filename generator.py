@@ -34,7 +34,7 @@ from lora import (
     to_tokens,
     train_adapter,
 )
-from runtime import Run, fingerprint, load_tensors, read_json, rng_for, save_tensors, seed_for, sha256, write_json
+from runtime import Run, fingerprint, load_tensors, read_json, rng_for, save_array, save_tensors, seed_for, sha256, write_json
 from scoring import LM, choice_loss, input_text, lm_loss, load_lm, make_row
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -165,10 +165,9 @@ def encode_prompts(cfg, run: Run) -> None:
     for name in run.deal(list(tasks)):
         if not run.finished(f"prompts/{name}", "prompts"):
             start, folder = time.monotonic(), run.path / f"prompts/{name}"
-            folder.mkdir(parents=True, exist_ok=True)
             states, pooled = encode_texts(run, task_texts(run, name), f"encode {name}")
-            np.save(folder / "states.npy", states.half().numpy())
-            np.save(folder / "pooled.npy", pooled.numpy())
+            save_array(folder / "states.npy", states.half().numpy())
+            save_array(folder / "pooled.npy", pooled.numpy())
             run.finish(f"prompts/{name}", "prompts", start)
 
 
@@ -310,35 +309,40 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     folder = run.path / f"generator/{left_out}"
     torch.manual_seed(seed_for(g.seed, "generator"))
     decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel, g.recompute).to(run.device)
-    opt = torch.optim.AdamW(decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay, fused=run.device == "cuda")
+    opt = _optimizer(g, run, decoder, parts)
     made_with = seed_for(fingerprint(cfg, "generator"))
     done, last = _resume(folder / "state.safetensors", decoder, opt, made_with)
     forward = _compiled(g, run, decoder) if g.compile else decoder
     label = "generator on all tasks" if left_out == "none" else f"generator without {left_out}"
+
+    def save() -> None:   # every rank that trains has to call
+        with SAVING:
+            if hasattr(opt, "consolidate_state_dict"):   # moments that are shared out
+                opt.consolidate_state_dict()
+                run.barrier()   # nobody leaves before rank 0 has everything
+            if not part:
+                _save_state(folder / "state.safetensors", decoder, opt, done, last, made_with)
     try:
-        for step in run.track(range(done, g.steps), label):
+        for step in run.track(range(done, g.steps), label, together=parts > 1):
             opt.param_groups[0]["lr"] = rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
             pairs = draw_pairs(cfg, states, targets, step)
             loss = _accumulate(cfg, run, forward, pairs, states, targets, weight, step, part, parts)
             norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
             value = float(loss)
-            if not (math.isfinite(value) and torch.isfinite(norm)):
-                _save_state(folder / "state.safetensors", decoder, opt, step, last, made_with)
+            if not (math.isfinite(value) and torch.isfinite(norm)):   # on every rank
+                save()
                 raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
                                 f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
             opt.step()
             opt.zero_grad(set_to_none=True)
             last, done = value, step + 1
-            if part:
-                continue
-            if step % 10 == 9 or done == g.steps:
+            if not part and (step % 10 == 9 or done == g.steps):
                 run.metric(stage="generator", unit=left_out, step=done, loss=round(value, 5),
                            lr=opt.param_groups[0]["lr"])
             if done % g.save_every == 0 and done < g.steps:
-                _save_state(folder / "state.safetensors", decoder, opt, done, last, made_with)
+                save()
     except Stopped:
-        if not part:
-            _save_state(folder / "state.safetensors", decoder, opt, done, last, made_with)
+        save()
         raise
     if part:
         return
@@ -348,6 +352,15 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     run.finish(f"generator/{left_out}", "generator", start, tasks=tasks, recon_mse=last, steps=g.steps,
                parameters=sum(p.numel() for p in decoder.parameters()))
     run.log(f"{label}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
+
+
+def _optimizer(g, run: Run, decoder: nn.Module, parts: int) -> torch.optim.Optimizer:
+    """AdamW; with `shard_optimizer` each of the ranks that train together keeps and updates its share of the moments
+    and sends the others what came out (ZeRO-1). Every element sees the same numbers either way."""
+    if parts > 1 and g.shard_optimizer:   # not fused: the sharded optimizer restores step counts on the CPU
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        return ZeroRedundancyOptimizer(decoder.parameters(), torch.optim.AdamW, lr=g.lr, weight_decay=g.weight_decay)
+    return torch.optim.AdamW(decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay, fused=run.device == "cuda")
 
 
 def _compiled(g, run: Run, decoder: nn.Module):
@@ -427,31 +440,31 @@ def token_weights(targets: dict[str, Tensor]) -> Tensor:
 
 def _save_state(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, step: int, last: float,
                 made_with: int) -> None:
-    with SAVING:
-        for torn in path.parent.glob(f".{path.name}.*.tmp"):   # of a process killed while it saved
-            torn.unlink(missing_ok=True)
-        state = {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()}
-        state |= {"step": torch.tensor(step), "last": torch.tensor(last), "made_with": torch.tensor(made_with)}
-        for i, s in opt.state_dict()["state"].items():
-            state |= {f"m.{i}": s["exp_avg"].cpu(), f"v.{i}": s["exp_avg_sq"].cpu()}
-        save_tensors(path, state)
+    for torn in path.parent.glob(f".{path.name}.*.tmp"):   # of a process killed while it saved
+        torn.unlink(missing_ok=True)
+    state = {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()}
+    state |= {"step": torch.tensor(step), "last": torch.tensor(last), "made_with": torch.tensor(made_with)}
+    for i, s in opt.state_dict()["state"].items():
+        state |= {f"m.{i}": s["exp_avg"].cpu(), f"v.{i}": s["exp_avg_sq"].cpu()}
+    save_tensors(path, state)
 
 
 def _resume(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, made_with: int) -> tuple[int, float]:
     """Load weights, moments, step and last loss if an interrupted training of this configuration left them.
 
-    Randomness depends on the step alone, so nothing else needs restoring.
+    Randomness depends on the step alone, so nothing else needs restoring. The number of ranks may differ.
     """
     state = load_tensors(path) if path.is_file() else {}
     if int(state.get("made_with", -1)) != made_with:   # none, or another configuration's: start afresh
         return 0, float("nan")
     decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})
-    step = int(state["step"])
+    step, mine = int(state["step"]), getattr(opt, "optim", opt)   # of a sharded optimizer: this rank's share
+    held = {id(p) for group in mine.param_groups for p in group["params"]}
     for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):
-        if f"m.{i}" in state:
-            at = p.device if opt.defaults["fused"] else "cpu"   # where AdamW keeps its count
-            opt.state[p] = {"step": torch.tensor(float(step), device=at), "exp_avg": state[f"m.{i}"].to(p.device),
-                            "exp_avg_sq": state[f"v.{i}"].to(p.device)}
+        if f"m.{i}" in state and id(p) in held:
+            at = p.device if mine.defaults["fused"] else "cpu"   # where AdamW keeps its count
+            mine.state[p] = {"step": torch.tensor(float(step), device=at), "exp_avg": state[f"m.{i}"].to(p.device),
+                             "exp_avg_sq": state[f"v.{i}"].to(p.device)}
     return step, float(state["last"])
 
 

@@ -47,7 +47,7 @@ DEPENDS = {
 METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys([*META_TRAINED, "maml_matched"], ["baselines"]),
                   **dict.fromkeys(ALIGNED, ["align"])}
 _CHOICES = ("data.test_tasks", "data.targets", "data.skip_test", "evaluate.methods", "generator.save_every",
-            "generator.recompute", "generator.compile")   # unless named above
+            "generator.recompute", "generator.compile", "generator.shard_optimizer")   # unless named above
 
 
 @dataclass
@@ -88,14 +88,17 @@ class Run:
         with open(self.path / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
 
-    def track(self, items, label: str, total: int | None = None):
-        """Iterate with a progress bar on a terminal, or a line with an ETA every 15 s in a log."""
+    def track(self, items, label: str, total: int | None = None, together: bool = False):
+        """Iterate with a progress bar on a terminal, or a line with an ETA every 15 s in a log.
+
+        Raises: Stopped: between two items, when asked to stop; ranks that work `together` after the same item.
+        """
         total = len(items) if total is None else total
         bar = sys.stderr.isatty() and self.rank == 0
         start = last = time.monotonic()
         for i, item in enumerate(tqdm(items, desc=label, total=total, leave=False) if bar else items):
             yield item
-            if STOP.is_set():
+            if self._asked_to_stop(together):
                 raise Stopped
             if bar:
                 continue
@@ -104,6 +107,13 @@ class Run:
                 last = now
                 eta = (now - start) / (i + 1) * (total - i - 1)
                 self.log(f"{label} {i + 1}/{total} {100 * (i + 1) / total:.0f}% | eta {eta / 60:.1f}m", True)
+
+    def _asked_to_stop(self, together: bool) -> bool:
+        if not together:
+            return STOP.is_set()
+        asked = torch.tensor(float(STOP.is_set()), device=self.device)
+        self.sum_over_ranks([asked])
+        return bool(asked)
 
     def deal(self, units: list):
         """Yield the units this rank should do. Units are given longest first; every rank passes the same list."""
@@ -360,6 +370,16 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # through bytes: the library's own writer reports a full disk by an error type of its own, and makes files 0600
     tmp.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata))
+    os.replace(tmp, path)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """npy, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(tmp, "wb") as f:   # numpy's own writer reports a full disk by an error without a number
+        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
+        f.write(np.ascontiguousarray(array).data)
     os.replace(tmp, path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -124,11 +125,15 @@ def test_a_rerun_keeps_the_seconds_of_the_work(full, words):
 
 # -------------------------------------------------------------------------------------------- ranks and kills
 
+def ranks(*words: str) -> list[str]:
+    """The command under torchrun with two ranks."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "degaml.py", *words]
+
+
 def test_two_ranks_give_the_results_of_one(full, words, tmp_path):
     """Ranks change speed only: same results, same weights, bit for bit."""
     log = tmp_path / "ranks.log"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "degaml.py", *words, "stage=all", f"run={tmp_path / 'two'}"]
+    command = ranks(*words, "stage=all", f"run={tmp_path / 'two'}")
     with open(log, "w") as out:
         done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
     assert done.returncode == 0, log.read_text()[-3000:]
@@ -141,26 +146,61 @@ def test_two_ranks_give_the_results_of_one(full, words, tmp_path):
 
 
 def test_two_ranks_train_one_generator_together(full, words, tmp_path):
-    """data_parallel divides a global batch over ranks: the generator of one rank, up to the order of sums."""
-    shutil.copytree(full, tmp_path / "two")
-    shutil.rmtree(tmp_path / "two/generator")
-    log = tmp_path / "ranks.log"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "degaml.py", *words,
-               "stage=generator", f"run={tmp_path / 'two'}", "data_parallel=true", "generator.recompute=true",
-               "generator.micro_batch=1"]
-    with open(log, "w") as out:
-        done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
-    assert done.returncode == 0, log.read_text()[-3000:]
+    """data_parallel divides a global batch over ranks: the generator of one rank, up to the order of sums; and the
+    same bits whether or not the ranks share out the optimiser's moments."""
+    for name, shared in (("two", "true"), ("apart", "false")):
+        shutil.copytree(full, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "generator")
+        log = tmp_path / "ranks.log"
+        command = ranks(*words, "stage=generator", f"run={tmp_path / name}", "data_parallel=true",
+                        "generator.recompute=true", "generator.micro_batch=1", f"generator.shard_optimizer={shared}")
+        with open(log, "w") as out:
+            done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
+        assert done.returncode == 0, log.read_text()[-3000:]
     cfg, _ = load_config(words)
     found = sorted(full.glob("generator/*/generator.safetensors"))
     assert len(found) >= 2
     for one in found:
-        two = tmp_path / "two" / one.relative_to(full)
+        two, apart = (tmp_path / name / one.relative_to(full) for name in ("two", "apart"))
+        assert two.read_bytes() == apart.read_bytes()
         errors = [read_json(p.with_name("DONE.json"))["recon_mse"] for p in (one, two)]
         assert errors[1] == pytest.approx(errors[0], rel=1e-3)
         # not the weights: where a gradient is zero but for rounding, as before a norm, AdamW steps on the rounding
         a, b = (decode(cfg.generator, load_file(p)) for p in (one, two))
         assert (a - b).abs().max() <= 5e-3 * a.abs().max(), str(one)
+
+
+def test_ranks_that_share_out_moments_stop_and_resume(full, words, tmp_path):
+    """Asked to stop, two ranks stop after the same step with the moments of all weights saved, and go on from there to
+    the bits of an undisturbed training."""
+    mine = [*words, "stage=generator", "data_parallel=true", "data.targets=[delta]", "generator.steps=120",
+            "generator.save_every=1000"]
+    log = tmp_path / "ranks.log"
+    for name in ("whole", "stopped"):
+        shutil.copytree(full, tmp_path / name, ignore=shutil.ignore_patterns("generator"))
+        (tmp_path / name / "metrics.jsonl").write_text("")
+    stopped = [*ranks(*mine), f"run={tmp_path / 'stopped'}"]
+    state = tmp_path / "stopped/generator/none/state.safetensors"
+    with open(log, "w") as out:
+        process = subprocess.Popen(stopped, cwd=ROOT, env=environment(), stdout=out, stderr=out)
+        try:
+            limit = time.monotonic() + 90
+            while '"generator", "unit": "none", "step": 1' not in (tmp_path / "stopped/metrics.jsonl").read_text():
+                assert process.poll() is None and time.monotonic() < limit, log.read_text()[-2000:]
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=30)
+        finally:
+            process.kill()
+    saved = load_file(state)
+    weights = sum(k.startswith("p.") for k in saved)
+    assert 10 <= int(saved["step"]) < 120 and sum(k.startswith("m.") for k in saved) == weights > 4
+    for command in (stopped, [*ranks(*mine), f"run={tmp_path / 'whole'}"]):
+        with open(log, "w") as out:
+            done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
+        assert done.returncode == 0, log.read_text()[-3000:]
+    a, b = (tmp_path / n / "generator/none/generator.safetensors" for n in ("whole", "stopped"))
+    assert a.read_bytes() == b.read_bytes() and not state.exists()
 
 
 def test_two_ranks_train_union_and_vae_together(copy, words, tmp_path):
@@ -171,8 +211,7 @@ def test_two_ranks_train_union_and_vae_together(copy, words, tmp_path):
     assert run_command([*words, *more, "stage=align"]) == 0 and run_command([*words, *more, "stage=baselines"]) == 0
     log = tmp_path / "ranks.log"
     for stage in ("align", "baselines"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "degaml.py",
-                   *words, *more, f"stage={stage}", f"run={tmp_path / 'two'}", "data_parallel=true"]
+        command = ranks(*words, *more, f"stage={stage}", f"run={tmp_path / 'two'}", "data_parallel=true")
         with open(log, "w") as out:
             done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
         assert done.returncode == 0, log.read_text()[-3000:]
@@ -310,6 +349,38 @@ def test_truncated_file_is_named(copy, words, capsys, stage, file):
     assert run_command([*words, f"stage={stage}"]) == 2
     err = capsys.readouterr().err
     assert str(copy / file) in err and "delete" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("stage, gone, file", [
+    ("collect", "adapters", "adapters/alpha/step_0007.safetensors"),
+    ("generator", "prompts", "prompts/alpha/states.npy"),
+    ("generator", "generator", "generator/none/generator.safetensors"),
+    ("adapt", "adapted/rewards* adapted/degaml*", "adapted/rewards*/delta.jsonl"),
+    ("adapt", "adapted/degaml*", "adapted/degaml/delta/episodes.jsonl"),
+    ("baselines", "adapted/no_meta", "adapted/no_meta/delta/adapter_model.safetensors"),
+    ("evaluate", "scores", "scores/generator/delta.jsonl"),
+    ("report", "report", "report/results.json"), ("report", "report", "report/report.html"),
+    ("report", "report", "report/figures/accuracy.png")])
+def test_a_disk_that_fills_up(copy, full, words, capsys, stage, gone, file):
+    """Where a file of this kind finds no room (here: none may grow to its size) the run ends with status 2 and a
+    line that says so; the same command with room gives what an undisturbed run gave."""
+    before, room = results_of(full), next(full.glob(file)).stat().st_size // 2
+    for folder in [f for pattern in gone.split() for f in copy.glob(pattern)]:
+        shutil.rmtree(folder)
+    for grows in ("log.txt", "metrics.jsonl", "command.txt"):
+        (copy / grows).unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        status = run_command([*words, f"stage={stage}"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    err = capsys.readouterr().err
+    assert status == 2 and "free space" in err and "the same command continues" in err and "Traceback" not in err
+    assert run_command([*words, f"stage={stage}"]) == 0 and run_command([*words, "stage=report"]) == 0
+    drop = ("seconds", "provenance", "forwards", "backwards")
+    assert stable(results_of(copy), drop) == stable(before, drop)
+    assert weights_of(copy) == weights_of(full)
 
 
 @pytest.mark.parametrize("word", ["collect.pretrain_lr=5e-3", "generator.steps=21", "policy.folds=4",
