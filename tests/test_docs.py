@@ -1,5 +1,6 @@
 """The documents say what is so: worked examples run, commands parse, glossaries and file lists are complete."""
 
+import json
 import re
 import shlex
 import shutil
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command, tiny_rows
 
 import config
 from config import load_config
@@ -74,6 +75,58 @@ def test_commands_are_legal(words, monkeypatch):
     monkeypatch.setattr(config, "_trained_run", lambda run: "configs/demo.yaml")
     cfg, stage = load_config(words)
     assert stage in STAGES
+
+
+def tiny(argv: list[str], words: list[str], trained: Path, folder: Path) -> list[str]:
+    """A command of the README with the tiny run's model, data and sizes in place of the preset it names."""
+    given = dict(a.split("=", 1) for a in argv)
+    if given["stage"] in ("adapt", "export", "predict"):   # with a trained run, which the README's reader has
+        local = {"hf:allenai/openbookqa/main": "hf:openbookqa", "divlogic": "delta"}
+        return [f"{k}={local.get(v, v)}" for k, v in (given | {"run": str(trained)}).items()]
+    preset = dict(w.split("=", 1) for w in words)
+    if "data.jsonl" in given:
+        own = {t: str(folder / f) for t, f in config.parse_yaml(given["data.jsonl"], "").items()}
+        given["data.jsonl"] = json.dumps(json.loads(preset["data.jsonl"]) | own)
+    given.pop("data.num_test", None)   # the tiny tasks have less
+    where = {"run": str(folder / given["run"])} if "run" in given else {}
+    return [f"{k}={v}" for k, v in (preset | given | where).items() if k != "config"]
+
+
+def test_commands_run(copy, words, tmp_path, monkeypatch, capsys):
+    """The README's commands for one machine, in their order, from a user's own folder: each exits 0, and what it says
+    it writes is there."""
+    monkeypatch.chdir(tmp_path)
+    rows = [r | {"id": f"own-{i}", "question": f"Own case {i}. {r['question']}"}
+            for i, r in enumerate(tiny_rows("alpha", 140))]
+    for name, some in (("my_task.jsonl", rows), ("new.jsonl", rows[:9]), ("openbookqa/train.jsonl", rows[:60])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in some))
+    (tmp_path / "my_other_task.csv").write_text("id,question,A,B,gold\n" + "".join(
+        f"{r['id']},{r['question']},{','.join(r['choices'])},{r['gold']}\n" for r in rows[:40]))
+    done = commands(section(README, "Your own task")) + commands(section(README, "Edit YAML and rerun"))
+    assert len(done) == 9
+    for argv in done:
+        assert run_command(tiny(argv, words, copy, tmp_path)) == 0, (argv, capsys.readouterr().err)
+        monkeypatch.chdir(tmp_path)   # the command moves to the repository
+    for name in ("my_task", "my_other_task", "openbookqa"):
+        assert (copy / f"export/{name}/adapter_model.safetensors").exists()
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 9
+    assert "mytask" in json.loads((tmp_path / "runs/mytask/report/results.json").read_text())["tasks"]
+
+
+def test_make_targets_run_legal_commands(monkeypatch):
+    """What `make demo`, `reproduce`, `reproduce-all` and the README's variables come to, without doing it."""
+    monkeypatch.chdir(ROOT)
+    shown = re.findall(r"^make (demo|reproduce\b.*|reproduce-all)$", "\n".join(re.findall(
+        r"^```\n(.*?)^```", re.sub(r" +# .*", "", README), re.M | re.S)), re.M)
+    assert len(shown) >= 4
+    for line in shown:
+        out = subprocess.run(["make", "-n", "-B", *shlex.split(line)], capture_output=True, text=True, check=True).stdout
+        found = commands(f"```\n{out}```\n")
+        assert len(found) >= 3   # assets, check, all
+        for argv in found:
+            cfg, stage = load_config(argv)
+            assert stage in STAGES
 
 
 def test_every_stage_is_documented():
