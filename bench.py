@@ -10,6 +10,7 @@ took; side by side workers add their work. Ratios are of work per second.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -44,7 +45,7 @@ CORES = len(os.sched_getaffinity(0))
 GOALS = {"train_arc_e": 5, "train_boolq": 3, "score_arc_e": 4, "score_hellaswag": 3, "score_boolq": 2.5, "slot": 4,
          "generator": 3, "generator_wide": 3, "policy": 6}
 UNITS = {"train": "real tokens/s", "score": "documents/s", "slot": "prompts/s", "generator": "pairs/s",
-         "generator_wide": "pairs/s", "policy": "samples/s"}
+         "generator_wide": "pairs/s", "policy": "tokens/s"}
 DOCUMENTS = {"arc_e": 48, "hellaswag": 16, "boolq": 16}
 
 
@@ -54,13 +55,28 @@ def open_bench(dtype: torch.dtype = torch.bfloat16) -> Run:
     return Run(Path(cfg.run), cfg, dtype=dtype, quiet=True)
 
 
+PROFILES: list | None = None   # a list where `profile` asked for them
+
+
+@contextlib.contextmanager
+def watched():
+    """Around the part of a worker that is timed, for `profile` to look at."""
+    if PROFILES is None:
+        yield
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as seen:
+        yield
+    PROFILES.append(seen)
+
+
 def timed(work, repeats: int = 1) -> float:
     """Seconds of one call, the best of `repeats` after one call that warms up."""
     work()
     best = math.inf
     for _ in range(repeats):
         start = time.perf_counter()
-        work()
+        with watched():
+            work()
         best = min(best, time.perf_counter() - start)
     return best
 
@@ -85,8 +101,9 @@ def train_ours(task: str) -> dict:
     def on_step(step, loss, _):
         losses.append(loss)
         starts.append(time.perf_counter())
-    train_adapter(lm.model, lm.layout, init_adapter(lm.layout, 999), batches, lambda b: lm_loss(lm, b),
-                  lr=lambda s: 5e-4, clip=1.0, on_step=on_step)
+    with watched():
+        train_adapter(lm.model, lm.layout, init_adapter(lm.layout, 999), batches, lambda b: lm_loss(lm, b),
+                      lr=lambda s: 5e-4, clip=1.0, on_step=on_step)
     real = sum(gold_row(r).length for b in batches[1:] for r in b)   # the first step warms up
     return {"work": real, "seconds": starts[-1] - starts[0], "losses": losses, "flops": 4 * real * _weights(lm)}
 
@@ -154,7 +171,8 @@ def score_ours(task: str) -> dict:
     lm, docs = load_lm(run), list(load_tasks(run)[task].test[:DOCUMENTS[task]])
     score_examples(lm, None, docs[:4])
     start = time.perf_counter()
-    found = score_examples(lm, None, docs)
+    with watched():
+        found = score_examples(lm, None, docs)
     return {"work": len(docs), "seconds": time.perf_counter() - start, "answers": [x for s in found for x in s.raw],
             "flops": 2 * sum(make_row(lm, e).length for e in docs) * _weights(lm)}
 
@@ -199,8 +217,8 @@ def slot_ours() -> dict:
     def work():
         with torch.no_grad():
             return torch.cat([slot_deltas(lm, g, h, starts, SLOT_STEPS, SLOT_LR) for g, h, starts in groups])
-    norm = float(work().norm())
-    return {"work": sum(len(g) for g, _, _ in groups), "seconds": timed(work), "answers": [norm]}
+    answers = work().flatten().tolist()
+    return {"work": sum(len(g) for g, _, _ in groups), "seconds": timed(work), "answers": answers}
 
 
 def slot_peer() -> dict:
@@ -222,8 +240,8 @@ def slot_peer() -> dict:
                     opt.step()
                 out.append(delta.detach())
         return torch.stack(out)
-    norm = float(work().norm())
-    return {"work": sum(len(g) for g, _, _ in groups), "seconds": timed(work), "answers": [norm]}
+    answers = work().flatten().tolist()
+    return {"work": sum(len(g) for g, _, _ in groups), "seconds": timed(work), "answers": answers}
 
 
 # --------------------------------------------------------------------------------------------------------- generator
@@ -264,7 +282,10 @@ def _generator(wide: bool, plain: bool) -> dict:
 # ------------------------------------------------------------------------------------------------------------ policy
 
 def _policy(batched: bool) -> dict:
-    """20 constrained proposals behind one cached prompt, or 2 (counted as such) one at a time without a cache."""
+    """20 constrained proposals behind one cached prompt, or 2 one at a time without a cache: tokens per second, since
+    proposals differ in length."""
+    import llguidance.hf
+
     import policy as P
     from strategies import proposal_schema
     run = open_bench()
@@ -277,21 +298,23 @@ def _policy(batched: bool) -> dict:
     plan = P.plan_families(families, 20, 1)
     schemas = [proposal_schema(cfg.strategies, f, None) for f in plan]
     P.sample_proposals(lm, layout, None, prompt, schemas[:2], cfg.policy, 0)
+    grammar = llguidance.hf.from_tokenizer(lm.tokenizer, n_vocab=lm.model.get_output_embeddings().weight.shape[0])
     start = time.perf_counter()
     if batched:
-        texts = P.sample_proposals(lm, layout, None, prompt, schemas, cfg.policy, 1)
+        with watched():
+            texts = P.sample_proposals(lm, layout, None, prompt, schemas, cfg.policy, 1)
     else:
-        texts = [_sample_plainly(lm, prompt, s, cfg.policy) for s in (schemas[0], schemas[-1])]
-    return {"work": len(texts), "seconds": time.perf_counter() - start, "prompt_tokens": len(encode(lm, prompt))}
+        texts = [_sample_plainly(lm, prompt, s, cfg.policy, grammar) for s in (schemas[0], schemas[-1])]
+    return {"work": sum(len(encode(lm, t)) for t in texts), "seconds": time.perf_counter() - start,
+            "prompt_tokens": len(encode(lm, prompt))}
 
 
-def _sample_plainly(lm: LM, prompt: str, schema: dict, policy) -> str:
+def _sample_plainly(lm: LM, prompt: str, schema: dict, policy, grammar) -> str:
     """One constrained sample, the whole sequence read again for every token."""
-    import llguidance.hf
     import llguidance.numpy as llnp
     from llguidance import LLMatcher
     vocab = lm.model.get_output_embeddings().weight.shape[0]
-    matcher = LLMatcher(llguidance.hf.from_tokenizer(lm.tokenizer, n_vocab=vocab), LLMatcher.grammar_from_json_schema(
+    matcher = LLMatcher(grammar, LLMatcher.grammar_from_json_schema(
         json.dumps(schema), overrides={"whitespace_flexible": False}))
     bits, ids, out = llnp.allocate_token_bitmask(1, vocab), encode(lm, prompt), []
     while not matcher.is_stopped() and len(out) < policy.max_new_tokens:
@@ -408,6 +431,25 @@ def launch(name: str, side: str, processes: int) -> list[dict]:
     return out
 
 
+KINDS = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution", "aten::mkldnn_convolution"),
+         "attention kernel": ("scaled_dot_product",), "softmax": ("softmax", "cross_entropy", "nll_loss")}
+
+
+def profile(name: str) -> dict:
+    """Where one process of ours spends its time: shares by kind of operation, and the rate of its matrix products."""
+    global PROFILES
+    PROFILES = []
+    WORKERS[name][0]()
+    events = [e for e in PROFILES[-1].key_averages() if e.key.startswith("aten::")]
+    took = dict.fromkeys([*KINDS, "the rest"], 0.0)   # microseconds
+    for e in events:
+        kind = next((k for k, parts in KINDS.items() if any(p in e.key for p in parts)), "the rest")
+        took[kind] += e.self_cpu_time_total
+    products = sum(e.flops for e in events if e.flops)
+    return {**{k: round(t / sum(took.values()), 3) for k, t in took.items()},
+            "product_gflops": round(products / took["matrix products"] / 1e3, 1)}
+
+
 def compare(name: str, repeats: int, gflops: float) -> dict:
     """Interleaved repeats of ours and the peer; medians of work per second, and whether the answers agree."""
     rates, last = {"ours": [], "peer": []}, {}
@@ -419,6 +461,8 @@ def compare(name: str, repeats: int, gflops: float) -> dict:
     ours, peer = (statistics.median(rates[s]) for s in ("ours", "peer"))
     row = {"ours": ours, "peer": peer, "ratio": ours / peer, "goal": GOALS[name], "unit":
            UNITS.get(name, UNITS.get(name.split("_")[0])), "runs": rates}
+    if row["ratio"] < row["goal"]:   # what binds
+        row["profile"] = launch(name, "profile", 1)[0]
     if "flops" in last["ours"]:
         row["share_of_peak"] = last["ours"]["flops"] / last["ours"]["work"] * ours / 1e9 / gflops
     for key in ("losses", "answers"):
@@ -436,7 +480,8 @@ def main(argv: list[str]) -> int:
         os.sched_setaffinity(0, {int(c) for c in os.environ["BENCH_CORES"].split(",")})
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         name, side = argv[1:]
-        print(json.dumps(ALONE[name]() if name in ALONE else WORKERS[name][side == "peer"]()))
+        print(json.dumps(ALONE[name]() if name in ALONE else profile(name) if side == "profile" else
+                         WORKERS[name][side == "peer"]()))
         return 0
     try:
         words = dict(a.split("=", 1) for a in argv if "=" in a)
@@ -469,6 +514,8 @@ def measure(paths: list[str], repeats: int, out: Path) -> None:
             gap = next((f"{v:.3g}" for k, v in row.items() if k.startswith("largest_gap")), "-")
             print(f"{name:16} {row['ours']:10.2f} {row['peer']:10.2f} {row['ratio']:6.1f}x {row['goal']:5}x  "
                   f"{share:7}  {gap}   ({row['unit']})", flush=True)
+            if "profile" in row:
+                print(f"  goal missed; one process with {CORES} threads: {json.dumps(row['profile'])}", flush=True)
         write_json(file, found)
     results = ROOT / "results/smollm2/results.json"
     if results.exists():
