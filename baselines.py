@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from config import META_TRAINED
+from config import META_TRAINED, UserError
 from data import load_tasks
 from generator import adapter_hash, left_out_for, mean_adapter, training_tasks
 from lora import (
@@ -45,7 +45,7 @@ from lora import (
 from policy import Rewards, choose, make_target
 from runtime import Run, read_jsonl, rng_for, save_tensors, seed_for, write_json
 from scoring import LM, choice_loss, lm_loss, load_lm, make_row, score_examples
-from strategies import Strategy, execute
+from strategies import Strategy, execute_finite
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -114,8 +114,9 @@ def _meta_train(cfg, run: Run, method: str, left_out: str, part: int = 0, parts:
     if extra:
         save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in extra.items()})
     write_json(folder / "losses.json", [round(x, 5) for x in losses])
-    run.finish(f"baselines/{method}/{left_out}", "baselines", started, steps=len(losses), tokens=draws.tokens,
-               backwards=lm.backwards - passes, labels=sum(map(len, draws.tasks.values())), diverged_at=failed)
+    run.finish(f"baselines/{method}/{left_out}", "baselines", started, ranks=parts, steps=len(losses),
+               tokens=draws.tokens, backwards=lm.backwards - passes, labels=sum(map(len, draws.tasks.values())),
+               diverged_at=failed)
     ends = f"loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}" if losses else "no step"
     run.log(f"{method} without {left_out}: {ends if failed is None else f'diverged at step {failed + 1}'} in "
             f"{time.monotonic() - started:.0f} s", True)
@@ -128,7 +129,7 @@ def _train_union(cfg, run: Run, draws: Draws, losses: list[float], part: int, pa
     first, second = (max(1, round(s * longer)) for s in (c.pretrain_steps, c.finetune_steps))
 
     def batches():
-        for _ in run.track(range(first + second), "union"):
+        for _ in run.track(range(first + second), "union", together=parts > 1):
             yield [r for _ in range(c.batch_size) for r in draws.rows(draws.task(), 1)]
 
     def lr(s):
@@ -364,12 +365,19 @@ def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
 
 def candidate_sft(run: Run, task: str, share: float = 1.0) -> list[Strategy]:
     """The SFT settings a baseline may use on a task, longest first: those of `baselines.sft`, else what the policy
-    proposed. All start from the whole baseline, or with `share` 0 from the plain initialisation."""
-    path = run.path / f"adapted/degaml_plus/{task}/episodes.jsonl"
-    fixed = [{"family": "SFT", **s.model_dump()} for s in run.cfg.baselines.sft]
-    episodes = read_jsonl(path) if path.exists() else []
-    proposed = [e["strategy"] for e in episodes if e["valid"] and e["strategy"]["family"] == "SFT"]
-    found = [Strategy.from_dict(s | {"init_scale": share}) for s in fixed or proposed]
+    proposed. All start from the whole baseline, or with `share` 0 from the plain initialisation.
+
+    Raises: UserError: nothing was proposed yet.
+    """
+    settings = [{"family": "SFT", **s.model_dump()} for s in run.cfg.baselines.sft]
+    if not settings:
+        source = f"adapted/degaml_plus/{task}"
+        if not run.finished(source, "adapt", "degaml_plus", redo=False):
+            raise UserError(f"{run.path / source}: not adapted yet, and the SFT settings of the baselines are those "
+                            "proposed there; run stage=adapt first, or give baselines.sft")
+        settings = [e["strategy"] for e in read_jsonl(run.path / source / "episodes.jsonl")
+                    if e["valid"] and e["strategy"]["family"] == "SFT"]
+    found = [Strategy.from_dict(s | {"init_scale": share}) for s in settings]
     return sorted({str(s): s for s in found}.values(), key=lambda s: -s["sft_steps"])
 
 
@@ -393,7 +401,8 @@ def _adapt_start(cfg, run: Run, method: str, task) -> None:
         results = {str(s): rewards.of(s, steps) for s in run.track(candidates, f"{method} {task.name}")}
         strategy, result = choose(results, cfg.policy)
     folder = run.path / f"adapted/{method}/{task.name}"
-    save_adapter(folder, execute(target, strategy, support).adapters[0], lm.layout, cfg.model.name, cfg.model.revision)
+    adapter = execute_finite(target, strategy, support).adapters[0]
+    save_adapter(folder, adapter, lm.layout, cfg.model.name, cfg.model.revision)
     write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "wins": result["wins"],
                                           "losses": result["losses"], "n_support": len(support),
                                           "gold_logp_gain": result["gold_logp_gain"]})
@@ -413,11 +422,13 @@ def _adapt_matched(cfg, run: Run, method: str, task) -> None:
     target = make_target(run, task)
     goal = _distance(target.start, mean_adapter(run, lm, task.name), lm)
     target.start = load_adapter(run.path / f"baselines/maml/{left_out_for(cfg, task.name)}", lm.layout)
-    strategy = candidate_sft(run, task.name)[0]
+    strategy = next(iter(candidate_sft(run, task.name)), None)
+    if strategy is None:
+        raise UserError(f"maml_matched {task.name}: the policy proposed no SFT setting; give one in baselines.sft")
     rate_ = strategy["learning_rate"]
     for _ in range(5):
         strategy = strategy.but(learning_rate=rate_)
-        adapter = execute(target, strategy, support).adapters[0]
+        adapter = execute_finite(target, strategy, support).adapters[0]
         moved = _distance(adapter, target.start, lm)
         if abs(moved / goal - 1) < 0.05:
             break

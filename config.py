@@ -51,6 +51,7 @@ Rate = Annotated[Float, Field(gt=0, le=1)]
 ALIGNED = ("aligned", "tempo", "tempo_plus")              # methods that start from the aligned adapter (paper T)
 META_TRAINED = ("maml", "abmll", "union", "reptile")      # baselines with a meta-training of their own, longest first
 USER_STAGES = ("export", "predict")                       # what one does with an adapter, besides stage=adapt task=
+ASIDE = (*USER_STAGES, "config", "doctor", "check", "assets")   # stages that make no part of a run
 Family = Literal["TTT", "LORA", "TTS", "Latent", "SFT"]
 
 
@@ -330,7 +331,10 @@ def _read(path: Path) -> dict:
         have = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.yaml")
                                 if p.name not in ("contexts.yaml", "models.yaml", "paper_tables.yaml")))
         raise UserError(f"config={path}: no such file; presets here: {have}")
-    tree = parse_yaml(path.read_text(), str(path)) or {}
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text ({e})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected `key: value` lines, got {type(tree).__name__}")
     return flatten(tree)
@@ -359,7 +363,8 @@ def load_config(args: list[str]) -> tuple[Config, str]:
     known, where = dict(flat), dict.fromkeys(flat, "configs/default.yaml")
     layers = [(preset, _read(Path(preset)))] if preset else []
     if preset and "config" not in given:   # a run's own record: what it is, not what was last done with it
-        for key in ("task", "method", "adapter", "input", "output", "overwrite", "seeds"):
+        for key in ("task", "method", "adapter", "input", "output", "overwrite",
+                    *(["seeds"] if stage != "report" else [])):
             layers[0][1].pop(key, None)
     layers.append(("command line", {k: parse_yaml(v, f"{k}={v}") for k, v in words
                                     if k not in ("stage", "config")}))
@@ -455,9 +460,10 @@ def _cross_checks(cfg: Config, where: dict) -> list[str]:
     if not g.flow or g.flow[0][:2] != [g.num_prompts, g.max_length]:
         fault("generator.flow", f"its first entry must be [num_prompts, max_length, encoder width] = "
                                 f"[{g.num_prompts}, {g.max_length}, 384], got {g.flow[:1]}")
-    if p.min_per_family * len(p.families) > p.proposals:
-        fault("policy.min_per_family", f"{p.min_per_family} x {len(p.families)} families exceed policy.proposals"
-                                       f" = {p.proposals}: at most {p.proposals // len(p.families)}")
+    sampled = {*p.families, *(["SFT"] if {"degaml_plus", "tempo_plus"} & set(cfg.evaluate.methods) else [])}
+    if p.min_per_family * len(sampled) > p.proposals:
+        fault("policy.min_per_family", f"{p.min_per_family} x {len(sampled)} families exceed policy.proposals"
+                                       f" = {p.proposals}: at most {p.proposals // len(sampled)}")
     if p.folds > d.num_support:
         fault("policy.folds", f"got {p.folds} folds of {d.num_support} support examples")
     if cfg.evaluate.metric in ("strict", "lenient") and not cfg.evaluate.generate:

@@ -122,7 +122,7 @@ def load_task(cfg: Config, name: str) -> Task:
     bare = [r for rows in records.values() for r in rows if not is_labelled(r)]
     pools = {split: _examples(cfg, name, [r for r in rows if is_labelled(r)]) for split, rows in records.items()}
     train, support, test = make_splits(cfg, name, pools)
-    asked = {r["id"]: _key(r["question"]) for rows in records.values() for r in rows} if bare else {}
+    asked = {r["id"]: _key(r["question"], name) for rows in records.values() for r in rows} if bare else {}
     held = {asked[e.id] for e in test} if bare else ()   # a question listed twice, once with its label, stays held out
     source = [make_example(name, r, cfg.data.format) for r in bare if asked[r["id"]] not in held]
     source += test if cfg.data.prompts_from == "test" else train
@@ -150,7 +150,7 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
     Raises: UserError: fewer than num_support examples remain, or no test example lies behind skip_test.
     """
     d, rng = cfg.data, rng_for(cfg.seed, "split", name)
-    pools = {k: _unique(v) for k, v in pools.items()}
+    pools = {k: _unique(v, name) for k, v in pools.items()}
     if d.skip_test and name in (d.targets or [name]) and d.skip_test >= len(pools.get("test", ())):
         have = f"{len(pools['test'])} test examples" if "test" in pools else "no test split of its own"
         raise UserError(f"data.skip_test={d.skip_test}: task {name} has {have}; skip less, or name data.targets "
@@ -164,10 +164,10 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
     if "test" not in pools:
         rest = rest[num_test:]
     # the whole benchmark test set is kept out of training, not only the part scored here
-    held = {_key(e.text) for e in pools.get("test", test)}
-    rest = [e for e in rest if _key(e.text) not in held]
-    support, seen = rest[:d.num_support], {_key(e.text) for e in rest[:d.num_support]}
-    rest = support + [e for e in rest[d.num_support:] if _key(e.text) not in seen]
+    held = {_key(e.text, name) for e in pools.get("test", test)}
+    rest = [e for e in rest if _key(e.text, name) not in held]
+    support, seen = rest[:d.num_support], {_key(e.text, name) for e in rest[:d.num_support]}
+    rest = support + [e for e in rest[d.num_support:] if _key(e.text, name) not in seen]
     if own and len(rest) < d.num_support:   # too few labels to refine with: all of them test
         return (), (), tuple(test)
     if len(rest) < d.num_support:
@@ -177,14 +177,16 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
     return tuple(rest[d.num_support:]), tuple(rest[:d.num_support]), tuple(test)
 
 
-def _key(text: str) -> str:
-    return re.sub(r"\W+", " ", text.lower()).strip()
+def _key(text: str, name: str) -> str:
+    """What makes two questions the same: letters and digits in the twelve; all but marks of punctuation in a user's
+    task, where an operator or a bracket may be the question."""
+    return re.sub(r"\W+" if name in SPECS else r"[\s.,;:!?'\"]+", " ", text.lower()).strip()
 
 
-def _unique(examples: list[Example]) -> list[Example]:
+def _unique(examples: list[Example], name: str) -> list[Example]:
     seen: dict = {}
     for e in examples:
-        seen.setdefault((_key(e.text), tuple(sorted(e.options))), e)
+        seen.setdefault((_key(e.text, name), tuple(sorted(e.options))), e)
     return list(seen.values())
 
 
@@ -222,7 +224,7 @@ def _read_assets(folder: Path, name: str) -> dict[str, list[dict]]:
 
 def _read_user_jsonl(pattern: str, labels: bool) -> dict[str, list[dict]]:
     """One file, or `my_{split}.jsonl` for splits train and test."""
-    files = {s: Path(pattern.format(split=s)) for s in ("train", "test")} if "{split}" in pattern \
+    files = {s: Path(pattern.replace("{split}", s)) for s in ("train", "test")} if "{split}" in pattern \
         else {"all": Path(pattern)}
     seen: dict[str, str] = {}
     return {split: read_user_file(path, seen, labels) for split, path in files.items()}
@@ -258,6 +260,9 @@ def _user_lines(path: Path) -> Iterator[tuple[int, object]]:
                     raise _bad_row(path, n, f"not JSON ({str(e)[:80]})") from None
         return
     reader = csv.DictReader(io.StringIO(text, newline=""))
+    names = [n.strip() for n in reader.fieldnames or ()]
+    reader.fieldnames = [n.lower() if n.lower() in ("id", "question", "prompt", "context", "gold", "answer") else n
+                         for n in names]
     while True:
         try:
             cells = next(reader)
@@ -290,6 +295,10 @@ def read_user_file(path: Path, seen: dict[str, str] | None = None, labels: bool 
         bad = partial(_bad_row, path, n)
         if not isinstance(row, dict):
             raise bad(f"expected an object, got {type(row).__name__}")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise bad("holds half of a surrogate pair, which is no text") from None
         row = check_row({"id": f"{path.stem}-{n}", **row}, labels, bad)
         if row["id"] in seen:
             raise bad(f"id {row['id']!r} was used before, at {seen[row['id']]}")
@@ -309,14 +318,18 @@ def check_row(row: dict, labels: bool, bad) -> dict:
     row = {**row, "id": str(row["id"]), "question": row.get("question", row.get("prompt"))}
     if not isinstance(row["question"], str) or not row["question"].strip():
         raise bad("`question` is missing or empty")
-    if not isinstance(row.get("context") or "", str):
-        raise bad("`context` must be a text")
+    for key in ("context", "kind", "solution"):
+        if not isinstance(row.get(key) or "", str):
+            raise bad(f"`{key}` must be a text")
     choices = row.get("choices")
     if choices is not None:
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
             raise bad("`choices` must be a list of at least two texts")
         if not all(c.strip() for c in choices):
             raise bad(f"option {[bool(c.strip()) for c in choices].index(False)} is empty")
+        other = next((k for k in ("answer", "label", "answerKey", "Gold") if row.get(k) not in (None, "")), None)
+        if row.get("gold") is None and other:
+            raise bad(f"`{other}` is not read beside `choices`: name the right option in `gold`")
         if labels or row.get("gold") is not None:
             row["gold"] = _read_gold(row.get("gold"), len(choices), bad)
         return {k: v for k, v in row.items() if k != "answer"}
@@ -349,6 +362,7 @@ def _read_hub(cfg: Config, name: str) -> dict[str, list[dict]]:
     if splits is None and not Path(path).is_dir() and path.count("/") == 2:   # org/name/configuration
         path, configs = path.rsplit("/", 1)
     splits = splits or _hub_splits(name, path, configs)
+    like = next((task for task, (of, *_) in HUB.items() if of == path), name)
     out = {}
     for ours, theirs in splits.items():
         rows = []
@@ -360,7 +374,8 @@ def _read_hub(cfg: Config, name: str) -> dict[str, list[dict]]:
                                 f"({type(e).__name__}: {str(e)[:160]}); check the network, or set "
                                 f"data.hub={{{name}: folder}} or data.jsonl={{{name}: file.jsonl}}") from None
             try:
-                rows += [_hub_record(cfg, name, config, f"{ours}-{i}", r, ds.column_names) for i, r in enumerate(ds)]
+                rows += [_hub_record(cfg, name, like, config, f"{ours}-{i}", r, ds.column_names)
+                         for i, r in enumerate(ds)]
             except KeyError as e:
                 raise UserError(f"data.columns.{name}: {path} has no column {e}; its columns are {ds.column_names}; "
                                 f"use data.jsonl={{{name}: file.jsonl}}") from None
@@ -393,8 +408,9 @@ def _hub_splits(name: str, path: str, config: str | None) -> dict[str, str]:
     return {"train": "train", "test": test} if test and "train" in have else {"all": have[0]}
 
 
-def _hub_record(cfg: Config, name: str, config: str | None, i: str, row: dict, columns: list[str]) -> dict | None:
-    """One hub row as a record; rows without a label are dropped."""
+def _hub_record(cfg: Config, name: str, like: str, config: str | None, i: str, row: dict,
+                columns: list[str]) -> dict | None:
+    """One hub row as a record, None without a label. `like`: which of the twelve the data set is, if any."""
     asked = cfg.data.columns.get(name, {})
     col = {k: asked.get(k) or next((c for c in names if c in row), None) for k, names in _COLUMNS.items()}
     missing = [c for c in asked.values() if c not in row]
@@ -420,21 +436,27 @@ def _hub_record(cfg: Config, name: str, config: str | None, i: str, row: dict, c
     labels = choices["label"] if isinstance(choices, dict) else None
     choices = choices["text"] if isinstance(choices, dict) else choices
     # these two count their string labels from 1
-    offset = 1 if name in ("winogrande", "socialiqa") else 0
+    offset = 1 if like in ("winogrande", "socialiqa") else 0
     choices = choices if isinstance(choices, str) else list(choices)   # a text is no list of options: check_row says so
     return _with_gold(rec, choices, row[col["gold"]], labels, offset)
 
 
 def _with_gold(rec: dict, choices: list[str], gold, labels: list | None, offset: int = 0) -> dict | None:
+    said = str(gold).strip()
+    if gold is None or said in ("", "-1"):
+        return None
     if labels is not None and gold in labels:
         index = labels.index(gold)
-    elif isinstance(gold, str) and gold.strip().upper() in LETTERS and gold.strip():
-        index = LETTERS.index(gold.strip().upper())
-    elif str(gold).strip().lstrip("-").isdigit():
-        index = int(gold) - offset
+    elif isinstance(gold, str) and choices.count(gold) == 1 and not offset:   # the option itself
+        index = choices.index(gold)
+    elif len(said) == 1 and said.upper() in LETTERS:
+        index = LETTERS.index(said.upper())
     else:
-        return None
-    return rec | {"choices": choices, "gold": index} if 0 <= index < len(choices) else None
+        index = int(said) - offset if said.isdecimal() else -1
+    if not 0 <= index < len(choices):
+        raise UserError(f"data.columns: row {rec['id']}: its label {gold!r} names none of its {len(choices)} options "
+                        "(an index from 0, a letter or an option's text); use data.jsonl={task: file.jsonl}")
+    return rec | {"choices": choices, "gold": index}
 
 
 def _hellaswag_text(text: str) -> str:

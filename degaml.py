@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from config import ALIGNED, META_TRAINED, ROOT, SAVING, STOP, USER_STAGES, Stopped, UserError, load_config
+from config import ALIGNED, ASIDE, META_TRAINED, ROOT, SAVING, STOP, Stopped, UserError, load_config
 
 
 def run_assets(cfg, run) -> dict:
@@ -41,9 +41,11 @@ def run_config(cfg, run) -> dict:
 
 
 def run_check(cfg, run) -> dict:
-    """Load every split, the model's layout and the encoder's folder, so that a mistake shows before the work starts."""
+    """Load every split, the model and the encoder's configuration, so that a mistake shows before the work starts."""
     from data import load_tasks
+    from generator import check_encoder
     from scoring import load_lm
+    check_encoder(cfg)
     tasks = load_tasks(run)
     layout = load_lm(run).layout
     print(f"{len(tasks)} tasks, {layout.num_tokens} weight tokens of ({layout.rank}, {layout.width}), "
@@ -161,7 +163,6 @@ STAGES = {"assets": run_assets, "config": run_config, "doctor": run_doctor, "che
           "adapt": run_adapt, "baselines": run_baselines, "evaluate": run_evaluate, "report": run_report,
           "analyze": run_analyze, "contexts": run_contexts, "export": run_export, "predict": run_predict,
           "all": run_all}
-NO_RECORD = ("all", "config", "doctor", "check", "assets", "export", "predict")   # leave nothing in <run>/stages
 
 
 def run_stage(name: str, cfg, run) -> dict:
@@ -170,12 +171,14 @@ def run_stage(name: str, cfg, run) -> dict:
     start = time.monotonic()
     out = STAGES[name](cfg, run)
     run.barrier()
-    if run.rank == 0 and name not in NO_RECORD and not cfg.task:
+    if run.rank == 0 and name not in ("all", *ASIDE) and not cfg.task:
         took = time.monotonic() - start
         # summed over finished units, so that neither a rerun nor an interruption changes what the work cost
         units = [r["seconds"] for w in WORK.get(name, ()) for p in run.path.glob(w + "/DONE.json")
                  if not (r := read_json(p)).get("own_task")]
-        write_json(run.path / "stages" / f"{name}.json", {"seconds": round(sum(units) if units else took, 1), **out})
+        spent = {"seconds": round(sum(units) if units else took, 1),
+                 "seconds_longest_unit": round(max(units, default=took), 1)}
+        write_json(run.path / "stages" / f"{name}.json", {**spent, **out})
         run.log(f"stage {name}: {took:.0f} s " + " ".join(f"{k}={_show(v)}" for k, v in out.items()))
     return out
 
@@ -233,8 +236,7 @@ def main(argv: list[str]) -> int:
         run = open_run(cfg, stage, argv)
         for one in each_seed(cfg, run):
             run_stage(stage, one, run)
-            # what is done with a trained run does not redescribe it
-            if run.rank == 0 and not cfg.task and stage not in USER_STAGES:
+            if run.rank == 0 and not cfg.task and stage not in ASIDE:   # what made none of it does not redescribe it
                 write_config(run)
         if len(cfg.seeds) > 1 and stage in ("all", "report"):
             run_stage("report", *pool(cfg, run))
@@ -242,15 +244,15 @@ def main(argv: list[str]) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EISDIR, errno.EEXIST,
-                           errno.ENOTDIR):
+        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR,
+                           errno.EEXIST, errno.ENOTDIR):
             raise
         print(f"error: {e.filename or 'run folder'}: {e.strerror}; free space or choose another place (run=..., "
               "output=...); what is finished is kept, the same command continues", file=sys.stderr)
     return 2
 
 
-def stop_on_signals(patience: int = 5) -> None:
+def stop_on_signals(patience: int = 20) -> None:
     """Let SIGTERM and SIGINT end the process between two steps, or where it stands after `patience` seconds.
 
     Standing still anywhere is safe, files being written whole or not at all; a generator saves its state besides. A

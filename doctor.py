@@ -66,8 +66,8 @@ def examine(cfg, run: Run) -> dict:
     print(f"generator  {decoder_size:,} generator parameters, kernel {cfg.generator.kernel}, "
           f"{multiplications(cfg, tokens) / 1e12:.3g} T multiplications a forward pass")
     needs = predict(cfg, run, model, layout, tokens, decoder_size, rate)
-    print(f"\npredicted, not measured ({run.device}, one of {run.world} rank(s), hours of one, at {EFFICIENCY:.0%} of the measured rate; units of work "
-          f"divide over ranks)\n{'stage':12} {'memory GiB':>11} {'disk GiB':>9} {'hours':>9}")
+    print(f"\npredicted, not measured ({run.device}; memory of one of {run.world} rank(s), hours of one rank alone at "
+          f"{EFFICIENCY:.0%} of the measured rate)\n{'stage':12} {'memory GiB':>11} {'disk GiB':>9} {'hours':>9}")
     for name, n in needs.items():
         print(f"{name:12} {n.memory:11.1f} {n.disk:9.2f} {n.hours:9.2f}")
     total = sum(n.disk for n in needs.values())
@@ -158,9 +158,10 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
     needs = {"collect": Need(training(c.batch_size), tasks * c.save_last * saved / GIB,
                              hours(2 * one * tasks * steps * c.batch_size))}
     states = (tasks + len(set(targets) - set(cfg.data.train_tasks))) * cfg.data.num_prompts * g.max_length * 384 * 2
-    shared = run.world if cfg.data_parallel and g.shard_optimizer else 1   # ranks that share out the moments
+    shared = run.world if cfg.data_parallel and g.shard_optimizer else 1   # ranks that share the moments out
     needs["generator"] = Need(
-        ((8 + 8 / shared) * decoder_size + g.micro_batch * kept_values(cfg, tokens) * wide + tasks * c.save_last * saved) / GIB,
+        ((8 + 8 / shared) * decoder_size + g.micro_batch * kept_values(cfg, tokens) * wide
+         + tasks * c.save_last * saved) / GIB,
         (states + (sets + 3) * 4 * decoder_size) / GIB,   # and one resumable state of weights and moments
         hours(6 * multiplications(cfg, tokens) * g.batch_size * g.steps * sets))
     methods = set(cfg.evaluate.methods)

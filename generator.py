@@ -34,7 +34,18 @@ from lora import (
     to_tokens,
     train_adapter,
 )
-from runtime import Run, fingerprint, load_tensors, read_json, rng_for, save_array, save_tensors, seed_for, sha256, write_json
+from runtime import (
+    Run,
+    fingerprint,
+    load_tensors,
+    read_json,
+    rng_for,
+    save_array,
+    save_tensors,
+    seed_for,
+    sha256,
+    write_json,
+)
 from scoring import LM, choice_loss, input_text, lm_loss, load_lm, make_row
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -121,8 +132,10 @@ def adapter_hash(adapter: Adapter) -> str:
 
 
 def load_checkpoints(run: Run, lm: LM, task: str) -> list[Adapter]:
-    """The collected checkpoints of a task, oldest first. Raises: UserError: missing, or changed since."""
+    """The collected checkpoints of a task, oldest first. Raises: UserError: missing, changed since, or made under
+    another configuration."""
     folder = run.path / f"adapters/{task}"
+    run.finished(f"adapters/{task}", "collect", redo=False)
     out = []
     for name, digest in read_json(folder / "manifest.json")["sha256"].items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
@@ -159,14 +172,14 @@ def mean_adapter(run: Run, lm: LM, target: str) -> Adapter:
 def encode_prompts(cfg, run: Run) -> None:
     """Cache the frozen encoder's token states of every task's prompts, once per prompt.
 
-    Writes prompts/<task>.states.npy, (prompts, L, d) float16, and <task>.pooled.npy, (prompts, d) float32.
+    Writes prompts/<task>/states.npy, (prompts, L, d) float16, and pooled.npy, (prompts, d) float32.
     """
     tasks = load_tasks(run)
     for name in run.deal(list(tasks)):
         if not run.finished(f"prompts/{name}", "prompts"):
             start, folder = time.monotonic(), run.path / f"prompts/{name}"
             states, pooled = encode_texts(run, task_texts(run, name), f"encode {name}")
-            save_array(folder / "states.npy", states.half().numpy())
+            save_array(folder / "states.npy", states.numpy())
             save_array(folder / "pooled.npy", pooled.numpy())
             run.finish(f"prompts/{name}", "prompts", start)
 
@@ -183,20 +196,38 @@ def task_texts(run: Run, name: str) -> list[str]:
     return [input_text(lm, Example("", p, ("",))) for p in load_tasks(run)[name].prompts]
 
 
+def check_encoder(cfg) -> None:
+    """Raises: UserError: the encoder is not to be had, or generator.flow begins with another width than its states'."""
+    from transformers import AutoConfig
+    g = cfg.generator
+    try:
+        width = AutoConfig.from_pretrained(g.encoder).hidden_size
+    except (OSError, ValueError) as e:
+        raise _no_encoder(g.encoder, e) from None
+    if g.flow[0][2] != width:
+        raise UserError(f"generator.flow: its first entry ends in {g.flow[0][2]}, the width of {g.encoder} is {width}")
+
+
+def _no_encoder(name: str, why: Exception) -> UserError:
+    return UserError(f"generator.encoder={name}: cannot be loaded ({str(why).splitlines()[0][:120]}); run `make "
+                     "assets` or name a folder or hub id")
+
+
 @torch.no_grad()
 def encode_texts(run: Run, texts: list[str], label: str = "encode") -> tuple[Tensor, Tensor]:
-    """(n, L, d) states at all L positions, padding included, and (n, d) mean-pooled, L2-normalised embeddings.
+    """(n, L, d) float16 states at all L positions, padding included, and (n, d) float32 mean-pooled, L2-normalised
+    embeddings.
 
     Source: paper D, E.1 (all-MiniLM-L6-v2, last hidden state, no pooling).
     """
     if "encoder" not in run.cache:
+        check_encoder(run.cfg)
         from transformers import AutoModel, AutoTokenizer
         try:
             run.cache["encoder"] = (AutoTokenizer.from_pretrained(run.cfg.generator.encoder),
                                     AutoModel.from_pretrained(run.cfg.generator.encoder).to(run.device).eval())
         except (OSError, ValueError) as e:
-            raise UserError(f"generator.encoder={run.cfg.generator.encoder}: cannot be loaded "
-                            f"({str(e).splitlines()[0][:120]}); run `make assets` or name a folder or hub id") from None
+            raise _no_encoder(run.cfg.generator.encoder, e) from None
     tokenizer, encoder = run.cache["encoder"]
     states, pooled = [], []
     for at in run.track(range(0, len(texts), 32), label):
@@ -204,14 +235,25 @@ def encode_texts(run: Run, texts: list[str], label: str = "encode") -> tuple[Ten
                       max_length=run.cfg.generator.max_length).to(run.device)
         h = encoder(**x).last_hidden_state
         m = x["attention_mask"][..., None]
-        states.append(h.cpu())
+        states.append(h.half().cpu())
         pooled.append(F.normalize((h * m).sum(1) / m.sum(1), dim=-1).cpu())
     return torch.cat(states), torch.cat(pooled)
 
 
 def load_states(run: Run, task: str) -> np.ndarray:
-    """(prompts, L, d) float16, memory-mapped."""
-    return np.load(run.path / f"prompts/{task}/states.npy", mmap_mode="r")
+    """(prompts, L, d) float16, memory-mapped. Raises: UserError: not made yet."""
+    path = run.path / f"prompts/{task}/states.npy"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run stage=generator, which encodes the prompts of every task")
+    return np.load(path, mmap_mode="r")
+
+
+def load_pooled(run: Run, task: str) -> Tensor:
+    """(prompts, d) float32, the prompts' pooled embeddings. Raises: UserError: not made yet."""
+    path = run.path / f"prompts/{task}/pooled.npy"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run stage=generator, which encodes the prompts of every task")
+    return torch.from_numpy(np.load(path))
 
 
 def draw_prompts(cfg, task: str, count: int, *key) -> np.ndarray:
@@ -302,26 +344,35 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     tasks = training_tasks(cfg, left_out)
     states = {t: load_states(run, t) for t in tasks}
     tokens = {t: torch.stack([to_tokens(a, lm.layout) for a in load_checkpoints(run, lm, t)]) for t in tasks}
-    code = TokenCode.fit(g.scale_code, lm.layout, torch.cat(list(tokens.values())))
-    targets = {t: code.encode(v) for t, v in tokens.items()}
-    del tokens
+    code = TokenCode.fit(g.scale_code, lm.layout, None if g.scale_code == "dnd" else torch.cat(list(tokens.values())))
+    targets = {t: code.encode(tokens.pop(t)) for t in tasks}   # at the papers' scale two copies do not fit
     weight = token_weights(targets).to(run.device) if g.criterion_weight == "std" else None
     folder = run.path / f"generator/{left_out}"
     torch.manual_seed(seed_for(g.seed, "generator"))
     decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel, g.recompute).to(run.device)
-    opt = _optimizer(g, run, decoder, parts)
+    # each rank's AdamW holds a share of every weight (all of it, where moments are not shared out: ZeRO-1), a view
+    mine, ranks = (part, parts) if g.shard_optimizer else (0, 1)
+    weights = list(decoder.parameters())
+    shares = [nn.Parameter(_share(p.data, mine, ranks)) for p in weights]
+    opt = torch.optim.AdamW(shares, lr=g.lr, weight_decay=g.weight_decay, fused=run.device == "cuda")
     made_with = seed_for(fingerprint(cfg, "generator"))
-    done, last = _resume(folder / "state.safetensors", decoder, opt, made_with)
+    done, last, spent = _resume(folder / "state.safetensors", decoder, opt, made_with, mine, ranks)
+    start -= spent   # by the attempts before this one
+    if parts > 1:
+        run.barrier()   # all have read the same state before any writes a new one
     forward = _compiled(g, run, decoder) if g.compile else decoder
     label = "generator on all tasks" if left_out == "none" else f"generator without {left_out}"
 
     def save() -> None:   # every rank that trains has to call
         with SAVING:
-            if hasattr(opt, "consolidate_state_dict"):   # moments that are shared out
-                opt.consolidate_state_dict()
-                run.barrier()   # nobody leaves before rank 0 has everything
+            moments = {f"{name}.{i}": whole for name, key in (("m", "exp_avg"), ("v", "exp_avg_sq"))
+                       for i, p in enumerate(weights)
+                       if (whole := _gathered(run, opt.state[shares[i]].get(key), p, mine, ranks)) is not None}
             if not part:
-                _save_state(folder / "state.safetensors", decoder, opt, done, last, made_with)
+                _save_state(folder / "state.safetensors", decoder, moments, step=done, last=last, made_with=made_with,
+                            spent=time.monotonic() - start)
+            if parts > 1:
+                run.barrier()   # none leaves, and has torchrun end the others, before rank 0 has written
     try:
         for step in run.track(range(done, g.steps), label, together=parts > 1):
             opt.param_groups[0]["lr"] = rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
@@ -333,8 +384,12 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
                 save()
                 raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
                                 f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
+            for p, share in zip(weights, shares, strict=True):
+                share.grad = _share(p.grad, mine, ranks)
             opt.step()
-            opt.zero_grad(set_to_none=True)
+            for rank in range(ranks if ranks > 1 else 0):
+                run.spread([_share(p.data, rank, ranks) for p in weights], rank)
+            decoder.zero_grad(set_to_none=True)
             last, done = value, step + 1
             if not part and (step % 10 == 9 or done == g.steps):
                 run.metric(stage="generator", unit=left_out, step=done, loss=round(value, 5),
@@ -349,25 +404,32 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     save_tensors(folder / "generator.safetensors", {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}
                  | {f"code.{k}": v for k, v in code.constants.items()})
     (folder / "state.safetensors").unlink(missing_ok=True)
-    run.finish(f"generator/{left_out}", "generator", start, tasks=tasks, recon_mse=last, steps=g.steps,
+    run.finish(f"generator/{left_out}", "generator", start, ranks=parts, tasks=tasks, recon_mse=last, steps=g.steps,
                parameters=sum(p.numel() for p in decoder.parameters()))
     run.log(f"{label}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
 
 
-def _optimizer(g, run: Run, decoder: nn.Module, parts: int) -> torch.optim.Optimizer:
-    """AdamW; with `shard_optimizer` each of the ranks that train together keeps and updates its share of the moments
-    and sends the others what came out (ZeRO-1). Every element sees the same numbers either way."""
-    if parts > 1 and g.shard_optimizer:   # not fused: the sharded optimizer restores step counts on the CPU
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-        return ZeroRedundancyOptimizer(decoder.parameters(), torch.optim.AdamW, lr=g.lr, weight_decay=g.weight_decay)
-    return torch.optim.AdamW(decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay, fused=run.device == "cuda")
+def _share(x: Tensor, part: int, parts: int) -> Tensor:
+    """The part-th of `parts` equal runs of a tensor's elements, as a view: the same runs on every rank."""
+    n = x.numel()
+    return x.reshape(-1)[n * part // parts:n * (part + 1) // parts]
+
+
+def _gathered(run: Run, moment: Tensor | None, like: Tensor, part: int, parts: int) -> Tensor | None:
+    """A whole moment on the CPU, from every rank's share of it; None before the first step."""
+    if moment is None or parts == 1:
+        return None if moment is None else moment.view_as(like).cpu()
+    whole = torch.zeros_like(like)
+    _share(whole, part, parts).copy_(moment)
+    run.sum_over_ranks([whole])   # the others' shares are zero here
+    return whole.cpu()
 
 
 def _compiled(g, run: Run, decoder: nn.Module):
     """The decoder through torch.compile, tried forward and backward; where that fails, as it is, with a message."""
     try:
         fast = torch.compile(decoder)
-        with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
+        with _autocast(run):
             fast(torch.zeros(g.micro_batch, *g.flow[0], device=run.device)).sum().backward()
     except Exception as e:   # a missing C++ compiler, an unsupported device: it raises many types of its own
         run.log(f"generator.compile: not possible here ({type(e).__name__}: {str(e).splitlines()[0][:120]}); going on "
@@ -381,10 +443,9 @@ def _accumulate(cfg, run: Run, decoder, pairs: list, states: dict, targets: dict
                 part: int, parts: int) -> Tensor:
     """Leave the gradient of one global batch on the decoder's parameters, and return its loss; both over all ranks."""
     g, total = cfg.generator, torch.zeros((), device=run.device)
-    cast = g.dtype == "bfloat16" or (g.dtype == "auto" and run.dtype == torch.bfloat16)
     for at in range(part * g.micro_batch, len(pairs), parts * g.micro_batch):
         condition, target = _load_pairs(cfg, pairs[at:at + g.micro_batch], states, targets, step, at)
-        with torch.autocast(run.device, torch.bfloat16, enabled=cast):
+        with _autocast(run):
             out = decoder(_to_device(condition, run))
         each = None if weight is None else weight.expand(out.shape)
         loss = F.mse_loss(out.float(), _to_device(target, run), weight=each) * (len(condition) / len(pairs))
@@ -395,6 +456,13 @@ def _accumulate(cfg, run: Run, decoder, pairs: list, states: dict, targets: dict
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         run.sum_over_ranks([*(p.grad for p in decoder.parameters()), total])
     return total
+
+
+def _autocast(run: Run):
+    """bf16 convolutions in training and generation alike, by `generator.dtype`."""
+    wish = run.cfg.generator.dtype
+    bf16 = wish == "bfloat16" or (wish == "auto" and run.dtype == torch.bfloat16)
+    return torch.autocast(run.device, torch.bfloat16, enabled=bf16)
 
 
 def _to_device(x: Tensor, run: Run) -> Tensor:
@@ -438,34 +506,32 @@ def token_weights(targets: dict[str, Tensor]) -> Tensor:
     return torch.stack(per_task).mean(0).view(1, -1, 1, 1)
 
 
-def _save_state(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, step: int, last: float,
-                made_with: int) -> None:
+def _save_state(path: Path, decoder: nn.Module, moments: dict[str, Tensor], **numbers: float) -> None:
     for torn in path.parent.glob(f".{path.name}.*.tmp"):   # of a process killed while it saved
         torn.unlink(missing_ok=True)
-    state = {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()}
-    state |= {"step": torch.tensor(step), "last": torch.tensor(last), "made_with": torch.tensor(made_with)}
-    for i, s in opt.state_dict()["state"].items():
-        state |= {f"m.{i}": s["exp_avg"].cpu(), f"v.{i}": s["exp_avg_sq"].cpu()}
-    save_tensors(path, state)
+    save_tensors(path, {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()} | moments
+                 | {k: torch.tensor(v) for k, v in numbers.items()})
 
 
-def _resume(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, made_with: int) -> tuple[int, float]:
-    """Load weights, moments, step and last loss if an interrupted training of this configuration left them.
+def _resume(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, made_with: int, part: int,
+            parts: int) -> tuple[int, float, float]:
+    """Load weights and this rank's share of the moments if an interrupted training of this configuration left them.
 
-    Randomness depends on the step alone, so nothing else needs restoring. The number of ranks may differ.
+    Returns: steps done, the last loss, seconds spent.
+
+    Randomness depends on the step alone, so nothing else needs restoring. The number of ranks may have changed.
     """
     state = load_tensors(path) if path.is_file() else {}
     if int(state.get("made_with", -1)) != made_with:   # none, or another configuration's: start afresh
-        return 0, float("nan")
-    decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})
-    step, mine = int(state["step"]), getattr(opt, "optim", opt)   # of a sharded optimizer: this rank's share
-    held = {id(p) for group in mine.param_groups for p in group["params"]}
-    for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):
-        if f"m.{i}" in state and id(p) in held:
-            at = p.device if mine.defaults["fused"] else "cpu"   # where AdamW keeps its count
-            mine.state[p] = {"step": torch.tensor(float(step), device=at), "exp_avg": state[f"m.{i}"].to(p.device),
-                             "exp_avg_sq": state[f"v.{i}"].to(p.device)}
-    return step, float(state["last"])
+        return 0, float("nan"), 0.0
+    decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})   # the shares are views of it
+    step = int(state["step"])
+    for i, share in enumerate(opt.param_groups[0]["params"]):
+        if f"m.{i}" in state:
+            at = share.device if opt.defaults["fused"] else "cpu"   # where AdamW keeps its count
+            m, v = (_share(state[f"{k}.{i}"], part, parts).to(share.device, copy=True) for k in "mv")
+            opt.state[share] = {"step": torch.tensor(float(step), device=at), "exp_avg": m, "exp_avg_sq": v}
+    return step, float(state["last"]), float(state["spent"])
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -499,7 +565,7 @@ def generate_adapter(run: Run, target: str, batch: int, prompts_of: str = "",
     states = load_states(run, source)
     index = draw_prompts(run.cfg, source, len(states), "generate", batch)
     condition = torch.from_numpy(states[index]).float()[None].to(run.device)
-    with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
+    with _autocast(run):
         out = gen.decoder(condition)[0]
     adapter = from_tokens(gen.code.decode(out.float().cpu()), gen.code.layout)
     if any(v.requires_grad for v in adapter.values()):   # the policy's gradients must not reach the generator

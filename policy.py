@@ -26,6 +26,7 @@ from generator import (
     generate_adapter,
     last_checkpoint,
     left_out_for,
+    load_pooled,
     mean_adapter,
     save_generated,
     task_texts,
@@ -71,6 +72,7 @@ from strategies import (
     Strategy,
     Target,
     execute,
+    execute_finite,
     parse_strategy,
     proposal_schema,
     score_refined,
@@ -201,9 +203,7 @@ def make_target(run: Run, task: Task, left_out: str | None = None, aligned: bool
             drawn[batch] = adapter, index
         return drawn[batch]
 
-    import numpy as np
-    pooled = torch.from_numpy(np.load(run.path / f"prompts/{task.name}/pooled.npy"))
-    return Target(task.name, lm, draw(0)[0], draw, task_texts(run, task.name), pooled,
+    return Target(task.name, lm, draw(0)[0], draw, task_texts(run, task.name), load_pooled(run, task.name),
                   lambda texts: encode_texts(run, texts)[1], cfg.strategies, cfg.seed)
 
 
@@ -411,7 +411,7 @@ def train_policies(cfg, run: Run) -> dict:
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     methods = [m for m in FAMILIES_OF if m in cfg.evaluate.methods]
     for unit in run.deal([(left, m) for left in sorted({left_out_for(cfg, t) for t in targets}) for m in methods]):
-        if not run.finished(f"policy/{unit[0]}/{unit[1]}", "policy"):
+        if not run.finished(f"policy/{unit[0]}/{unit[1]}", "policy", unit[1]):
             _meta_train(cfg, run, *unit)
     return {}
 
@@ -441,7 +441,7 @@ def _meta_train(cfg, run: Run, left_out: str, method: str) -> None:
         policy = train_policy(run, layout, samples, seed_for(cfg.seed, left_out, method, it)) or policy
     save_adapter(root / method, policy or init_adapter(layout, 0), layout, cfg.model.name, cfg.model.revision)
     write_jsonl(root / method / "episodes.jsonl", episodes)
-    run.finish(f"policy/{left_out}/{method}", "policy", start)
+    run.finish(f"policy/{left_out}/{method}", "policy", start, method)
 
 
 # -------------------------------------------------------------------------------------------------------------- adapt
@@ -476,7 +476,10 @@ def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
     prompt = proposal_prompt(lm, task, families, reference, cfg.evaluate.metric)
     policy, episodes, iterations = None, [], cfg.policy.iterations
     if cfg.policy.mode == "meta":   # the policy is ready; it proposes once
-        policy = load_adapter(run.path / f"policy/{left_out_for(cfg, task.name)}/{method}", layout)
+        ready = f"policy/{left_out_for(cfg, task.name)}/{method}"
+        if not run.finished(ready, "policy", method, redo=False):
+            raise UserError(f"{run.path / ready}: not trained yet; run stage=policy")
+        policy = load_adapter(run.path / ready, layout)
         iterations = 1
     for it in range(iterations):
         new = run_episodes(run, task, rewards, families, prompt, layout, policy, it, method)
@@ -487,7 +490,7 @@ def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
     candidates = with_plain_twins([Strategy.from_dict(e["strategy"]) for e in episodes if e["valid"]])
     steps = sorted({s["sft_steps"] for s in candidates if s.family == "SFT"})
     strategy, result = choose({str(s): rewards.of(s, steps) for s in candidates}, cfg.policy)
-    refined = execute(target, strategy, support)
+    refined = execute_finite(target, strategy, support)
     save_generated(folder, refined.adapters[0], run)
     write_jsonl(folder / "episodes.jsonl", episodes)
     write_text(folder / "prompt.txt", prompt)
@@ -644,7 +647,8 @@ def write_contexts(cfg, run: Run) -> dict:
                              f"Examples of a task:\n\n{shown}\n\nIn one paragraph, say what the task asks and which "
                              "skills it tests. Do not quote the examples.")
         ids = torch.tensor([encode(lm, prompt)], device=lm.model.device)
-        text = lm.model.generate(ids, max_new_tokens=120, do_sample=False, pad_token_id=lm.tokenizer.eos_token_id)
+        text = lm.model.generate(ids, max_new_tokens=120, do_sample=False, repetition_penalty=1.0,
+                                 pad_token_id=lm.tokenizer.eos_token_id)
         found[name] = " ".join(lm.tokenizer.decode(text[0, ids.shape[1]:], skip_special_tokens=True).split())
         run.log(f"context of {name}: {found[name]}")
     write_text(run.path / "contexts.yaml", yaml.safe_dump(found, sort_keys=False, width=100))

@@ -229,9 +229,10 @@ def calibration_error(rows, bins: int = 10) -> float | None:
     """Expected calibration error: |accuracy - confidence| per equal-width bin of confidence, weighted by its share.
 
     The confidence is the largest probability under a softmax over the options' log-likelihoods, and the answer its
-    option. Source: Guo et al. 2017, eq. 3. None where the rows hold no log-likelihoods.
+    option. Source: Guo et al. 2017, eq. 3. None where the rows hold no finite log-likelihoods.
     """
-    answers = [(np.asarray(row["raw"], dtype=np.float64), row["gold"]) for row in rows if row.get("raw")]
+    answers = [(np.asarray(row["raw"], dtype=np.float64), row["gold"]) for row in rows
+               if row.get("raw") and all(map(math.isfinite, row["raw"]))]   # a diverged method has none
     if not answers:
         return None
     confidence, right = np.empty(len(answers)), np.empty(len(answers))
@@ -347,7 +348,8 @@ def build_results(run_path: Path, cfg) -> dict:
     results["averages"] = average_over_tasks([scores], tasks, metric)
     results["contrasts"] = contrast_methods([scores], tasks)
     stages = sorted((run_path / "stages").glob("*.json"))
-    results["seconds"] = {path.stem: _read_json(path, {}).get("seconds") for path in stages}
+    for key in ("seconds", "seconds_longest_unit"):
+        results[key] = {path.stem: _read_json(path, {}).get(key) for path in stages}
     results["seconds_by_method"] = _scoring_seconds(run_path, scores)
     results["search"] = {method: {task: summarise_search(rows) for task, rows in found.items()}
                          for method, found in load_episodes(run_path, tasks).items()}
@@ -391,10 +393,13 @@ def read_budget(run_path: Path) -> dict[str, dict]:
         adapted = records(f"adapted/{method}/*")
         if not adapted:
             continue
+        none = 0 if method == "no_meta" else None   # it has no meta-training
         labels = [_read_json(run_path / "adapted" / method / task / "strategy.json", {}).get("n_support")
                   for task, _ in adapted]
-        out[method] = {"seconds_meta": total(meta, "seconds"), "meta_steps": total(meta, "steps"),
-                       "meta_tokens": total(meta, "tokens"), "seconds_adapt": total(adapted, "seconds"),
+        out[method] = {"seconds_meta": total(meta, "seconds") if meta else none,
+                       "meta_steps": total(meta, "steps") if meta else none,
+                       "meta_tokens": total(meta, "tokens") if meta else none,
+                       "seconds_adapt": total(adapted, "seconds"),
                        "targets": len(adapted), "labels": next((n for n in labels if n is not None), None),
                        "diverged": {name: record["diverged_at"] for name, record in meta
                                     if record.get("diverged_at") is not None}}
@@ -602,7 +607,7 @@ def verdict(entry: dict | None) -> str:
     diff, se = entry["diff"], entry["se"]
     if se is None:
         return "no standard error"
-    if diff == 0:
+    if diff == 0 and se == 0:
         return "no difference"
     if abs(diff) < 2 * se:
         return "not established, negative" if diff < 0 else "not established"
@@ -970,16 +975,18 @@ def _compact(value) -> str:
 
 
 def table_time(results: dict) -> dict:
-    """Seconds per stage and, within evaluation, per method."""
-    rows = [["stage", name, NOT_RUN if s is None else f"{s:.1f}"]
+    """Seconds per stage, of its longest unit and, within evaluation, per method."""
+    def show(seconds):
+        return NOT_RUN if seconds is None else f"{seconds:.1f}"
+    rows = [["stage", name, show(s), show(results["seconds_longest_unit"].get(name))]
             for name, s in results["seconds"].items()]
-    rows += [["scoring", _label(m), f"{s:.1f}"] for m, s in results["seconds_by_method"].items()]
+    rows += [["scoring", _label(m), f"{s:.1f}", "-"] for m, s in results["seconds_by_method"].items()]
     for method, tasks in results["search"].items():
-        rows.append(["strategy search", _label(method),
-                     f"{sum(t['seconds'] for t in tasks.values()):.1f}"])
-    return _table("Time", ["What", "Name", "Seconds"], rows or [["stages", NOT_RUN, NOT_RUN]],
-                  ["Seconds of work summed over units; divide by the number of ranks for the time on the clock. "
-                   "Scoring and search are parts of their stages."])
+        rows.append(["strategy search", _label(method), f"{sum(t['seconds'] for t in tasks.values()):.1f}", "-"])
+    return _table("Time", ["What", "Name", "Seconds", "Longest unit"], rows or [["stages", NOT_RUN, NOT_RUN, NOT_RUN]],
+                  ["Seconds of work summed over units; divide by the number of ranks for the time on the clock. The "
+                   "longest units are the critical path: what remains however many ranks there are. Scoring and "
+                   "search are parts of their stages."])
 
 
 def table_budget(results: dict) -> dict:

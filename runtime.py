@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ import yaml
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from config import ALIGNED, META_TRAINED, STOP, Config, Stopped, UserError, differences, flatten
+from config import ALIGNED, ASIDE, META_TRAINED, STOP, Config, Stopped, UserError, differences, flatten
 
 # What a stage's output depends on. Keys that only choose *which* units are worked on are left out.
 _DATA = ["seed", "dtype", "model", "data"]
@@ -152,6 +153,12 @@ class Run:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def spread(self, tensors, rank: int) -> None:
+        """Overwrite the tensors of every other rank with this rank's."""
+        for tensor in tensors:
+            if tensor.numel():
+                dist.broadcast(tensor, rank)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -177,10 +184,11 @@ class Run:
         how = "the old values, or overwrite=true to redo it" if redo else "or the old values"
         raise UserError(f"{path} was made with another configuration ({shown}); use another folder (run=...), {how}")
 
-    def finish(self, folder: str, stage: str, started: float, method: str = "", **facts) -> None:
-        """Record a unit as done: configuration, seconds, and whatever the stage wants kept."""
+    def finish(self, folder: str, stage: str, started: float, method: str = "", ranks: int = 1, **facts) -> None:
+        """Record a unit as done: configuration, seconds of all the ranks that worked on it, and whatever the stage
+        wants kept."""
         write_json(self.path / folder / "DONE.json",
-                   {"stage": stage, "seconds": round(time.monotonic() - started, 2), **facts,
+                   {"stage": stage, "seconds": round(ranks * (time.monotonic() - started), 2), **facts,
                     **({"own_task": True} if self.cfg.task else {}),   # no part of what the run's own tasks cost
                     "config": fingerprint(self.cfg, stage, method, Path(folder).name)})
 
@@ -202,10 +210,16 @@ def fingerprint(cfg: Config, stage: str, method: str = "", unit: str = "") -> di
 
 def _content(source: str) -> str:
     """What a file, a {split} pair of files or a folder holds, eight digits each; the name itself of what is none."""
-    files = [Path(source.format(split=s)) for s in ("train", "test")] if "{split}" in source else [Path(source)]
+    files = [Path(source.replace("{split}", s)) for s in ("train", "test")] if "{split}" in source else [Path(source)]
     if files[0].is_dir():
         files = sorted(f for f in files[0].rglob("*") if f.is_file())
-    return " ".join(sha256(f)[:8] for f in files if f.is_file()) or source
+    return " ".join(_digest(f, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()) or source
+
+
+@functools.cache
+def _digest(path: Path, changed: int, size: int) -> str:
+    """Asked for each time a unit is looked up: read again only where the file has changed."""
+    return sha256(path)[:8]
 
 
 def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
@@ -251,12 +265,12 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
 
 
 def _describe(run: Run, stage: str, argv: list[str]) -> None:
-    if not (run.path / "config.yaml").exists():   # a command that is refused must not redescribe the folder
-        write_config(run)
-    if not run.cfg.task and stage != "predict":   # what made the results, not what was done with them
+    if not run.cfg.task and stage not in ASIDE:   # what made the results, not what was done with them
+        if not (run.path / "config.yaml").exists():   # a command that is refused must not redescribe the folder
+            write_config(run)
         with open(run.path / "command.txt", "a") as f:
             f.write("python degaml.py " + " ".join(argv) + "\n")
-    write_json(run.path / "env.json", environment(run))
+        write_json(run.path / "env.json", environment(run))
     run.log(f"{run.cfg.name}: stage {stage} | {run.device} {str(run.dtype)[6:]} | {run.world} rank(s) x "
             f"{torch.get_num_threads()} thread(s) | run folder {run.path}")
     with open(run.path / "log.txt", "a") as f:

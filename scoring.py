@@ -416,7 +416,7 @@ def generate_answers(lm: LM, adapter: Adapter | None, examples: list[Example], m
             mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=x.device)
             lm.forwards += len(batch)
             y = lm.model.generate(x, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                  pad_token_id=pad)
+                                  repetition_penalty=1.0, pad_token_id=pad)   # a checkpoint may ship another
             for i, text in zip(batch, lm.tokenizer.batch_decode(y[:, width:], skip_special_tokens=True), strict=True):
                 out[i] = text
     finally:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import UserError
 from data import Example
 from lora import Adapter, init_adapter, train_adapter
 from runtime import rng_for
@@ -26,6 +27,7 @@ from scoring import (
     LM,
     Scores,
     choice_loss,
+    input_text,
     lm_loss,
     make_row,
     prompt_nll,
@@ -322,13 +324,22 @@ def train_on_support(target: Target, strategy: Strategy, labelled: list[Example]
     return out
 
 
+def execute_finite(target: Target, strategy: Strategy, support: list) -> Refined:
+    """`execute` of a chosen strategy. Raises: UserError: its training diverged."""
+    try:
+        return execute(target, strategy, support)
+    except FloatingPointError as e:
+        raise UserError(f"{target.name}: the loss of {strategy} is not finite at step {e.args[0] + 1}; lower the rate "
+                        "(strategies.max_sft_lr, strategies.proposal_grid or baselines.sft)") from None
+
+
 # ------------------------------------------------------------------------------------------------------------ scoring
 
 def score_refined(target: Target, refined: Refined, examples: list[Example]) -> list[Scores]:
     """Score examples with what a strategy made."""
     lm = target.lm
     if refined.combine in ROUTERS:
-        choice = route(target, refined, [e.text for e in examples])
+        choice = route(target, refined, [input_text(lm, e) for e in examples])   # as the prompts it compares with
         out: list[Scores] = [None] * len(examples)
         for i, adapter in enumerate(refined.adapters):   # grouped by adapter: one swap per group
             group = [j for j, c in enumerate(choice) if c == i]

@@ -1,6 +1,7 @@
 """Kill a small run of the real model at random moments, give the same command again, compare with an undisturbed run.
 
-    make reliability                             20 kills (-9), one per run; writes results/reliability.json
+    make reliability                             20 kills (-9), one per run, spread over the stages; writes
+                                                 results/reliability.json
     python tests/reliability.py kills=5 seed=1
 
 Equal means: the same results.json but for times and provenance, and the same bytes in every adapter and generator.
@@ -53,6 +54,17 @@ def stage_of(folder: Path) -> str:
     return next((s for s in ORDER if not (folder / f"stages/{s}.json").exists()), "after the end")
 
 
+def moments(folder: Path, began: float, kills: int, rng: random.Random) -> list[float]:
+    """Seconds from the start at which to kill: at random within one stage after the other, as often in each."""
+    spans, at = [], 0.0
+    for stage in ORDER:
+        end = (folder / f"stages/{stage}.json").stat().st_mtime - began
+        if end - at > 0.5:   # stages that had nothing to do are over at once
+            spans.append((at, end))
+        at = end
+    return [rng.uniform(*spans[i % len(spans)]) for i in range(kills)]
+
+
 def kill_once(folder: Path, after: float) -> tuple[str, int]:
     """Kill a fresh run `after` seconds from its start and finish it. Returns (stage of the kill, exit status)."""
     process = start(folder)
@@ -68,12 +80,11 @@ def main(kills: int = 20, seed: int = 0, output: str = "results/reliability.json
     base.mkdir(parents=True)
     at_once = max(1, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(at_once) as pool:   # undisturbed runs, as many at once as there will be later
-        began = time.monotonic()
+        began = time.time()   # the clock of files
         assert set(pool.map(lambda i: start(base / f"whole{i}").wait(), range(at_once))) == {0}, \
             (base / "whole0.log").read_text()[-2000:]
-        length = time.monotonic() - began
-        want, rng = outcome(base / "whole0"), random.Random(seed)
-        print(f"an undisturbed run takes {length:.0f} s; {kills} kills at random moments", flush=True)
+        want, when = outcome(base / "whole0"), moments(base / "whole0", began, kills, random.Random(seed))
+        print(f"an undisturbed run takes {time.time() - began:.0f} s; {kills} kills at random moments", flush=True)
 
         def one(job):
             i, after = job
@@ -85,7 +96,7 @@ def main(kills: int = 20, seed: int = 0, output: str = "results/reliability.json
             if equal:
                 shutil.rmtree(folder)
             return stage, equal
-        done = list(pool.map(one, enumerate([rng.uniform(0, length) for _ in range(kills)])))
+        done = list(pool.map(one, enumerate(when)))
     per_stage = Counter(stage for stage, _ in done)
     found = {"kills": kills, "equal": sum(equal for _, equal in done), "seed": seed,
              "per_stage": {s: per_stage[s] for s in (*ORDER, "after the end") if per_stage[s]}, "run": WORDS}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_command
 
 from baselines import (
     Draws,
@@ -327,6 +328,16 @@ def test_a_fixed_setting_needs_no_policy(tiny_args):
     start = load_adapter(run.path / "baselines/maml/none", lm.layout)
     tuned = load_adapter(run.path / "adapted/maml/delta", lm.layout)
     assert any(not torch.equal(start[k], tuned[k]) for k in start)
+
+
+def test_no_settings_without_adaptation(tiny_args, capsys):
+    """Where the baselines' SFT settings are the policy's, its stage comes first: nothing is recorded as untrained."""
+    words = [*tiny_args, "evaluate.methods=[degaml_plus, no_meta]"]
+    assert run_command([*words, "stage=collect"]) == 0
+    assert run_command([*words, "stage=adapt"]) == 2 and "run stage=generator" in capsys.readouterr().err
+    assert run_command([*words, "stage=generator"]) == 0
+    assert run_command([*words, "stage=baselines"]) == 2
+    assert "run stage=adapt first" in capsys.readouterr().err
 
 
 def test_matched_update_norm(tiny_args):

@@ -212,6 +212,32 @@ def test_help_names_every_stage(capsys):
     assert all(f"\n  {name} " in out for name in degaml.STAGES) and set(degaml.ORDER) <= set(degaml.STAGES)
 
 
+def test_looking_leaves_no_trained_run_behind(tmp_path, tiny_args, capsys):
+    """stage=config and stage=check print; neither makes nor redescribes a run folder's configuration."""
+    for stage in ("config", "check"):
+        assert degaml.main([*tiny_args, f"stage={stage}"]) == 0
+    assert not (tmp_path / "run/config.yaml").exists() and not (tmp_path / "run/command.txt").exists()
+    (tmp_path / "run/config.yaml").write_text("seed: 5\n")
+    assert degaml.main([*tiny_args, "stage=config", "generator.lr=0.5"]) == 0
+    assert (tmp_path / "run/config.yaml").read_text() == "seed: 5\n"
+
+
+@pytest.mark.parametrize("word, complaint", [
+    ("generator.encoder=nowhere", "generator.encoder=nowhere: cannot be loaded"),
+    ("generator.flow=[[4, 16, 48], [8, 8, 16]]", "ends in 48, the width of")])
+def test_check_looks_at_the_encoder(tiny_args, capsys, word, complaint):
+    """Before the hours of collection, not after."""
+    assert degaml.main([*tiny_args, "stage=check", word]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_sft_counts_among_the_families(tiny_args):
+    """degaml_plus samples SFT besides the listed families: each needs its minimum."""
+    with pytest.raises(UserError, match="1 x 5 families exceed policy.proposals = 4"):
+        load_config([*tiny_args, "policy.proposals=4"])
+    load_config([*tiny_args, "policy.proposals=4", "evaluate.methods=[generator, degaml]"])
+
+
 def test_helpers_do_not_import_the_entry_file():
     """Under torchrun the entry file is `__main__`; a module that imported it would load it twice."""
     for path in ROOT.glob("*.py"):

@@ -11,6 +11,7 @@ import zipfile
 import pytest
 
 import assets as assets_module
+import data
 from assets import last_boxed
 from config import DEFAULT, UserError, load_config
 from data import (
@@ -83,8 +84,8 @@ def test_splits_share_no_text(real, name):
     """No test question occurs in train, support or the unlabelled prompts; no support question in train
     or prompts."""
     task = real[name]
-    train, support, test = ({_key(e.text) for e in s} for s in (task.train, task.support, task.test))
-    prompts = {_key(p) for p in task.prompts}
+    train, support, test = ({_key(e.text, task.name) for e in s} for s in (task.train, task.support, task.test))
+    prompts = {_key(p, task.name) for p in task.prompts}
     assert (len(task.support), len(task.test), len(task.prompts)) == (20, 200, 320) and len(task.train) > 500
     assert not test & (train | support | prompts)
     assert not support & (train | prompts)
@@ -379,7 +380,7 @@ def test_user_tasks_split_like_the_others(tmp_path):
     # q0..q5 of train equal a test question up to case and punctuation, also those beyond num_test
     assert len(task.support) == 4 and len(task.train) == 2
     left = {f"question q{i} answer" for i in range(6, 12)}
-    assert {_key(e.text) for e in (*task.train, *task.support)} == left
+    assert {_key(e.text, task.name) for e in (*task.train, *task.support)} == left
 
 
 def test_id_used_in_both_files(tmp_path):
@@ -589,6 +590,57 @@ def test_hub_data_set_of_another_shape(hub, name, row):
     with pytest.raises(UserError, match=rf"data\.columns\.{name}") as e:
         hub(name, {"train": [row], "test": [row], "validation": [row]})
     assert all(c in str(e.value) for c in row)
+
+
+@pytest.mark.parametrize("label, gold", [("2", 1), (2, 2), ("four", 3), ("B", 1), ("", None), (-1, None)])
+def test_hub_labels_of_every_kind(hub, label, gold):
+    """An option's text comes before a number or a letter; hidden labels are dropped."""
+    choices = ["1", "2", "3", "four"] if label != "B" else ["w", "x", "y", "z"]
+    got = hub("mine", {"train": [{"question": "q", "choices": choices, "answer": label}]})["all"]
+    assert [r["gold"] for r in got] == ([] if gold is None else [gold])
+
+
+@pytest.mark.parametrize("label", ["5", 4, "BC", "none of these", -2])
+def test_hub_label_that_names_no_option(hub, label):
+    """A label outside the options is a fault of the mapping, not an unlabelled row."""
+    with pytest.raises(UserError, match="its label .* names none of its 4 options"):
+        hub("mine", {"train": [{"question": "q", "choices": ["w", "x", "y", "z"], "answer": label}]})
+
+
+def test_hub_set_under_another_name_counts_its_labels_as_before():
+    """What the labels count from belongs to the data set, not to what the task is called."""
+    row = {"context": "c", "question": "q", "answerA": "x", "answerB": "y", "answerC": "z", "label": "3"}
+    cfg = load_config([])[0]
+    assert data._hub_record(cfg, "siqa", "socialiqa", None, "0", row, list(row))["gold"] == 2
+
+
+@pytest.mark.parametrize("name, text, complaint", [
+    ("a.jsonl", '{"question": "q", "choices": ["a", "b"], "answer": "B"}', "`answer` is not read beside `choices`"),
+    ("a.jsonl", '{"question": "q", "choices": ["a", "b"], "label": 1}', "`label` is not read beside `choices`"),
+    ("a.jsonl", '{"question": "half \\ud83d", "answer": "x"}', "surrogate"),
+    ("a.jsonl", '{"question": "q", "answer": "3", "solution": 42}', "`solution` must be a text")])
+def test_rows_whose_label_would_be_lost(tmp_path, name, text, complaint):
+    """A label in a column that is not read is a fault, even where labels are optional."""
+    (tmp_path / name).write_text(text + "\n")
+    with pytest.raises(UserError, match=f"{name}:1: .*{complaint}"):
+        read_user_file(tmp_path / name, labels=False)
+
+
+def test_csv_header_may_be_written_as_spreadsheets_do(tmp_path):
+    """Spaces around names, and capitals."""
+    (tmp_path / "a.csv").write_text("Question, A, B, Gold\nwhy,x,y,B\n")
+    row, = read_user_file(tmp_path / "a.csv")
+    assert (row["question"], row["choices"], row["gold"]) == ("why", ["x", "y"], 1)
+
+
+def test_an_operator_makes_another_question(tmp_path):
+    """Questions of a user's task that differ in a symbol alone are not duplicates."""
+    rows = [{"question": f"{i} {op} 2 = ?", "choices": ["yes", "no"], "gold": 0} for i in range(10) for op in "+-*/"]
+    write_rows(tmp_path / "sums.jsonl", rows)
+    cfg, _ = load_config([f"data.jsonl={{sums: {tmp_path / 'sums.jsonl'}}}", "data.test_tasks=[sums]",
+                          "data.num_support=4", "data.num_test=6"])
+    task = load_task(cfg, "sums")
+    assert len(task.train) + len(task.support) + len(task.test) == 40
 
 
 def test_hub_task_without_a_data_set(tmp_path):

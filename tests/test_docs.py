@@ -121,8 +121,8 @@ def test_make_targets_run_legal_commands(monkeypatch):
         r"^```\n(.*?)^```", re.sub(r" +# .*", "", README), re.M | re.S)), re.M)
     assert len(shown) >= 4
     for line in shown:
-        out = subprocess.run(["make", "-n", "-B", *shlex.split(line)], capture_output=True, text=True, check=True).stdout
-        found = commands(f"```\n{out}```\n")
+        made = subprocess.run(["make", "-n", "-B", *shlex.split(line)], capture_output=True, text=True, check=True)
+        found = commands(f"```\n{made.stdout}```\n")
         assert len(found) >= 3   # assets, check, all
         for argv in found:
             cfg, stage = load_config(argv)
@@ -143,6 +143,17 @@ def test_every_metric_has_a_line_in_the_glossary():
             written |= {(call[0], f) for f in fields}
     rows = re.findall(r"^\| `stage: (\w+)`, `(\w+)` \|", section(README, "Metrics in `metrics.jsonl`"), re.M)
     assert set(rows) == written and len(rows) == len(set(rows))
+
+
+def test_every_metric_of_the_results_has_a_line(full):
+    """What results.json says of a method on a task, and of the chosen strategy, is in the second glossary."""
+    tasks = json.loads((full / "report/results.json").read_text())["tasks"]
+    fields = {k for t in tasks.values() for m in t["methods"].values() for k in m} | {"chance", "majority"}
+    fields |= {k for t in tasks.values() for s in t["strategy"].values() if s for k in s} & {"wins", "losses",
+                                                                                         "gold_logp_gain"}
+    listed = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section(README, "Metrics in `results.json`"),
+                                                        re.M)))
+    assert len(fields) > 10 and fields <= set(listed)
 
 
 def test_every_file_is_on_the_list():

@@ -171,7 +171,7 @@ def test_contrasts_and_their_verdicts(made):
 
 @pytest.mark.parametrize(("diff", "se", "words"), [
     (0.03, 0.01, "gain"), (-0.03, 0.01, "loss"), (0.019, 0.01, "not established"),
-    (-0.01, 0.01, "not established, negative"), (0.0, 0.01, "no difference"),
+    (-0.01, 0.01, "not established, negative"), (0.0, 0.01, "not established"), (0.0, 0.0, "no difference"),
     (0.1, None, "no standard error")])
 def test_verdict(diff, se, words):
     assert report.verdict({"diff": diff, "se": se}) == words
