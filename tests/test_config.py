@@ -84,8 +84,8 @@ def test_a_boolean_is_no_number(word):
     ("data.test_tasks=[arc_e]", "data.test_tasks (command line): ['arc_e'] are listed twice"),
     ("generator.num_prompts=64", "generator.flow (configs/default.yaml): its first entry must be"),
     ("policy.min_per_family=9",
-     "policy.min_per_family (command line): 9 x 4 families exceed policy.proposals = 20: "
-                                "at most 5"),
+     "policy.min_per_family (command line): 9 x 5 families exceed policy.proposals = 20: "
+                                "at most 4"),
     ("evaluate.metric=strict", "evaluate.metric (command line): strict needs generated answers"),
     ("data.train_tasks=[arc_e, arc_c]",
      "data.train_tasks (command line): leave-one-out needs at least 3 tasks")])
