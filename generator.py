@@ -350,13 +350,10 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     folder = run.path / f"generator/{left_out}"
     torch.manual_seed(seed_for(g.seed, "generator"))
     decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel, g.recompute).to(run.device)
-    # each rank's AdamW holds a share of every weight (all of it, where moments are not shared out: ZeRO-1), a view
-    mine, ranks = (part, parts) if g.shard_optimizer else (0, 1)
-    weights = list(decoder.parameters())
-    shares = [nn.Parameter(_share(p.data, mine, ranks)) for p in weights]
-    opt = torch.optim.AdamW(shares, lr=g.lr, weight_decay=g.weight_decay, fused=run.device == "cuda")
+    opt = SharedAdamW(run, decoder, *((part, parts) if g.shard_optimizer else (0, 1)), lr=g.lr,
+                      weight_decay=g.weight_decay, fused=run.device == "cuda")
     made_with = seed_for(fingerprint(cfg, "generator"))
-    done, last, spent = _resume(folder / "state.safetensors", decoder, opt, made_with, mine, ranks)
+    done, last, spent = _resume(folder / "state.safetensors", decoder, opt, made_with)
     start -= spent   # by the attempts before this one
     if parts > 1:
         run.barrier()   # all have read the same state before any writes a new one
@@ -365,9 +362,7 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
 
     def save() -> None:   # every rank that trains has to call
         with SAVING:
-            moments = {f"{name}.{i}": whole for name, key in (("m", "exp_avg"), ("v", "exp_avg_sq"))
-                       for i, p in enumerate(weights)
-                       if (whole := _gathered(run, opt.state[shares[i]].get(key), p, mine, ranks)) is not None}
+            moments = opt.moments()
             if not part:
                 _save_state(folder / "state.safetensors", decoder, moments, step=done, last=last, made_with=made_with,
                             spent=time.monotonic() - start)
@@ -384,11 +379,7 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
                 save()
                 raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
                                 f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
-            for p, share in zip(weights, shares, strict=True):
-                share.grad = _share(p.grad, mine, ranks)
             opt.step()
-            for rank in range(ranks if ranks > 1 else 0):
-                run.spread([_share(p.data, rank, ranks) for p in weights], rank)
             decoder.zero_grad(set_to_none=True)
             last, done = value, step + 1
             if not part and (step % 10 == 9 or done == g.steps):
@@ -409,20 +400,52 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     run.log(f"{label}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
 
 
-def _share(x: Tensor, part: int, parts: int) -> Tensor:
-    """The part-th of `parts` equal runs of a tensor's elements, as a view: the same runs on every rank."""
-    n = x.numel()
-    return x.reshape(-1)[n * part // parts:n * (part + 1) // parts]
+class SharedAdamW(torch.optim.AdamW):
+    """AdamW whose moments the ranks that train together share out (ZeRO-1; Rajbhandari et al. 2020).
 
+    Each keeps and updates its part of every weight's elements and sends the others what came out. Whole tensors would
+    not do: one of the papers' generator holds two thirds of its weights. Every element sees the same numbers as without
+    sharing.
+    """
 
-def _gathered(run: Run, moment: Tensor | None, like: Tensor, part: int, parts: int) -> Tensor | None:
-    """A whole moment on the CPU, from every rank's share of it; None before the first step."""
-    if moment is None or parts == 1:
-        return None if moment is None else moment.view_as(like).cpu()
-    whole = torch.zeros_like(like)
-    _share(whole, part, parts).copy_(moment)
-    run.sum_over_ranks([whole])   # the others' shares are zero here
-    return whole.cpu()
+    def __init__(self, run: Run, network: nn.Module, part: int, parts: int, **options):
+        self.run, self.weights, self.part, self.parts = run, list(network.parameters()), part, parts
+        super().__init__([nn.Parameter(self._share(p.data)) for p in self.weights], **options)   # views of the weights
+        self.shares = self.param_groups[0]["params"]
+
+    def _share(self, x: Tensor, part: int | None = None) -> Tensor:
+        """This rank's run of a tensor's elements, or another's, as a view."""
+        n, i = x.numel(), self.part if part is None else part
+        return x.reshape(-1)[n * i // self.parts:n * (i + 1) // self.parts]
+
+    def step(self) -> None:
+        """Update every weight of the network, on every rank, from gradients that are the same on all."""
+        for p, share in zip(self.weights, self.shares, strict=True):
+            share.grad = self._share(p.grad)
+        super().step()
+        for rank in range(self.parts if self.parts > 1 else 0):
+            self.run.spread([self._share(p.data, rank) for p in self.weights], rank)
+
+    def moments(self) -> dict[str, Tensor]:
+        """{m.<i>, v.<i>: whole moments on the CPU}, gathered from every rank; empty before the first step."""
+        out = {}
+        for i, (p, share) in enumerate(zip(self.weights, self.shares, strict=True)):
+            for name, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+                if key in self.state[share]:
+                    whole = torch.zeros_like(p)
+                    self._share(whole).copy_(self.state[share][key])
+                    if self.parts > 1:
+                        self.run.sum_over_ranks([whole])   # the others' shares are zero here
+                    out[f"{name}.{i}"] = whole.cpu()
+        return out
+
+    def load(self, moments: dict[str, Tensor], step: int) -> None:
+        """Go on from gathered moments after this many steps; the number of ranks may have changed."""
+        for i, share in enumerate(self.shares):
+            if f"m.{i}" in moments:
+                at = share.device if self.defaults["fused"] else "cpu"   # where AdamW keeps its count
+                m, v = (self._share(moments[f"{k}.{i}"]).to(share.device, copy=True) for k in "mv")
+                self.state[share] = {"step": torch.tensor(float(step), device=at), "exp_avg": m, "exp_avg_sq": v}
 
 
 def _compiled(g, run: Run, decoder: nn.Module):
@@ -513,25 +536,17 @@ def _save_state(path: Path, decoder: nn.Module, moments: dict[str, Tensor], **nu
                  | {k: torch.tensor(v) for k, v in numbers.items()})
 
 
-def _resume(path: Path, decoder: nn.Module, opt: torch.optim.Optimizer, made_with: int, part: int,
-            parts: int) -> tuple[int, float, float]:
-    """Load weights and this rank's share of the moments if an interrupted training of this configuration left them.
+def _resume(path: Path, decoder: nn.Module, opt: SharedAdamW, made_with: int) -> tuple[int, float, float]:
+    """Load weights and moments if an interrupted training of this configuration left them.
 
-    Returns: steps done, the last loss, seconds spent.
-
-    Randomness depends on the step alone, so nothing else needs restoring. The number of ranks may have changed.
+    Returns: steps done, the last loss, seconds spent. Randomness depends on the step alone: nothing else is needed.
     """
     state = load_tensors(path) if path.is_file() else {}
     if int(state.get("made_with", -1)) != made_with:   # none, or another configuration's: start afresh
         return 0, float("nan"), 0.0
-    decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})   # the shares are views of it
-    step = int(state["step"])
-    for i, share in enumerate(opt.param_groups[0]["params"]):
-        if f"m.{i}" in state:
-            at = share.device if opt.defaults["fused"] else "cpu"   # where AdamW keeps its count
-            m, v = (_share(state[f"{k}.{i}"], part, parts).to(share.device, copy=True) for k in "mv")
-            opt.state[share] = {"step": torch.tensor(float(step), device=at), "exp_avg": m, "exp_avg_sq": v}
-    return step, float(state["last"]), float(state["spent"])
+    decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})   # shares are views of it
+    opt.load(state, int(state["step"]))
+    return int(state["step"]), float(state["last"]), float(state.get("spent", 0.0))
 
 
 # --------------------------------------------------------------------------------------------------------- generation
