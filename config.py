@@ -361,11 +361,7 @@ def load_config(args: list[str]) -> tuple[Config, str]:
         preset = str(ROOT / given["run"] / "config.yaml")   # reading a run does not describe it anew
     flat = _read(DEFAULT)
     known, where = dict(flat), dict.fromkeys(flat, "configs/default.yaml")
-    layers = [(preset, _read(Path(preset)))] if preset else []
-    if preset and "config" not in given:   # a run's own record: what it is, not what was last done with it
-        for key in ("task", "method", "adapter", "input", "output", "overwrite",
-                    *(["seeds"] if stage != "report" else [])):
-            layers[0][1].pop(key, None)
+    layers = [(preset, _read(Path(preset)) if "config" in given else _recorded(Path(preset), stage))] if preset else []
     layers.append(("command line", {k: parse_yaml(v, f"{k}={v}") for k, v in words
                                     if k not in ("stage", "config")}))
     faults = []
@@ -392,10 +388,21 @@ def load_config(args: list[str]) -> tuple[Config, str]:
                           f"{err['msg'].removeprefix('Value error, ')}")
         cfg = None
     if cfg is not None:
-        faults += _cross_checks(cfg, where)
+        faults += _cross_checks(cfg, where, samples=not cfg.task and stage not in ("report", "analyze", *USER_STAGES))
     if faults:
         raise UserError(f"{len(faults)} fault(s) in the configuration:\n  " + "\n  ".join(faults))
     return cfg, stage
+
+
+def _recorded(path: Path, stage: str) -> dict:
+    """A run's own record: what it is, not what was last done with it."""
+    flat = _read(path)
+    for key in ("task", "method", "adapter", "input", "output", "overwrite"):
+        flat.pop(key, None)
+    seeds = flat.pop("seeds", [])
+    if stage == "report" and all((path.parent / f"seed_{seed}").is_dir() for seed in seeds):
+        flat["seeds"] = seeds   # a folder of seeds, pooled again
+    return flat
 
 
 def _trained_run(run: str | None) -> str:
@@ -440,8 +447,8 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
     return []
 
 
-def _cross_checks(cfg: Config, where: dict) -> list[str]:
-    """Faults that need two keys to see."""
+def _cross_checks(cfg: Config, where: dict, samples: bool = True) -> list[str]:
+    """Faults that need two keys to see. `samples`: will this command draw proposals for the run's own methods?"""
     faults = []
 
     def fault(key, text):
@@ -461,7 +468,7 @@ def _cross_checks(cfg: Config, where: dict) -> list[str]:
         fault("generator.flow", f"its first entry must be [num_prompts, max_length, encoder width] = "
                                 f"[{g.num_prompts}, {g.max_length}, 384], got {g.flow[:1]}")
     sampled = {*p.families, *(["SFT"] if {"degaml_plus", "tempo_plus"} & set(cfg.evaluate.methods) else [])}
-    if p.min_per_family * len(sampled) > p.proposals:
+    if samples and p.min_per_family * len(sampled) > p.proposals:
         fault("policy.min_per_family", f"{p.min_per_family} x {len(sampled)} families exceed policy.proposals"
                                        f" = {p.proposals}: at most {p.proposals // len(sampled)}")
     if p.folds > d.num_support:

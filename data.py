@@ -122,6 +122,9 @@ def load_task(cfg: Config, name: str) -> Task:
     bare = [r for rows in records.values() for r in rows if not is_labelled(r)]
     pools = {split: _examples(cfg, name, [r for r in rows if is_labelled(r)]) for split, rows in records.items()}
     train, support, test = make_splits(cfg, name, pools)
+    if name in cfg.data.train_tasks and not train:
+        raise UserError(f"task {name}: no training examples remain after {len(test)} for the test and {len(support)} "
+                        "for the support set; add rows, or lower data.num_test")
     asked = {r["id"]: _key(r["question"], name) for rows in records.values() for r in rows} if bare else {}
     held = {asked[e.id] for e in test} if bare else ()   # a question listed twice, once with its label, stays held out
     source = [make_example(name, r, cfg.data.format) for r in bare if asked[r["id"]] not in held]
@@ -260,7 +263,10 @@ def _user_lines(path: Path) -> Iterator[tuple[int, object]]:
                     raise _bad_row(path, n, f"not JSON ({str(e)[:80]})") from None
         return
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    names = [n.strip() for n in reader.fieldnames or ()]
+    try:
+        names = [n.strip() for n in reader.fieldnames or ()]
+    except csv.Error as e:
+        raise _bad_row(path, 1, f"not CSV ({e})") from None
     reader.fieldnames = [n.lower() if n.lower() in ("id", "question", "prompt", "context", "gold", "answer") else n
                          for n in names]
     while True:
@@ -284,10 +290,10 @@ def _user_lines(path: Path) -> Iterator[tuple[int, object]]:
         yield reader.line_num, row
 
 
-def read_user_file(path: Path, seen: dict[str, str] | None = None, labels: bool = True) -> list[dict]:
+def read_user_file(path: Path, seen: dict[str, str] | None = None, labels: bool | None = True) -> list[dict]:
     """Read and check a user's JSONL or CSV: {question, choices, gold} or {question, answer}; id, context are optional.
 
-    Args: labels: must every row be labelled?
+    Args: labels: must every row be labelled? None: labels do not matter.
     Raises: UserError: naming file and line of the first bad row, with an example of a good one.
     """
     seen, rows, first = {} if seen is None else seen, [], None
@@ -313,7 +319,7 @@ def read_user_file(path: Path, seen: dict[str, str] | None = None, labels: bool 
     return rows
 
 
-def check_row(row: dict, labels: bool, bad) -> dict:
+def check_row(row: dict, labels: bool | None, bad) -> dict:
     """One record as the rest expects it. Raises: what `bad(text)` makes of the first fault."""
     row = {**row, "id": str(row["id"]), "question": row.get("question", row.get("prompt"))}
     if not isinstance(row["question"], str) or not row["question"].strip():
@@ -328,7 +334,7 @@ def check_row(row: dict, labels: bool, bad) -> dict:
         if not all(c.strip() for c in choices):
             raise bad(f"option {[bool(c.strip()) for c in choices].index(False)} is empty")
         other = next((k for k in ("answer", "label", "answerKey", "Gold") if row.get(k) not in (None, "")), None)
-        if row.get("gold") is None and other:
+        if row.get("gold") is None and other and labels is not None:
             raise bad(f"`{other}` is not read beside `choices`: name the right option in `gold`")
         if labels or row.get("gold") is not None:
             row["gold"] = _read_gold(row.get("gold"), len(choices), bad)
@@ -438,21 +444,29 @@ def _hub_record(cfg: Config, name: str, like: str, config: str | None, i: str, r
     # these two count their string labels from 1
     offset = 1 if like in ("winogrande", "socialiqa") else 0
     choices = choices if isinstance(choices, str) else list(choices)   # a text is no list of options: check_row says so
-    return _with_gold(rec, choices, row[col["gold"]], labels, offset)
+    return _with_gold(rec, choices, row[col["gold"]], labels, offset, like in HUB)
 
 
-def _with_gold(rec: dict, choices: list[str], gold, labels: list | None, offset: int = 0) -> dict | None:
+def _with_gold(rec: dict, choices: list[str], gold, labels: list | None, offset: int = 0,
+               known: bool = True) -> dict | None:
+    """The record with its options and the index of the right one; None where it is hidden. Of the twelve (`known`) a
+    label is what their cards say; of any other data set an option's own text, a letter or an index from 0.
+
+    Raises: UserError: a label of another data set that names no option.
+    """
     said = str(gold).strip()
     if gold is None or said in ("", "-1"):
         return None
     if labels is not None and gold in labels:
         index = labels.index(gold)
-    elif isinstance(gold, str) and choices.count(gold) == 1 and not offset:   # the option itself
+    elif not known and isinstance(gold, str) and choices.count(gold) == 1:   # the option itself
         index = choices.index(gold)
     elif len(said) == 1 and said.upper() in LETTERS:
         index = LETTERS.index(said.upper())
     else:
         index = int(said) - offset if said.isdecimal() else -1
+    if known and not 0 <= index < len(choices):
+        return None
     if not 0 <= index < len(choices):
         raise UserError(f"data.columns: row {rec['id']}: its label {gold!r} names none of its {len(choices)} options "
                         "(an index from 0, a letter or an option's text); use data.jsonl={task: file.jsonl}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -45,7 +46,9 @@ def run_check(cfg, run) -> dict:
     from data import load_tasks
     from generator import check_encoder
     from scoring import load_lm
+    from strategies import check_grid
     check_encoder(cfg)
+    check_grid(cfg.strategies)
     tasks = load_tasks(run)
     layout = load_lm(run).layout
     print(f"{len(tasks)} tasks, {layout.num_tokens} weight tokens of ({layout.rank}, {layout.width}), "
@@ -153,11 +156,11 @@ def run_all(cfg, run) -> dict:
 
 
 ORDER = ("collect", "generator", "align", "policy", "adapt", "baselines", "evaluate", "report")
-WORK = {"collect": ("adapters/*",), "generator": ("prompts/*", "generator/*"), "align": ("align/*",),
-        "policy": ("policy/*/*",),
-        "adapt": tuple(f"adapted/{m}/*" for m in ("generator", "aligned", "degaml*", "tempo*")),
-        "baselines": ("baselines/*/*", *(f"adapted/{m}/*" for m in ("no_meta", "maml_matched", *META_TRAINED))),
-        "evaluate": ("scores/*/*",)}   # units of each stage, for its cost
+WORK = {"collect": [("adapters/*",)], "generator": [("prompts/*",), ("generator/*",)], "align": [("align/*",)],
+        "policy": [("policy/*/*",)],
+        "adapt": [tuple(f"adapted/{m}/*" for m in ("generator", "aligned", "degaml*", "tempo*"))],
+        "baselines": [("baselines/*/*",), tuple(f"adapted/{m}/*" for m in ("no_meta", "maml_matched", *META_TRAINED))],
+        "evaluate": [("scores/*/*",)]}   # a stage's phases, each the folders of its units, for its cost
 STAGES = {"assets": run_assets, "config": run_config, "doctor": run_doctor, "check": run_check,
           "collect": run_collect, "generator": run_generator, "align": run_align, "policy": run_policy,
           "adapt": run_adapt, "baselines": run_baselines, "evaluate": run_evaluate, "report": run_report,
@@ -167,20 +170,35 @@ STAGES = {"assets": run_assets, "config": run_config, "doctor": run_doctor, "che
 
 def run_stage(name: str, cfg, run) -> dict:
     """Run one stage on every rank, keep its seconds, and say what came out."""
-    from runtime import read_json, write_json
+    from runtime import write_json
     start = time.monotonic()
     out = STAGES[name](cfg, run)
     run.barrier()
     if run.rank == 0 and name not in ("all", *ASIDE) and not cfg.task:
         took = time.monotonic() - start
-        # summed over finished units, so that neither a rerun nor an interruption changes what the work cost
-        units = [r["seconds"] for w in WORK.get(name, ()) for p in run.path.glob(w + "/DONE.json")
-                 if not (r := read_json(p)).get("own_task")]
-        spent = {"seconds": round(sum(units) if units else took, 1),
-                 "seconds_longest_unit": round(max(units, default=took), 1)}
-        write_json(run.path / "stages" / f"{name}.json", {**spent, **out})
+        write_json(run.path / "stages" / f"{name}.json", {**cost_of(name, run.path, took), **out})
         run.log(f"stage {name}: {took:.0f} s " + " ".join(f"{k}={_show(v)}" for k, v in out.items()))
     return out
+
+
+def cost_of(name: str, folder: Path, took: float) -> dict:
+    """Core-seconds of a stage, and the seconds it would take however many ranks there were: its phases' longest units.
+
+    Both from the records of finished units, so that neither a rerun nor an interruption changes them.
+    """
+    from runtime import read_json
+    total, path = 0.0, 0.0
+    for phase in WORK.get(name, []):
+        units: dict = {}
+        for done in (p for folders in phase for p in folder.glob(folders + "/DONE.json")):
+            record = read_json(done)
+            if not record.get("own_task"):
+                total += record["seconds"]
+                # adapt and evaluate deal out tasks, with all their methods
+                unit = done.parent.name if name in ("adapt", "evaluate") else done
+                units[unit] = units.get(unit, 0.0) + record["seconds"] / record.get("ranks", 1)
+        path += max(units.values(), default=0.0)
+    return {"seconds": round(total or took, 1), "seconds_critical_path": round(path or took, 1)}
 
 
 def each_seed(cfg, run):
@@ -193,11 +211,14 @@ def each_seed(cfg, run):
         return
     root = run.path
     for seed in cfg.seeds:
-        one = cfg.model_copy(deep=True, update={"seed": seed})
+        one = cfg.model_copy(deep=True, update={"seed": seed, "seeds": []})
         one.generator.seed, one.run = seed, str(root / f"seed_{seed}")
         run.cache = {k: v for k, v in run.cache.items() if k in ("lm", "encoder", "lock")}
         run.cfg, run.path = one, root / f"seed_{seed}"
         run.path.mkdir(exist_ok=True)
+        for name in ("command.txt", "env.json"):   # how each seed's results were made
+            if run.rank == 0 and (root / name).is_file():
+                shutil.copy(root / name, run.path / name)
         run.log(f"seed {seed}")
         yield one
     run.path = root

@@ -362,7 +362,7 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
 
     def save() -> None:   # every rank that trains has to call
         with SAVING:
-            moments = opt.moments()
+            moments = opt.moments(keep=not part)
             if not part:
                 _save_state(folder / "state.safetensors", decoder, moments, step=done, last=last, made_with=made_with,
                             spent=time.monotonic() - start)
@@ -426,8 +426,9 @@ class SharedAdamW(torch.optim.AdamW):
         for rank in range(self.parts if self.parts > 1 else 0):
             self.run.spread([self._share(p.data, rank) for p in self.weights], rank)
 
-    def moments(self) -> dict[str, Tensor]:
-        """{m.<i>, v.<i>: whole moments on the CPU}, gathered from every rank; empty before the first step."""
+    def moments(self, keep: bool) -> dict[str, Tensor]:
+        """{m.<i>, v.<i>: whole moments on the CPU}, gathered from every rank for those that `keep` them; empty before
+        the first step."""
         out = {}
         for i, (p, share) in enumerate(zip(self.weights, self.shares, strict=True)):
             for name, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
@@ -436,7 +437,8 @@ class SharedAdamW(torch.optim.AdamW):
                     self._share(whole).copy_(self.state[share][key])
                     if self.parts > 1:
                         self.run.sum_over_ranks([whole])   # the others' shares are zero here
-                    out[f"{name}.{i}"] = whole.cpu()
+                    if keep:
+                        out[f"{name}.{i}"] = whole.cpu()
         return out
 
     def load(self, moments: dict[str, Tensor], step: int) -> None:

@@ -183,7 +183,7 @@ def predict(cfg: Config, run: Run) -> dict:
     if not (cfg.adapter or cfg.task) or not folder.is_dir():
         raise UserError(f"adapter={folder}: no such folder; stage=adapt task=… or stage=export task=… makes one")
     target, refined = load_exported(folder, cfg, run)
-    rows = read_user_file(Path(cfg.input), labels=False)
+    rows = read_user_file(Path(cfg.input), labels=None)
     examples = [make_example(target.name, r, cfg.data.format) for r in rows]   # prompts as its task has them
     choose, write = ([i for i, e in enumerate(examples) if bool(e.options) is b] for b in (True, False))
     out: list[dict] = [{} for _ in rows]

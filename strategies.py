@@ -97,6 +97,20 @@ def schema(bounds) -> dict[str, dict[str, dict]]:
     }
 
 
+def check_grid(bounds) -> None:
+    """Raises: UserError: strategies.proposal_grid names what is no field, or a value that no proposal may have."""
+    legal = {f"{family}.{name}": spec for family, fields in schema(bounds).items() for name, spec in fields.items()}
+    for key, values in bounds.proposal_grid.items():
+        if key not in legal:
+            raise UserError(f"strategies.proposal_grid: {key!r} is no field of a strategy; expected one of "
+                            f"{list(legal)}")
+        try:
+            for value in values:
+                _check(key, value, legal[key])
+        except ValueError as e:
+            raise UserError(f"strategies.proposal_grid: {e}") from None
+
+
 def proposal_schema(bounds, families: list[str], explore=None) -> dict:
     """The JSON schema proposals are sampled under: one object per family, fields in order, nothing else.
 

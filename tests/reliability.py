@@ -74,8 +74,9 @@ def kill_once(folder: Path, after: float) -> tuple[str, int]:
     return stage_of(folder), start(folder).wait()
 
 
-def main(kills: int = 20, seed: int = 0, output: str = "results/reliability.json") -> int:
-    base = ROOT / "runs/reliability"
+def main(kills: int = 20, seed: int = 0, output: str = "results/reliability.json",
+         folder: str = "runs/reliability") -> int:
+    base = ROOT / folder
     shutil.rmtree(base, ignore_errors=True)
     base.mkdir(parents=True)
     at_once = max(1, len(os.sched_getaffinity(0)))
@@ -107,4 +108,4 @@ def main(kills: int = 20, seed: int = 0, output: str = "results/reliability.json
 
 if __name__ == "__main__":
     given = dict(word.split("=", 1) for word in sys.argv[1:])
-    sys.exit(main(**{k: v if k == "output" else int(v) for k, v in given.items()}))
+    sys.exit(main(**{k: v if k in ("output", "folder") else int(v) for k, v in given.items()}))

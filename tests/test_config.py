@@ -231,6 +231,15 @@ def test_check_looks_at_the_encoder(tiny_args, capsys, word, complaint):
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("grid, complaint", [
+    ("{SFT.steps: [5]}", "'SFT.steps' is no field of a strategy"), ("{TTT.ttl_steps: [5000]}", "TTT.ttl_steps is 5000"),
+    ("{TTS.method: [best]}", "TTS.method is 'best'")])
+def test_check_looks_at_the_proposal_grid(tiny_args, capsys, grid, complaint):
+    """A grid of values that no proposal may have is refused before any is sampled."""
+    assert degaml.main([*tiny_args, "stage=check", f"strategies.proposal_grid={grid}"]) == 2
+    assert complaint in capsys.readouterr().err
+
+
 def test_sft_counts_among_the_families(tiny_args):
     """degaml_plus samples SFT besides the listed families: each needs its minimum."""
     with pytest.raises(UserError, match="1 x 5 families exceed policy.proposals = 4"):

@@ -88,6 +88,10 @@ def tiny(argv: list[str], words: list[str], trained: Path, folder: Path) -> list
         own = {t: str(folder / f) for t, f in config.parse_yaml(given["data.jsonl"], "").items()}
         given["data.jsonl"] = json.dumps(json.loads(preset["data.jsonl"]) | own)
     given.pop("data.num_test", None)   # the tiny tasks have less
+    if given["stage"] in ("report", "analyze"):   # by the run's own configuration
+        return [f"stage={given['stage']}", f"run={folder / given['run']}"]
+    if given["stage"] == "doctor":
+        return ["stage=doctor", f"config={ROOT / given['config']}", f"run={folder / 'doctor'}", "device=cpu"]
     where = {"run": str(folder / given["run"])} if "run" in given else {}
     return [f"{k}={v}" for k, v in (preset | given | where).items() if k != "config"]
 
@@ -104,7 +108,7 @@ def test_commands_run(copy, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_other_task.csv").write_text("id,question,A,B,gold\n" + "".join(
         f"{r['id']},{r['question']},{','.join(r['choices'])},{r['gold']}\n" for r in rows[:40]))
     done = commands(section(README, "Your own task")) + commands(section(README, "Edit YAML and rerun"))
-    assert len(done) == 9
+    assert len(done) == 12
     for argv in done:
         assert run_command(tiny(argv, words, copy, tmp_path)) == 0, (argv, capsys.readouterr().err)
         monkeypatch.chdir(tmp_path)   # the command moves to the repository
@@ -112,6 +116,15 @@ def test_commands_run(copy, words, tmp_path, monkeypatch, capsys):
         assert (copy / f"export/{name}/adapter_model.safetensors").exists()
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 9
     assert "mytask" in json.loads((tmp_path / "runs/mytask/report/results.json").read_text())["tasks"]
+
+
+def test_the_reliability_script(words, tmp_path, monkeypatch):
+    """What `make reliability` does, on the tiny run: an undisturbed run, kills in different stages, equal outcomes."""
+    import reliability
+    monkeypatch.setattr(reliability, "WORDS", [*(w for w in words if not w.startswith("run=")), "stage=all"])
+    assert reliability.main(2, 0, str(tmp_path / "found.json"), str(tmp_path / "runs")) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["kills"] == found["equal"] == 2 and sum(found["per_stage"].values()) == 2
 
 
 def test_make_targets_run_legal_commands(monkeypatch):
