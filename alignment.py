@@ -123,7 +123,7 @@ class Aligner:
 def task_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
     """(d,) what an adapter does to a task: mean over prompts of its change to the last prompt token's hidden state.
 
-    One definition for training (checkpoints) and inference (generated adapters); docs/choices.md, 16.
+    One definition for training and inference; docs/choices.md, 16.
     """
     lm = load_lm(run)
     rows = [prompt_row(lm, t) for t in task_texts(run, task)[:run.cfg.align.prompts]]

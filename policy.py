@@ -171,7 +171,7 @@ def sample_proposals(lm: LM, layout: Layout, adapter: Adapter | None, prompt: st
 
 
 def _sample(logits, policy, rng) -> list[int]:
-    """Temperature, top-k, top-p. Rows with no allowed token (finished sequences) give token 0."""
+    """Temperature, top-k, top-p. Rows with no allowed token (finished sequences) give any; it is not read."""
     logits = torch.where(torch.isinf(logits).all(-1, keepdim=True), torch.zeros_like(logits), logits)
     values, index = (logits / policy.temperature).topk(min(policy.top_k, logits.shape[-1]))
     p = torch.softmax(values, -1)
