@@ -37,6 +37,7 @@ from lora import (
 from runtime import (
     Run,
     fingerprint,
+    load_array,
     load_tensors,
     read_json,
     rng_for,
@@ -241,19 +242,13 @@ def encode_texts(run: Run, texts: list[str], label: str = "encode") -> tuple[Ten
 
 
 def load_states(run: Run, task: str) -> np.ndarray:
-    """(prompts, L, d) float16, memory-mapped. Raises: UserError: not made yet."""
-    path = run.path / f"prompts/{task}/states.npy"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run stage=generator, which encodes the prompts of every task")
-    return np.load(path, mmap_mode="r")
+    """(prompts, L, d) float16, memory-mapped. Raises: UserError: not made yet, or damaged."""
+    return load_array(run.path / f"prompts/{task}/states.npy", "r")
 
 
 def load_pooled(run: Run, task: str) -> Tensor:
-    """(prompts, d) float32, the prompts' pooled embeddings. Raises: UserError: not made yet."""
-    path = run.path / f"prompts/{task}/pooled.npy"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run stage=generator, which encodes the prompts of every task")
-    return torch.from_numpy(np.load(path))
+    """(prompts, d) float32, the prompts' pooled embeddings. Raises: UserError: not made yet, or damaged."""
+    return torch.from_numpy(load_array(run.path / f"prompts/{task}/pooled.npy"))
 
 
 def draw_prompts(cfg, task: str, count: int, *key) -> np.ndarray:

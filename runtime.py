@@ -398,6 +398,17 @@ def save_array(path: Path, array: np.ndarray) -> None:
     os.replace(tmp, path)
 
 
+def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
+    """Raises: UserError: missing, truncated or corrupt."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run stage=generator, which encodes the prompts of every task")
+    try:
+        return np.load(path, mmap_mode=mmap_mode)
+    except (ValueError, OSError, EOFError) as e:
+        raise UserError(f"{path}: truncated or corrupt ({str(e)[:80]}); delete its folder and run the same command "
+                        "again") from None
+
+
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Raises: UserError: missing, truncated or corrupt."""
     if not Path(path).is_file():

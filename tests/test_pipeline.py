@@ -341,7 +341,8 @@ def test_one_process_per_folder(full, words, capsys):
 @pytest.mark.parametrize("stage, file", [
     ("generator", "adapters/beta/step_0008.safetensors"),
     ("evaluate", "adapted/no_meta/delta/adapter_model.safetensors"),
-    ("evaluate", "generator/none/generator.safetensors")])
+    ("evaluate", "generator/none/generator.safetensors"), ("generator", "prompts/beta/states.npy"),
+    ("evaluate", "prompts/delta/pooled.npy")])
 def test_truncated_file_is_named(copy, words, capsys, stage, file):
     """A file cut short ends in status 2 and one line with its name and what to do."""
     (copy / file).write_bytes((copy / file).read_bytes()[:-64])
