@@ -401,7 +401,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
     """Raises: UserError: missing, truncated or corrupt."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; run stage=generator, which encodes the prompts of every task")
+        raise UserError(f"{path}: no such file; run the stage that makes it")
     try:
         return np.load(path, mmap_mode=mmap_mode)
     except (ValueError, OSError, EOFError) as e:
