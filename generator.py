@@ -45,6 +45,7 @@ from runtime import (
     save_tensors,
     seed_for,
     sha256,
+    to_device,
     write_json,
 )
 from scoring import LM, choice_loss, input_text, lm_loss, load_lm, make_row
@@ -464,11 +465,11 @@ def _accumulate(cfg, run: Run, decoder, pairs: list, states: dict, targets: dict
     """Leave the gradient of one global batch on the decoder's parameters, and return its loss; both over all ranks."""
     g, total = cfg.generator, torch.zeros((), device=run.device)
     for at in range(part * g.micro_batch, len(pairs), parts * g.micro_batch):
-        condition, target = _load_pairs(cfg, pairs[at:at + g.micro_batch], states, targets, step, at)
+        condition, target = _load_pairs(run, pairs[at:at + g.micro_batch], states, targets, step, at)
         with _autocast(run):
-            out = decoder(_to_device(condition, run))
+            out = decoder(condition)
         each = None if weight is None else weight.expand(out.shape)
-        loss = F.mse_loss(out.float(), _to_device(target, run), weight=each) * (len(condition) / len(pairs))
+        loss = F.mse_loss(out.float(), target, weight=each) * (len(condition) / len(pairs))
         loss.backward()
         total += loss.detach()
     if parts > 1:
@@ -485,11 +486,6 @@ def _autocast(run: Run):
     return torch.autocast(run.device, torch.bfloat16, enabled=bf16)
 
 
-def _to_device(x: Tensor, run: Run) -> Tensor:
-    """A batch on its way; from pinned memory the copy to a GPU does not stop the host."""
-    return x.pin_memory().to(run.device, non_blocking=True) if run.device == "cuda" else x.to(run.device)
-
-
 def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple[str, np.ndarray, int]]:
     """(task, prompt indices, checkpoint) of one step: `batch_size` pairs dealt evenly over the training tasks, each
     drawn from the task's pool of `pairs_per_task` random pairs (paper D, E.4)."""
@@ -503,14 +499,16 @@ def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple[str, n
     return out
 
 
-def _load_pairs(cfg, pairs, states, targets, step: int, at: int) -> tuple[Tensor, Tensor]:
-    """(B, N, L, d) conditions and (B, T, …) targets, with Drag-and-Drop's noise."""
-    condition = torch.from_numpy(np.stack([states[t][np.asarray(i)] for t, i, _ in pairs])).float()
-    target = torch.stack([targets[t][c] for t, _, c in pairs])
-    if cfg.generator.noise:
-        gen = torch.Generator().manual_seed(seed_for(cfg.generator.seed, "noise", step, at))
-        condition += cfg.generator.noise * torch.randn(condition.shape, generator=gen)
-        target = target + 0.1 * cfg.generator.noise * torch.randn(target.shape, generator=gen)
+def _load_pairs(run: Run, pairs, states, targets, step: int, at: int) -> tuple[Tensor, Tensor]:
+    """(B, N, L, d) conditions and (B, T, …) targets on the device, float32, with Drag-and-Drop's noise."""
+    g = run.cfg.generator
+    condition = torch.from_numpy(np.stack([states[t][np.asarray(i)] for t, i, _ in pairs]))
+    condition = to_device(condition, run.device).float()   # float16 on the way, and noise drawn there
+    target = to_device(torch.stack([targets[t][c] for t, _, c in pairs]), run.device)
+    if g.noise:
+        rng = torch.Generator(run.device).manual_seed(seed_for(g.seed, "noise", step, at))
+        condition += g.noise * torch.randn(condition.shape, generator=rng, device=run.device)
+        target = target + 0.1 * g.noise * torch.randn(target.shape, generator=rng, device=run.device)
     return condition, target
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import sys
 import time
@@ -298,6 +299,21 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
+
+
+def to_device(x: torch.Tensor, device) -> torch.Tensor:
+    """A CPU tensor on its way; from pinned memory the copy to a GPU does not stop the host."""
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+
+
+def peak_memory(device: str) -> float:
+    """GiB this process has held at most: allocated on its GPU since the last call, else resident since it began."""
+    if device != "cuda":
+        kilobyte = 1 if sys.platform == "darwin" else 1024   # the unit differs
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2 ** 30, 2)
+    most = torch.cuda.max_memory_allocated() / 2 ** 30
+    torch.cuda.reset_peak_memory_stats()
+    return round(most, 2)
 
 
 def _pick_device(wish: str) -> str:

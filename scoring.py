@@ -6,6 +6,7 @@ each other. Rows of similar length share a forward pass; the vocabulary projecti
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 from config import UserError
 from data import GENERATE_SYSTEM, LETTER_SYSTEM, Example
 from lora import Adapter, Layout, attach_lora, clear_adapters, find_layout, swap_adapter
-from runtime import Run
+from runtime import Run, to_device
 
 
 @dataclass
@@ -147,11 +148,16 @@ def input_text(lm: LM, example: Example) -> str:
 
 def encode(lm: LM, text: str) -> list[int]:
     """Token ids with the tokenizer's own opening token, if it has one, and no closing token."""
-    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
     tok = lm.tokenizer
-    opens = tok.bos_token_id is not None and tok("a")["input_ids"][:1] == [tok.bos_token_id] \
-        and not text.startswith(tok.bos_token)
-    return [tok.bos_token_id, *ids] if opens else ids
+    ids = tok(text, add_special_tokens=False)["input_ids"]
+    return [tok.bos_token_id, *ids] if _opens(tok) and not text.startswith(tok.bos_token) else ids
+
+
+@functools.lru_cache(maxsize=8)
+def _opens(tokenizer) -> bool:
+    """Does it put an opening token first?"""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def make_row(lm: LM, example: Example) -> Row:
@@ -159,13 +165,15 @@ def make_row(lm: LM, example: Example) -> Row:
     context alone ends; what the options' contexts share becomes the row's context."""
     answers = example.options or (example.answer,)
     if lm.form == "letter":
-        pairs = [(input_text(lm, example), a) for a in answers]
+        text = input_text(lm, example)
+        pairs = [(text, a) for a in answers]
     elif example.suffix:
         pairs = [(f"{example.prompt} {o}", example.suffix) for o in answers]
     else:
         pairs = [(example.prompt, " " + a) for a in answers]
     wholes = [encode(lm, c + a) for c, a in pairs]
-    cuts = [len(encode(lm, c)) for c, _ in pairs]
+    lengths = {c: len(encode(lm, c)) for c in {c for c, _ in pairs}}   # options mostly share one context
+    cuts = [lengths[c] for c, _ in pairs]
     shared = _common_prefix(wholes, min(min(cuts), min(map(len, wholes)) - 1))
     drop = max(0, shared - lm.max_tokens)
     return Row(tuple(wholes[0][drop:shared]), tuple(tuple(w[shared:]) for w in wholes),
@@ -221,8 +229,9 @@ def pack(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor, list[int
         starts[i] = bin_ * width + used[bin_]
         used[bin_] += rows[i].length
     # seg: branch number in the row (0 = context); own: row number, padding sees only itself
-    ids, pos, seg = (torch.zeros(len(used) * width, dtype=torch.long) for _ in range(3))
-    own = torch.arange(len(used) * width) + len(rows)
+    laid = torch.zeros(4, len(used) * width, dtype=torch.long)
+    ids, pos, seg, own = laid
+    own[:] = torch.arange(len(used) * width) + len(rows)
     for i, r in enumerate(rows):
         n = len(r.context)
         span = slice(starts[i], starts[i] + r.length)
@@ -230,10 +239,10 @@ def pack(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor, list[int
         pos[span] = torch.tensor([*range(n), *(n + j for b in r.branches for j in range(len(b)))])
         seg[span] = torch.tensor([0] * n + [k + 1 for k, b in enumerate(r.branches) for _ in b])
         own[span] = i
-    ids, pos, seg, own = (x.view(len(used), width) for x in (ids, pos, seg, own))
+    ids, pos, seg, own = to_device(laid, device).view(4, len(used), width)   # the mask is made where it is used
     mask = (own[:, :, None] == own[:, None, :]) & ((seg[:, :, None] == seg[:, None, :]) | (seg[:, None, :] == 0))
-    mask &= torch.ones(width, width, dtype=torch.bool).tril()
-    return ids.to(device), pos.to(device), mask[:, None].to(device), starts
+    mask &= torch.ones(width, width, dtype=torch.bool, device=mask.device).tril()
+    return ids, pos, mask[:, None], starts
 
 
 def hidden_states(lm: LM, rows: list[Row]) -> tuple[Tensor, list[int]]:
@@ -241,7 +250,8 @@ def hidden_states(lm: LM, rows: list[Row]) -> tuple[Tensor, list[int]]:
     lm.forwards += len(rows)
     lm.backwards += len(rows) * torch.is_grad_enabled()
     flat, starts, at = [], [0] * len(rows), 0
-    for group in _similar_lengths(rows):
+    enough = 512 if lm.model.device.type == "cpu" else lm.budget
+    for group in _similar_lengths(rows, enough):
         ids, pos, mask, begins = pack([rows[i] for i in group], lm.model.device)
         out = lm.model.get_decoder()(ids, attention_mask=mask, position_ids=pos, use_cache=False).last_hidden_state
         flat.append(out.view(-1, out.shape[-1]))
@@ -251,9 +261,9 @@ def hidden_states(lm: LM, rows: list[Row]) -> tuple[Tensor, list[int]]:
     return (torch.cat(flat) if len(flat) > 1 else flat[0]), starts
 
 
-def _similar_lengths(rows: list[Row], enough: int = 512) -> list[list[int]]:
+def _similar_lengths(rows: list[Row], enough: int) -> list[list[int]]:
     """Row numbers in groups of at least `enough` tokens, longest first: attention costs the square of a group's longest
-    row, and beyond a few hundred tokens a matrix product gets no faster."""
+    row, and on a CPU a matrix product gets no faster beyond a few hundred tokens."""
     groups: list[list[int]] = []
     size = enough
     for i in sorted(range(len(rows)), key=lambda i: -rows[i].length):
@@ -290,11 +300,10 @@ def scored_positions(rows: list[Row], starts: list[int]) -> tuple[list[int], lis
 def branch_logprobs(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int]) -> list[Tensor]:
     """Summed log-probability of each branch, one (options,) tensor per row."""
     where, target, branch = scored_positions(rows, starts)
-    logits = project(lm, hidden[where])
-    picked = -F.cross_entropy(logits, torch.tensor(target, device=logits.device), reduction="none")
+    where, target, branch = to_device(torch.tensor([where, target, branch]), hidden.device)
+    picked = -F.cross_entropy(project(lm, hidden[where]), target, reduction="none")
     sums = picked.new_zeros(sum(len(r.branches) for r in rows))
-    return list(sums.index_add(0, torch.tensor(branch, device=logits.device), picked)
-                .split([len(r.branches) for r in rows]))
+    return list(sums.index_add(0, branch, picked).split([len(r.branches) for r in rows]))
 
 
 def score_examples(lm: LM, adapter: Adapter | None, examples: list[Example], *, layout: Layout | None = None,
@@ -345,8 +354,7 @@ def slot_deltas(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int], step
     for t in range(1, steps + 1):
         shift = F.linear(delta.to(w.dtype), w).float()
         shift = shift.sub_(shift.amax(1, keepdim=True)).exp_()
-        p = torch.stack([_mean_softmax(e, s) for e, s in zip(base, shift, strict=True)])
-        g = F.linear(p.to(w.dtype), w.t()).float() - y
+        g = F.linear(_mean_softmax(base, shift).to(w.dtype), w.t()).float() - y
         m.mul_(0.9).add_(g, alpha=0.1)
         v.mul_(0.999).addcmul_(g, g, value=0.001)
         delta.mul_(1 - lr * 1e-8)
@@ -355,13 +363,19 @@ def slot_deltas(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int], step
     return deltas
 
 
-def _mean_softmax(base: Tensor, shift: Tensor) -> Tensor:
-    """(V,) mean over positions of softmax(log base + log shift), from (n, V) and (V,): two matrix-vector products."""
-    total = base @ shift
-    if float(total.min()) < 1e-30:   # a steering far from the base model's answers: too small for float32, use logs
-        logits = base.clamp_min(1e-38).log() + shift.clamp_min(1e-38).log()
-        return torch.softmax(logits, -1).mean(0)
-    return (total.reciprocal() @ base) * shift / len(base)
+def _mean_softmax(bases: list[Tensor], shifts: Tensor) -> Tensor:
+    """(B, V) means over positions of softmax(log base + log shift), from B of (n, V) and (B, V): two matrix-vector
+    products each."""
+    out, least = [], []
+    for base, shift in zip(bases, shifts, strict=True):
+        total = base @ shift
+        least.append(total.min())
+        out.append((total.reciprocal() @ base) * shift / len(base))
+    for i, low in enumerate(torch.stack(least).tolist()):   # one wait for the device
+        if low < 1e-30:   # a steering far from the base model's answers: too small for float32, use logs
+            logits = bases[i].clamp_min(1e-38).log() + shifts[i].clamp_min(1e-38).log()
+            out[i] = torch.softmax(logits, -1).mean(0)
+    return torch.stack(out)
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -370,7 +384,7 @@ def lm_loss(lm: LM, rows: list[Row]) -> Tensor:
     """Mean over examples of the mean NLL of the right answer's tokens. () float32."""
     rows = [gold_row(r) for r in rows]
     sums = torch.cat(branch_logprobs(lm, rows, *hidden_states(lm, rows)))
-    lengths = torch.tensor([len(r.branches[0]) - r.starts[0] for r in rows], device=sums.device)
+    lengths = to_device(torch.tensor([len(r.branches[0]) - r.starts[0] for r in rows]), sums.device)
     return -(sums / lengths).mean()
 
 
@@ -400,8 +414,10 @@ def prompt_nll(lm: LM, rows: list[Row]) -> Tensor:
 
 @torch.no_grad()
 def generate_answers(lm: LM, adapter: Adapter | None, examples: list[Example], max_new_tokens: int,
-                     batch_size: int = 16) -> list[str]:
-    """Greedy answers, longest inputs first, left-padded, `batch_size` at most and four times `lm.budget` tokens."""
+                     batch_size: int = 0) -> list[str]:
+    """Greedy answers, longest inputs first, left-padded, `batch_size` at most (0 = 16 on a CPU, else 128) and four
+    times `lm.budget` tokens."""
+    batch_size = batch_size or (16 if lm.model.device.type == "cpu" else 128)
     texts = [input_text(lm, e) for e in examples]
     ids = [encode(lm, t)[-lm.max_tokens:] for t in texts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
