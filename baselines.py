@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -60,11 +59,12 @@ def train_baselines(cfg, run: Run) -> dict:
     meta = [m for m in META_TRAINED if m in cfg.evaluate.methods
             or (m == "maml" and "maml_matched" in cfg.evaluate.methods)]
     left = sorted({left_out_for(cfg, t.name) for t in wanted})
-    for method, left_out in run.deal([(m, out) for m in meta if m != "union" for out in left]):
+    together = [m for m in meta if cfg.data_parallel and _batch_rows(cfg, m) >= run.world]
+    for method, left_out in run.deal([(m, out) for m in meta if m not in together for out in left]):
         if not run.finished(f"baselines/{method}/{left_out}", "baselines"):
             _meta_train(cfg, run, method, left_out)
-    for left_out, part, parts in run.divide(left if "union" in meta else [], "baselines", "baselines/union"):
-        _meta_train(cfg, run, "union", left_out, part, parts)
+    for unit, part, parts in run.divide([f"{m}/{out}" for m in together for out in left], "baselines", "baselines"):
+        _meta_train(cfg, run, *unit.split("/"), part, parts)
     methods = [m for m in ("no_meta", *META_TRAINED, "maml_matched") if m in cfg.evaluate.methods]
     adapt = {"abmll": _adapt_posterior, "maml_matched": _adapt_matched}
     for method, task in run.deal([(m, t) for t in wanted for m in methods]):
@@ -93,21 +93,62 @@ class Draws:
         return rows
 
 
+def _batch_rows(cfg, method: str) -> int:
+    """Rows of a method's batches. Ranks train it together only if each finds one in every batch."""
+    return cfg.collect.batch_size if method == "union" else getattr(cfg.baselines, method).batch_size
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of the `parts` ranks that train together this is number `part`: each takes every parts-th row of a batch."""
+
+    run: Run
+    part: int = 0
+    parts: int = 1
+
+    def loss(self, lm: LM, rows: list, loss_fn) -> Tensor:
+        """This rank's summand of the mean loss of rows."""
+        mine = rows[self.part::self.parts]   # a rank beyond the batch repeats one row with no weight
+        return len(mine) / len(rows) * loss_fn(lm, mine or rows[:1])
+
+    def add_up(self, tensors: list[Tensor]) -> None:
+        """Sum over ranks, in place."""
+        if self.parts > 1:
+            self.run.sum_over_ranks(tensors)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of every rank's tensor, differentiable any number of times: the summands' gradients are the sum of all
+    ranks' gradients of it."""
+
+    @staticmethod
+    def forward(ctx, share: Share, x: Tensor) -> Tensor:
+        ctx.share, total = share, x.clone()
+        share.add_up([total])
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        return None, SumOverRanks.apply(ctx.share, grad)
+
+
 def _meta_train(cfg, run: Run, method: str, left_out: str, part: int = 0, parts: int = 1) -> None:
     """Train one start, keep its loss curve and its budget. A diverged training is kept, and called so.
 
-    Only the union has batches worth dividing over ranks (`parts`); the others' hold a row or two.
+    All ranks draw the same batches and noise, take their share of the rows, and make the same updates from summed
+    gradients.
     """
     started, lm, folder = time.monotonic(), load_lm(run), run.path / f"baselines/{method}/{left_out}"
     draws, losses, extra = Draws(cfg, run, left_out, method), [], {}
-    passes, failed = lm.backwards, None
-    train = {"union": partial(_train_union, part=part, parts=parts), "reptile": _train_reptile, "maml": _train_maml,
-             "abmll": _train_abmll}[method]
+    passes, failed, share = lm.backwards, None, Share(run, part, parts)
+    train = {"union": _train_union, "reptile": _train_reptile, "maml": _train_maml, "abmll": _train_abmll}[method]
     try:
-        start, extra = train(cfg, run, draws, losses)
+        start, extra = train(cfg, run, draws, losses, share)
     except FloatingPointError as e:
         failed, _, start, *rest = e.args
         extra = rest[0] if rest else {}
+    passes = torch.tensor(lm.backwards - passes, dtype=torch.float64, device=run.device)
+    share.add_up([passes])
     if part:
         return
     save_adapter(folder, start, lm.layout, cfg.model.name, cfg.model.revision)
@@ -115,21 +156,21 @@ def _meta_train(cfg, run: Run, method: str, left_out: str, part: int = 0, parts:
         save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in extra.items()})
     write_json(folder / "losses.json", [round(x, 5) for x in losses])
     run.finish(f"baselines/{method}/{left_out}", "baselines", started, ranks=parts, steps=len(losses),
-               tokens=draws.tokens, backwards=lm.backwards - passes, labels=sum(map(len, draws.tasks.values())),
+               tokens=draws.tokens, backwards=int(passes), labels=sum(map(len, draws.tasks.values())),
                diverged_at=failed)
     ends = f"loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}" if losses else "no step"
     run.log(f"{method} without {left_out}: {ends if failed is None else f'diverged at step {failed + 1}'} in "
             f"{time.monotonic() - started:.0f} s", True)
 
 
-def _train_union(cfg, run: Run, draws: Draws, losses: list[float], part: int, parts: int) -> tuple[Adapter, dict]:
+def _train_union(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
     """One adapter on the shuffled union: `collect`'s schedule, longer by the number of tasks (`step_share` of it)."""
     c, lm = cfg.collect, load_lm(run)
     longer = cfg.baselines.union.step_share * len(draws.tasks)
     first, second = (max(1, round(s * longer)) for s in (c.pretrain_steps, c.finetune_steps))
 
     def batches():
-        for _ in run.track(range(first + second), "union", together=parts > 1):
+        for _ in run.track(range(first + second), "union", together=share.parts > 1):
             yield [r for _ in range(c.batch_size) for r in draws.rows(draws.task(), 1)]
 
     def lr(s):
@@ -138,31 +179,28 @@ def _train_union(cfg, run: Run, draws: Draws, losses: list[float], part: int, pa
         return rate(s - first, second, c.finetune_lr, 0, c.schedule)
 
     loss_fn = {"lm": lm_loss, "choice": choice_loss}[c.loss]
-
-    def loss_of_share(batch):   # a rank beyond the batch repeats one row with no weight
-        mine = batch[part::parts]
-        return len(mine) / len(batch) * loss_fn(lm, mine or batch[:1])
-    return train_adapter(lm.model, lm.layout, init_adapter(lm.layout, cfg.seed), batches(), loss_of_share, lr=lr,
-                         clip=c.clip, on_step=lambda s, loss, _: losses.append(loss),
-                         add_up=run.sum_over_ranks if parts > 1 else None), {}
+    return train_adapter(lm.model, lm.layout, init_adapter(lm.layout, cfg.seed), batches(),
+                         lambda rows: share.loss(lm, rows, loss_fn), lr=lr, clip=c.clip,
+                         on_step=lambda s, loss, _: losses.append(loss), add_up=share.add_up), {}
 
 
-def _train_reptile(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
+def _train_reptile(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
     """Move the start a share of the way to where a few steps on one task lead."""
     b, lm = cfg.baselines.reptile, load_lm(run)
     start = init_adapter(lm.layout, cfg.seed)
-    for step in run.track(range(b.meta_steps), "reptile"):
+    for step in run.track(range(b.meta_steps), "reptile", together=share.parts > 1):
         task, inner = draws.task(), []
         try:
             there = train_adapter(lm.model, lm.layout, start, [draws.rows(task, b.batch_size)
                                                                for _ in range(b.inner_steps)],
-                                  lambda rows: lm_loss(lm, rows), lr=lambda s: b.inner_lr, clip=cfg.collect.clip,
+                                  lambda rows: share.loss(lm, rows, lm_loss), lr=lambda s: b.inner_lr,
+                                  clip=cfg.collect.clip, add_up=share.add_up,
                                   on_step=lambda s, loss, _, inner=inner: inner.append(loss))
         except FloatingPointError:
             raise FloatingPointError(step, losses[-1:], start) from None
         losses.append(inner[-1])
-        share = b.outer_rate * (1 - step / b.meta_steps)
-        start = {k: v + share * (there[k] - v) for k, v in start.items()}
+        way = b.outer_rate * (1 - step / b.meta_steps)
+        start = {k: v + way * (there[k] - v) for k, v in start.items()}
     return start, {}
 
 
@@ -191,26 +229,30 @@ def shared_update(theta: Tensor, grad: Tensor, state: Moments, lr: float, decay:
     return theta - lr * (m / (v.clamp_min(1e-30).sqrt() + EPS) + decay * theta)
 
 
-def meta_gradient(theta: Tensor, state: Moments, episodes: list, lr: float, decay: float,
-                  order: int) -> tuple[Tensor, float]:
+def meta_gradient(theta: Tensor, state: Moments, episodes: list, lr: float, decay: float, order: int,
+                  share: Share | None = None) -> tuple[Tensor, float]:
     """Gradient with respect to theta of the mean query loss after the inner steps, and that loss.
 
     Args:
         episodes: one (inner losses, query loss) per task, each a function of a (D,) vector.
         order: 2 differentiates through the inner updates; 1 takes the gradient at their end.
+        share: where ranks train together, the losses being their summands.
     """
-    total, value = torch.zeros_like(theta), 0.0
+    total, value = torch.zeros_like(theta), theta.new_zeros(())
     for inner, query in episodes:
         start = fast = theta.detach().requires_grad_()
         for loss_fn in inner:
             grad, = torch.autograd.grad(loss_fn(fast), fast, create_graph=order == 2)
+            grad = grad if share is None else SumOverRanks.apply(share, grad)
             fast = shared_update(fast, grad, state, lr, decay)
             if order == 1:
                 fast = fast.detach().requires_grad_()
         loss = query(fast)
         total += torch.autograd.grad(loss, start if order == 2 else fast)[0]
-        value += float(loss.detach())
-    return total / len(episodes), value / len(episodes)
+        value = value + loss.detach()
+    if share is not None:
+        share.add_up([total, value])
+    return total / len(episodes), float(value) / len(episodes)
 
 
 def vector_loss(lm: LM, rows: list, loss_fn=lm_loss):
@@ -229,19 +271,22 @@ def _clip(grad: Tensor, limit: float) -> Tensor:
     return grad * (limit / (grad.norm() + 1e-6)).clamp(max=1.0)
 
 
-def _train_maml(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
+def _train_maml(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
     """MAML-en-LLM: n tasks per step, k inner steps each, query batches that share no row with the inner ones."""
     b, lm = cfg.baselines.maml, load_lm(run)
     theta = flatten_adapter(init_adapter(lm.layout, cfg.seed), lm.layout).to(lm.model.device)
     state = Moments(torch.zeros_like(theta), torch.zeros_like(theta))
+
+    def summand(lm, rows):
+        return share.loss(lm, rows, lm_loss)
     try:
-        for step in run.track(range(b.meta_steps), "maml"):
+        for step in run.track(range(b.meta_steps), "maml", together=share.parts > 1):
             episodes = []
             for _ in range(b.tasks_per_step):
                 rows = draws.rows(draws.task(), b.batch_size * (b.inner_steps + 1))
-                parts = [vector_loss(lm, rows[i::b.inner_steps + 1]) for i in range(b.inner_steps + 1)]
+                parts = [vector_loss(lm, rows[i::b.inner_steps + 1], summand) for i in range(b.inner_steps + 1)]
                 episodes.append((parts[:-1], parts[-1]))
-            grad, loss = meta_gradient(theta, state, episodes, b.inner_lr, b.weight_decay, b.order)
+            grad, loss = meta_gradient(theta, state, episodes, b.inner_lr, b.weight_decay, b.order, share)
             if not (math.isfinite(loss) and torch.isfinite(grad).all()):
                 raise FloatingPointError(step, losses[-1:], unflatten_adapter(theta.cpu(), lm.layout))
             theta = shared_update(theta, _clip(grad, b.clip), state, b.outer_lr, b.weight_decay)
@@ -264,13 +309,14 @@ def negative_log_prior(mean: Tensor, log_sd: Tensor) -> Tensor:
     return 0.5 * (mean ** 2).sum() + 0.01 * torch.exp(-2 * log_sd).sum()
 
 
-def infer_posterior(lm: LM, prior: Tensor, batches: list, b, rng: torch.Generator) -> Tensor:
+def infer_posterior(lm: LM, prior: Tensor, batches: list, b, rng: torch.Generator, share: Share) -> Tensor:
     """A task's (2, D) posterior: one gradient step per batch on E[NLL] + beta KL, from the prior (as ABML starts)."""
     phi = prior.detach()
     for rows in batches:
         phi = phi.detach().requires_grad_()
-        loss = expected_nll(lm, phi, rows, b, rng) + b.beta * posterior_kl(lm, phi, prior, b)
+        loss = expected_nll(lm, phi, rows, b, rng, share) + b.beta / share.parts * posterior_kl(lm, phi, prior, b)
         grad, = torch.autograd.grad(loss, phi)
+        share.add_up([grad])
         phi = phi - b.inner_lr * _clip(grad, b.clip)
     return phi.detach()
 
@@ -281,12 +327,12 @@ def posterior_kl(lm: LM, phi: Tensor, prior: Tensor, b) -> Tensor:
     return sum(gaussian_kl(*q, *p) for q, p in pairs)
 
 
-def expected_nll(lm: LM, phi: Tensor, rows: list, b, rng: torch.Generator) -> Tensor:
-    """Monte-Carlo mean of the loss over draws from phi."""
+def expected_nll(lm: LM, phi: Tensor, rows: list, b, rng: torch.Generator, share: Share) -> Tensor:
+    """Monte-Carlo mean of the loss over draws from phi; of several ranks, this one's summand."""
     total = 0.0
     for _ in range(b.train_samples):
         swap_adapter(lm.model, lm.layout, draw_adapter(phi, lm.layout, b.space, b.init_log_sd, rng))
-        total = total + lm_loss(lm, rows)
+        total = total + share.loss(lm, rows, lm_loss)
     return total / b.train_samples
 
 
@@ -303,7 +349,7 @@ def initial_posterior(lm: LM, b, seed: int) -> Tensor:
     return torch.stack([mean, flatten_adapter(spread, lm.layout)])
 
 
-def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
+def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
     """Amortised Bayesian meta-learning: a diagonal Gaussian over the entries of A and B, or of dW (`space`).
 
     Each step infers the posterior of one batch of tasks (K first-order steps), then moves theta along the gradient of
@@ -318,19 +364,21 @@ def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float]) -> tuple[Adap
         mean, spread = (unflatten_adapter(row, lm.layout) for row in theta.detach().cpu())
         return mean, spread
     try:
-        for step in run.track(range(b.meta_steps), "abmll"):
-            total, value = torch.zeros_like(theta), 0.0
+        for step in run.track(range(b.meta_steps), "abmll", together=share.parts > 1):
+            total, value = torch.zeros_like(theta), theta.new_zeros(())
             for _ in range(b.tasks_per_step):
                 rows = draws.rows(draws.task(), b.batch_size * (b.inner_steps + 1))
                 parts = [rows[i::b.inner_steps + 1] for i in range(b.inner_steps + 1)]
                 prior = theta.detach().clone().requires_grad_()
-                phi = infer_posterior(lm, prior.detach(), parts[:-1], b, rng).requires_grad_()
-                nll = expected_nll(lm, phi, parts[-1], b, rng)
-                loss = nll + b.beta * posterior_kl(lm, phi, prior, b)
+                phi = infer_posterior(lm, prior.detach(), parts[:-1], b, rng, share).requires_grad_()
+                nll = expected_nll(lm, phi, parts[-1], b, rng, share)
+                loss = nll + b.beta / share.parts * posterior_kl(lm, phi, prior, b)
                 for moments in posterior_moments(prior, lm.layout, b.space, b.init_log_sd):
-                    loss = loss + b.beta * negative_log_prior(*moments)
+                    loss = loss + b.beta / share.parts * negative_log_prior(*moments)
                 total += sum(torch.autograd.grad(loss, (phi, prior)))
-                value += float(nll.detach())
+                value += nll.detach()
+            share.add_up([total, value])
+            value = float(value)
             if not (math.isfinite(value) and torch.isfinite(total).all()):
                 raise FloatingPointError(step, losses[-1:], *split())
             theta.grad = _clip(total / b.tasks_per_step, b.clip)
@@ -351,7 +399,7 @@ def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
     rows = [make_row(lm, e) for e in task.support]
     try:
         mean, spread = (unflatten_adapter(v.cpu(), lm.layout)
-                        for v in infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng))
+                        for v in infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng, Share(run)))
     finally:
         clear_adapters(lm.model)
     save_adapter(folder, mean, lm.layout, cfg.model.name, cfg.model.revision)

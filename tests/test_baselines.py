@@ -10,6 +10,7 @@ from conftest import run_command
 from baselines import (
     Draws,
     Moments,
+    Share,
     gaussian_kl,
     infer_posterior,
     initial_posterior,
@@ -129,6 +130,37 @@ def test_meta_gradient_of_the_language_model(tmp_path, tiny_args):
         clear_adapters(lm.model)
 
 
+def summands(seed: int, part: int):
+    """Halves of a curved loss that differ from each other."""
+    whole, odd = curved(seed), curved(seed + 50)
+    return lambda x: 0.5 * whole(x) + (1 - 2 * part) * odd(x)
+
+
+def meta_gradient_of_one_rank(rank: int, store: str, folder: str) -> None:
+    """What one of two ranks gets that holds half of every loss."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    share = Share(Run(Path(folder), None, rank, 2), rank, 2)
+    theta, found = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64), {}
+    for order in (1, 2):
+        episodes = [([summands(10 * t + i, rank) for i in range(3)], summands(10 * t + 9, rank)) for t in range(2)]
+        found[order] = meta_gradient(theta, state(5), episodes, 0.05, 0.01, order, share)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_hold_summands_get_the_meta_gradient_of_the_sum(tmp_path):
+    """Through three inner steps, both orders, in float64: the inner gradients' sum carries its graph over ranks."""
+    torch.multiprocessing.spawn(meta_gradient_of_one_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    theta = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for order in (1, 2):
+        episodes = [([curved(10 * t + i) for i in range(3)], curved(10 * t + 9)) for t in range(2)]
+        want, loss = meta_gradient(theta, state(5), episodes, 0.05, 0.01, order)
+        for rank in range(2):
+            got, value = torch.load(tmp_path / f"{rank}.pt")[order]
+            torch.testing.assert_close(got, want)
+            assert value == pytest.approx(loss)
+
+
 def test_orders_agree_where_the_loss_is_linear():
     """With a constant inner gradient and no decay nothing is lost by stopping at the end of the inner steps."""
     a = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -227,7 +259,7 @@ def test_posterior_fits_the_task(tiny_args, space):
 
     def fit(beta):
         rng = torch.Generator().manual_seed(0)
-        return infer_posterior(lm, prior, [rows] * 10, b.model_copy(update={"beta": beta}), rng)
+        return infer_posterior(lm, prior, [rows] * 10, b.model_copy(update={"beta": beta}), rng, Share(run))
     try:
         free, held = fit(0.0), fit(1e4)
         with torch.no_grad():

@@ -201,7 +201,7 @@ def test_a_gap_among_a_csv_rows_options_is_a_fault(tmp_path):
     assert read_user_file(file)[0]["choices"] == ["one", "two"]
 
 
-@pytest.mark.parametrize("words, complaint", [
+@pytest.mark.parametrize("mistake, complaint", [
     (["stage=adapt", "task=nothing.txt"], "expected a .jsonl or .csv file"),
     (["stage=collect", "task=a.jsonl"], "stage=adapt, export or predict"),
     (["stage=adapt", "task=alpha.jsonl"], "rename it"), (["stage=adapt", "task=none.jsonl"], "rename it"),
@@ -214,9 +214,9 @@ def test_a_gap_among_a_csv_rows_options_is_a_fault(tmp_path):
     (["stage=predict"], "needs input="),
     (["stage=predict", "input=a.jsonl", "output=b.jsonl"], "stage=export"),
     (["stage=predict", "input=a.jsonl", "output=b.jsonl", "adapter=nowhere"], "stage=export")])
-def test_mistakes_are_named(full, words, capsys, complaint):
+def test_mistakes_are_named(full, mistake, capsys, complaint):
     """One line, exit 2, and what to do instead."""
-    assert run_command([f"run={full}", *words]) == 2
+    assert run_command([f"run={full}", *mistake]) == 2
     err = capsys.readouterr().err
     assert complaint in err and "Traceback" not in err
 

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from conftest import FULL_RUN, run_command
 from safetensors.torch import load_file
 
 import scoring
-from config import ROOT, load_config
+from config import META_TRAINED, ROOT, load_config
 from generator import HyperConvDecoder
 from lora import load_adapter, swap_adapter
 from runtime import Run, read_json, read_jsonl
@@ -203,10 +204,17 @@ def test_ranks_that_share_out_moments_stop_and_resume(full, words, tmp_path):
     assert a.read_bytes() == b.read_bytes() and not state.exists()
 
 
-def test_two_ranks_train_union_and_vae_together(copy, words, tmp_path):
-    """data_parallel: the losses, step by step, and the reconstruction of one rank, up to the order of sums."""
-    more = ["evaluate.methods=[base, degaml_plus, union, aligned]", "baselines.union.step_share=1.0",
-            "align.meta_epochs=5", "align.draws=2", "align.prompts=2", "align.latent=4", "align.batch_size=3"]
+def test_two_ranks_train_baselines_and_vae_together(copy, words, tmp_path):
+    """data_parallel: the losses, step by step, and the reconstruction of one rank, up to the order of sums. Batches of
+    three leave one rank two rows and the other one."""
+    more = [f"evaluate.methods=[base, degaml_plus, aligned, {', '.join(META_TRAINED)}]", "data.targets=[alpha, delta]",
+            "baselines.union.step_share=1.0", "align.meta_epochs=5", "align.draws=2", "align.prompts=2",
+            "align.latent=4", "align.batch_size=3", "baselines.reptile.meta_steps=6", "baselines.reptile.inner_steps=2",
+            "baselines.reptile.inner_lr=0.01", "baselines.reptile.batch_size=3", "baselines.maml.meta_steps=6",
+            "baselines.maml.inner_steps=2", "baselines.maml.batch_size=3", "baselines.maml.inner_lr=0.03",
+            "baselines.maml.outer_lr=0.01", "baselines.abmll.meta_steps=6", "baselines.abmll.inner_steps=2",
+            "baselines.abmll.batch_size=3", "baselines.abmll.inner_lr=0.3", "baselines.abmll.outer_lr=0.01",
+            "baselines.abmll.beta=0.001"]
     shutil.copytree(copy, tmp_path / "two")
     assert run_command([*words, *more, "stage=align"]) == 0 and run_command([*words, *more, "stage=baselines"]) == 0
     log = tmp_path / "ranks.log"
@@ -215,11 +223,16 @@ def test_two_ranks_train_union_and_vae_together(copy, words, tmp_path):
         with open(log, "w") as out:
             done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
         assert done.returncode == 0, log.read_text()[-3000:]
-    curves = sorted(copy.glob("baselines/union/*/losses.json"))
+    curves = sorted(copy.glob("baselines/*/*/losses.json"))
     fits = sorted(copy.glob("align/*/DONE.json"))
-    assert len(curves) == len(fits) == 4
+    assert len(curves) == 2 * len(META_TRAINED) and len(fits) == 2
     for one in curves:
-        assert read_json(tmp_path / "two" / one.relative_to(copy)) == pytest.approx(read_json(one), rel=1e-3)
+        other = tmp_path / "two" / one.relative_to(copy)
+        losses = read_json(one)
+        assert read_json(other) == pytest.approx(losses, rel=2e-3), str(one)
+        assert max(losses) - min(losses) > 0.02 * losses[0], "the steps changed something"
+        a, b = (read_json(p.with_name("DONE.json")) for p in (one, other))
+        assert b["ranks"] == 2 and a["tokens"] == b["tokens"] and a["backwards"] == b["backwards"]
     for one in fits:
         a, b = read_json(one), read_json(tmp_path / "two" / one.relative_to(copy))
         assert (b["r2"], b["kl"]) == pytest.approx((a["r2"], a["kl"]), rel=1e-2, abs=1e-4)
@@ -304,6 +317,30 @@ def test_a_dead_worker_is_restarted(full, words, tmp_path):
     assert len((folder / "command.txt").read_text().splitlines()) == 3, "begun thrice"
     drop = ("seconds", "provenance", "forwards", "backwards")
     assert stable(results_of(folder), drop) == stable(results_of(full), drop)
+
+
+def test_two_nodes_give_the_results_of_one_process(full, words, tmp_path):
+    """The README's two-node line, both agents on this machine: one run folder, one rank each, the same results."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+               f"--rdzv-endpoint=localhost:{port}", "--max-restarts=3", "degaml.py", *words, "stage=all",
+               f"run={tmp_path / 'two'}"]
+    logs, nodes = [tmp_path / "head.log", tmp_path / "other.log"], []
+    try:
+        for log in logs:
+            with open(log, "w") as out:
+                nodes.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out,
+                                              env=environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}))
+        for node, log in zip(nodes, logs, strict=True):
+            assert node.wait(timeout=200) == 0, log.read_text()[-3000:]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert stable(results_of(tmp_path / "two")) == stable(results_of(full))
+    text = (tmp_path / "two/log.txt").read_text()
+    assert "[0] " in text and "[1] " in text, "both nodes took units"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
