@@ -49,6 +49,7 @@ Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0, le=1)]
 ALIGNED = ("aligned", "tempo", "tempo_plus")              # methods that start from the aligned adapter (paper T)
+GENERATED = ("generator", "degaml", "degaml_plus", *ALIGNED)   # often keep one and the same adapter: scored together
 META_TRAINED = ("maml", "abmll", "union", "reptile")      # baselines with a meta-training of their own, longest first
 USER_STAGES = ("export", "predict")                       # what one does with an adapter, besides stage=adapt task=
 ASIDE = (*USER_STAGES, "config", "doctor", "check", "assets")   # stages that make no part of a run

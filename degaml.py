@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from config import ALIGNED, ASIDE, META_TRAINED, ROOT, SAVING, STOP, Stopped, UserError, load_config
+from config import ALIGNED, ASIDE, GENERATED, META_TRAINED, ROOT, SAVING, STOP, Stopped, UserError, load_config
 
 
 def run_assets(cfg, run) -> dict:
@@ -169,15 +169,17 @@ STAGES = {"assets": run_assets, "config": run_config, "doctor": run_doctor, "che
 
 
 def run_stage(name: str, cfg, run) -> dict:
-    """Run one stage on every rank, keep its seconds, and say what came out."""
-    from runtime import write_json
+    """Run one stage on every rank, keep its seconds and rank 0's peak memory, and say what came out."""
+    from runtime import peak_memory, read_json, write_json
     start = time.monotonic()
     out = STAGES[name](cfg, run)
     run.barrier()
     if run.rank == 0 and name not in ("all", *ASIDE) and not cfg.task:
-        took = time.monotonic() - start
-        write_json(run.path / "stages" / f"{name}.json", {**cost_of(name, run.path, took), **out})
-        run.log(f"stage {name}: {took:.0f} s " + " ".join(f"{k}={_show(v)}" for k, v in out.items()))
+        took, record = time.monotonic() - start, run.path / "stages" / f"{name}.json"
+        before = read_json(record).get("memory_gib", 0) if record.is_file() else 0   # of an attempt that did the work
+        memory = max(before, peak_memory(run.device))
+        write_json(record, {**cost_of(name, run.path, took), "memory_gib": memory, **out})
+        run.log(f"stage {name}: {took:.0f} s, {memory:.1f} GiB " + " ".join(f"{k}={_show(v)}" for k, v in out.items()))
     return out
 
 
@@ -194,8 +196,8 @@ def cost_of(name: str, folder: Path, took: float) -> dict:
             record = read_json(done)
             if not record.get("own_task"):
                 total += record["seconds"]
-                # adapt and evaluate deal out tasks, with all their methods
-                unit = done.parent.name if name in ("adapt", "evaluate") else done
+                together = name == "adapt" or name == "evaluate" and done.parent.parent.name in GENERATED
+                unit = done.parent.name if together else done   # dealt out as a task with all these methods
                 units[unit] = units.get(unit, 0.0) + record["seconds"] / record.get("ranks", 1)
         path += max(units.values(), default=0.0)
     return {"seconds": round(total or took, 1), "seconds_critical_path": round(path or took, 1)}

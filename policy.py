@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from alignment import align_adapter, load_aligner
-from config import ALIGNED, META_TRAINED, UserError
+from config import ALIGNED, GENERATED, META_TRAINED, UserError
 from data import Task, describe_tasks, load_tasks
 from generator import (
     adapter_hash,
@@ -532,23 +532,25 @@ def evaluate_methods(cfg, run: Run) -> dict:
     wanted = [tasks[t] for t in cfg.data.targets or tasks]
     if run.rank == 0:
         _keep_example_ids(run, wanted)
-    for task in run.deal(sorted(wanted, key=lambda t: -sum(len(e.prompt + "".join(e.options)) for e in t.test))):
-        _evaluate_task(cfg, run, task)
+    methods = cfg.evaluate.methods
+    groups = [[m for m in methods if m in GENERATED], *([m] for m in methods if m not in GENERATED)]
+    size = {t.name: sum(len(e.prompt + "".join(e.options)) for e in t.test) for t in wanted}
+    for task, group in run.deal(sorted(((t, g) for t in wanted for g in groups), key=lambda u: -size[u[0].name])):
+        _evaluate_task(cfg, run, task, group)
     return {}
 
 
-def _evaluate_task(cfg, run: Run, task: Task) -> None:
+def _evaluate_task(cfg, run: Run, task: Task, methods: list[str]) -> None:
+    """Score methods on a task's test examples, an adapter that several of them share once."""
     lm, todo = load_lm(run), []
-    for method in cfg.evaluate.methods:
+    for method in methods:
         if method == "own" and task.domain != "id":
             continue
         if not run.finished(f"scores/{method}/{task.name}", "evaluate", method):
             (run.path / f"scores/{method}/{task.name}.jsonl").unlink(missing_ok=True)   # another configuration's
             todo.append(method)
-    if not todo:
-        return
-    generated = {"wrong_prompts", "generator", "degaml", "degaml_plus", "abmll", *ALIGNED} & set(todo)
-    targets = {a: make_target(run, task, aligned=a) for a in {m in ALIGNED for m in generated}}
+    drawn = {m in ALIGNED for m in todo if m in GENERATED or m == "abmll"}
+    targets = {aligned: make_target(run, task, aligned=aligned) for aligned in drawn}
     memo: dict = {}
     for method in run.track(todo, f"evaluate {task.name}"):
         start, passes = time.monotonic(), lm.forwards
