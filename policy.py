@@ -47,7 +47,18 @@ from lora import (
     swap_adapter,
     train_adapter,
 )
-from runtime import Run, fingerprint, read_json, read_jsonl, rng_for, seed_for, write_json, write_jsonl, write_text
+from runtime import (
+    Run,
+    fingerprint,
+    read_json,
+    read_jsonl,
+    rng_for,
+    seed_for,
+    to_device,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from scoring import (
     LM,
     Row,
@@ -139,7 +150,7 @@ def sample_proposals(lm: LM, layout: Layout, adapter: Adapter | None, prompt: st
         json.dumps(s), overrides={"whitespace_flexible": False})) for s in schemas]
     if error := next((m.get_error() for m in matchers if m.is_error()), ""):
         raise RuntimeError(f"the strategy grammar does not compile: {error}")
-    bits = llnp.allocate_token_bitmask(n, vocab)
+    bits, places = llnp.allocate_token_bitmask(n, vocab), torch.arange(8, device=lm.model.device)
     rng = torch.Generator().manual_seed(seed)
     out: list[list[int]] = [[] for _ in range(n)]
     swap_adapter(lm.model, layout, adapter)
@@ -155,9 +166,9 @@ def sample_proposals(lm: LM, layout: Layout, adapter: Adapter | None, prompt: st
             for i, m in enumerate(matchers):
                 if live[i]:
                     llnp.fill_next_token_bitmask(m, bits, i)
-            mask = torch.from_numpy(bits.view("uint8").copy())
-            allowed = ((mask[:, :, None] >> torch.arange(8)) & 1).view(n, -1)[:, :vocab].bool()
-            chosen = _sample(logits.cpu().masked_fill(~allowed, float("-inf")), policy, rng)
+            mask = to_device(torch.from_numpy(bits.view("uint8").copy()), logits.device)
+            allowed = ((mask[:, :, None] >> places) & 1).view(n, -1)[:, :vocab].bool()
+            chosen = _sample(logits.masked_fill(~allowed, float("-inf")), policy, rng)
             for i, token in enumerate(chosen):
                 if live[i] and matchers[i].consume_token(token) and not (matchers[i].is_stopped()
                                                                          and token == lm.tokenizer.eos_token_id):
@@ -173,7 +184,7 @@ def sample_proposals(lm: LM, layout: Layout, adapter: Adapter | None, prompt: st
 def _sample(logits, policy, rng) -> list[int]:
     """Temperature, top-k, top-p. Rows with no allowed token (finished sequences) give any; it is not read."""
     logits = torch.where(torch.isinf(logits).all(-1, keepdim=True), torch.zeros_like(logits), logits)
-    values, index = (logits / policy.temperature).topk(min(policy.top_k, logits.shape[-1]))
+    values, index = (x.cpu() for x in (logits / policy.temperature).topk(min(policy.top_k, logits.shape[-1])))
     p = torch.softmax(values, -1)
     p = torch.where(p.cumsum(-1) - p < policy.top_p, p, 0.0)   # the token that crosses top_p stays
     return index.gather(1, torch.multinomial(p, 1, generator=rng))[:, 0].tolist()

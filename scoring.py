@@ -10,6 +10,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -313,22 +314,25 @@ def score_examples(lm: LM, adapter: Adapter | None, examples: list[Example], *, 
     Args: slot: (steps, lr) of latent steering, or None.
     """
     rows = [make_row(lm, e) for e in examples]
-    out: list[Scores | None] = [None] * len(rows)
+    batches, sums = plan_batches(rows, lm.budget), []
     swap_adapter(lm.model, layout or lm.layout, adapter)
     try:
         with torch.no_grad():
-            for batch in plan_batches(rows, lm.budget):
+            for batch in batches:
                 group = [rows[i] for i in batch]
                 hidden, starts = hidden_states(lm, group)
                 if slot is not None:
                     deltas = slot_deltas(lm, group, hidden, starts, *slot).to(hidden.dtype)
                     for delta, start, row in zip(deltas, starts, group, strict=True):
                         hidden[start:start + row.length] += delta
-                for i, sums in zip(batch, branch_logprobs(lm, group, hidden, starts), strict=True):
-                    raw = sums.tolist()
-                    out[i] = Scores(tuple(raw), tuple(s / c for s, c in zip(raw, rows[i].chars, strict=True)))
+                sums += branch_logprobs(lm, group, hidden, starts)
     finally:
         clear_adapters(lm.model)
+    out: list[Scores | None] = [None] * len(rows)
+    values = iter(torch.cat(sums).tolist() if sums else [])   # one wait for the device, for all batches
+    for i in (i for batch in batches for i in batch):
+        raw = tuple(islice(values, len(rows[i].branches)))
+        out[i] = Scores(raw, tuple(s / c for s, c in zip(raw, rows[i].chars, strict=True)))
     return out
 
 
