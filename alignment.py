@@ -189,8 +189,8 @@ def collect_pairs(cfg, run: Run, left_out: str) -> tuple[dict[str, list[tuple[Te
                 made.append((generated, vector, goal if a.pairs == "gen2ckpt" else generated))
             if a.pairs in ("gen2ckpt", "ckpt2ckpt"):
                 made.append((goal, _cached_vector(run, task, goal), goal))
-        pairs[task] = [(to_tokens(x, lm.layout).reshape(-1), v, to_tokens(y, lm.layout).reshape(-1))
-                       for x, v, y in made]
+        flat = {id(x): to_tokens(x, lm.layout).reshape(-1) for start, _, goal in made for x in (start, goal)}
+        pairs[task] = [(flat[id(x)], v, flat[id(y)]) for x, v, y in made]   # a checkpoint serves many pairs
     return pairs, held
 
 
@@ -248,18 +248,17 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     pairs, held = collect_pairs(cfg, run, left_out)
     aligner = _new_aligner(cfg, lm.layout, pairs)
     vae = aligner.vae.to(run.device).train()
-    data = {t: [((x - aligner.mean) / aligner.std, (v - aligner.task_mean) / aligner.task_std,
-                 (y - aligner.mean) / aligner.std) for x, v, y in p] for t, p in pairs.items()}
     opt = torch.optim.Adam(vae.parameters(), lr=a.meta_lr)
     label = "align on all tasks" if left_out == "none" else f"align without {left_out}"
     for epoch in run.track(range(a.meta_epochs), label, together=parts > 1):
         rng = rng_for(cfg.seed, "align", left_out, epoch)
         noise = torch.Generator().manual_seed(seed_for(cfg.seed, "align noise", left_out, epoch))
         weight = a.kl_weight * epoch / max(1, a.meta_epochs - 1)
-        task = str(rng.choice(list(data)))
-        order = rng.permutation(len(data[task]))
+        task = str(rng.choice(list(pairs)))
+        order = rng.permutation(len(pairs[task]))
         half = max(1, min(a.batch_size, len(order) // 2))
-        support, query = (_batch(run, data[task], index[part::parts]) for index in (order[:half], order[-half:]))
+        support, query = (_batch(run, aligner, pairs[task], index[part::parts])
+                          for index in (order[:half], order[-half:]))
         noises = [torch.randn(half, a.latent, generator=noise)[part::parts].to(run.device) for _ in range(2)]
         with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
             grads, mse, kl = fomaml_gradient(vae, support, query, noises, a.inner_lr, a.inner_steps, weight,
@@ -284,9 +283,13 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
             f"{time.monotonic() - started:.0f} s", True)
 
 
-def _batch(run: Run, pairs: list, index: np.ndarray) -> tuple[Tensor, ...]:
-    """(inputs, task vectors, targets) of some pairs; empty where there are none."""
-    return tuple(torch.stack([pairs[i][k] for i in index]).to(run.device) for k in range(3)) if len(index) else ()
+def _batch(run: Run, aligner: Aligner, pairs: list, index: np.ndarray) -> tuple[Tensor, ...]:
+    """(inputs, task vectors, targets) of some pairs, standardised; empty where there are none."""
+    if not len(index):
+        return ()
+    scales = (aligner.mean, aligner.std), (aligner.task_mean, aligner.task_std), (aligner.mean, aligner.std)
+    return tuple(((torch.stack([pairs[i][k] for i in index]) - mean) / std).to(run.device)
+                 for k, (mean, std) in enumerate(scales))
 
 
 def _new_aligner(cfg, layout: Layout, pairs: dict) -> Aligner:

@@ -48,7 +48,7 @@ from runtime import (
     to_device,
     write_json,
 )
-from scoring import LM, choice_loss, input_text, lm_loss, load_lm, make_row
+from scoring import LM, choice_loss, input_text, lm_loss, load_lm, loss_in_parts, make_row
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -108,8 +108,8 @@ def _collect_one(cfg, run: Run, lm: LM, task) -> None:
     first = init_adapter(lm.layout, cfg.seed)
     loss_fn = {"lm": lm_loss, "choice": choice_loss}[c.loss]
     try:
-        train_adapter(lm.model, lm.layout, first, batches(), lambda b: loss_fn(lm, b), lr=lr, clip=c.clip,
-                      on_step=on_step)
+        train_adapter(lm.model, lm.layout, first, batches(), lambda b: loss_in_parts(lm, b, loss_fn), lr=lr,
+                      clip=c.clip, on_step=on_step)
     except FloatingPointError as e:
         step, last, adapter = e.args
         save_tensors(folder / "before_failure.safetensors", adapter)
@@ -419,6 +419,8 @@ class SharedAdamW(torch.optim.AdamW):
         for p, share in zip(self.weights, self.shares, strict=True):
             share.grad = self._share(p.grad)
         super().step()
+        for share in self.shares:   # a view that would keep the gradients alive into the next step
+            share.grad = None
         for rank in range(self.parts if self.parts > 1 else 0):
             self.run.spread([self._share(p.data, rank) for p in self.weights], rank)
 
@@ -547,17 +549,20 @@ def _resume(path: Path, decoder: nn.Module, opt: SharedAdamW, made_with: int) ->
 # --------------------------------------------------------------------------------------------------------- generation
 
 def load_generator(run: Run, left_out: str) -> Generator:
-    """The trained generator of a left-out set, kept for the process. Raises: UserError."""
+    """The trained generator of a left-out set, kept until another is asked for. Raises: UserError."""
     key = f"generator/{left_out}"
     if key not in run.cache:
         lm, g = load_lm(run), run.cfg.generator
+        for other in [k for k in run.cache if k.startswith("generator/")]:
+            del run.cache[other]   # the papers' take 4 GiB each
         if not run.finished(key, "generator", redo=False):
             raise UserError(f"{run.path / key}: not trained yet; run stage=generator")
         state = load_tensors(run.path / key / "generator.safetensors")
         code = TokenCode(g.scale_code, lm.layout, {k[5:]: v for k, v in state.items() if k.startswith("code.")})
-        decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel).to(run.device).eval()
-        decoder.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("decoder.")})
-        run.cache[key] = Generator(decoder.requires_grad_(False), code, left_out)
+        with torch.device("meta"):   # nothing to initialise
+            decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel)
+        decoder.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("decoder.")}, assign=True)
+        run.cache[key] = Generator(decoder.to(run.device).eval().requires_grad_(False), code, left_out)
     return run.cache[key]
 
 

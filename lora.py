@@ -195,7 +195,9 @@ def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: I
     accumulates in the adapter.
 
     Args:
-        batches: one item per step, handed to `loss_fn(batch)`, which returns a scalar loss (or None to skip).
+        batches: one item per step, handed to `loss_fn(batch)`, which returns a scalar loss, or yields (sum, count) of
+            parts of the batch, whose graphs are not held at once: the loss is the sums over the counts. Nothing: no
+            step.
         lr: step (from 0) -> learning rate. on_step: called as on_step(step, loss, adapter()) after each update.
         add_up: where ranks train together on shares of a batch, what sums the gradient and the loss over them.
     Returns: the trained adapter; the model is left bare.
@@ -218,12 +220,13 @@ def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: I
         for step, batch in enumerate(batches):
             with torch.no_grad():
                 copy.copy_(master)
-            loss = loss_fn(batch)
-            if loss is None:
+            found, grad, value, count = loss_fn(batch), 0, 0, 0
+            for loss, n in [(found, 1)] if torch.is_tensor(found) else found:
+                grad = grad + torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, leaves)]).float()
+                value, count = value + loss.detach(), count + n
+            if not count:
                 continue
-            value = loss.detach()
-            grads = torch.autograd.grad(loss, leaves)
-            master.grad = torch.cat([g.reshape(-1) for g in grads]).float()
+            master.grad, value = grad / count, value / count
             if add_up is not None:
                 add_up([master.grad, value])
             value = float(value)
@@ -423,7 +426,7 @@ def posterior_moments(posterior: Tensor, layout: Layout, space: str, log_floor: 
 def draw_adapter(posterior: Tensor, layout: Layout, space: str, log_floor: float, rng: torch.Generator) -> Adapter:
     """One reparameterised draw, through which gradients flow to the posterior. In product space it is of full rank."""
     def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=rng).to(like.device)
+        return torch.randn(like.shape, generator=rng, device=rng.device).to(like.device)
     moments = posterior_moments(posterior, layout, space, log_floor)
     if space == "factor":
         (mean, log_sd), = moments

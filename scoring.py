@@ -394,11 +394,24 @@ def lm_loss(lm: LM, rows: list[Row]) -> Tensor:
 
 def choice_loss(lm: LM, rows: list[Row]) -> Tensor:
     """`lm_loss` plus the cross-entropy of the right option under a softmax over the options' raw log-probabilities."""
-    total = 0.0
-    for sums, r in zip(branch_logprobs(lm, rows, *hidden_states(lm, rows)), rows, strict=True):
+    total, golds = 0.0, to_device(torch.tensor([[r.gold] for r in rows]), lm.model.device)
+    for sums, gold, r in zip(branch_logprobs(lm, rows, *hidden_states(lm, rows)), golds, rows, strict=True):
         nll = -sums[r.gold] / (len(r.branches[r.gold]) - r.starts[r.gold])
-        total = total + nll + F.cross_entropy(sums[None], torch.tensor([r.gold], device=sums.device))
+        total = total + nll + F.cross_entropy(sums[None], gold)
     return total / len(rows)
+
+
+def parts_of(lm: LM, rows: list[Row]) -> list[list[Row]]:
+    """Rows in the parts that a training step takes one after the other, for a GPU's memory; on a CPU all at once."""
+    if lm.model.device.type == "cpu":
+        return [rows]
+    return [[rows[i] for i in part] for part in plan_batches(rows, max(1024, lm.budget // 4))]
+
+
+def loss_in_parts(lm: LM, rows: list[Row], loss_fn):
+    """A loss that is a mean over rows as `train_adapter` takes it: whole, or (sum, count) of one part after another."""
+    parts = parts_of(lm, rows)
+    return loss_fn(lm, rows) if len(parts) == 1 else ((len(p) * loss_fn(lm, p), len(p)) for p in parts)
 
 
 def prompt_nll(lm: LM, rows: list[Row]) -> Tensor:

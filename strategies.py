@@ -11,6 +11,7 @@ Each family takes (target, parameters) and returns a `Refined` that `score_refin
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +30,9 @@ from scoring import (
     choice_loss,
     input_text,
     lm_loss,
+    loss_in_parts,
     make_row,
+    parts_of,
     prompt_nll,
     prompt_row,
     score_examples,
@@ -253,25 +256,30 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
     from the generated adapter; one step is one update.
     """
     lm, b, size = target.lm, target.bounds, strategy["batch_size"]
-    rows = [prompt_row(lm, t) for t in target.texts]
-    order = np.arange(len(rows))
+    order = np.arange(len(target.texts))
     if strategy["shuffle_data"]:
         order = rng_for(target.seed, "ttt", target.name).permutation(order)
     index = np.resize(order, strategy["ttl_steps"] * size).reshape(-1, size)
+    row = functools.cache(lambda i: prompt_row(lm, target.texts[i]))
     selected = []
 
     def loss_fn(batch):
-        nll = prompt_nll(lm, [rows[i] for i in batch])
-        gate = nll.detach() > b.ttl_threshold if b.ttl_threshold else torch.ones_like(nll, dtype=torch.bool)
-        selected.append(int(gate.sum()))
-        if not gate.any():
-            return None
-        weight = b.ttl_lambda * torch.exp(nll.detach() - b.ttl_threshold)
-        return (weight * nll)[gate].sum() / gate.sum()
+        parts = parts_of(lm, [row(i) for i in batch])
+        for part in parts:
+            nll = prompt_nll(lm, part)
+            gate = nll.detach() > b.ttl_threshold if b.ttl_threshold else torch.ones_like(nll, dtype=torch.bool)
+            n = int(gate.sum())
+            selected.append(n)
+            if n:
+                weight = b.ttl_lambda * torch.exp(nll.detach() - b.ttl_threshold)
+                total = (weight * nll)[gate].sum()
+                yield (total / n, 1) if len(parts) == 1 else (total, n)
+            else:
+                del nll   # its graph, before the next part's
 
     adapter = train_adapter(lm.model, lm.layout, target.start, index, loss_fn,
                             lr=lambda s: strategy["learning_rate"], clip=target.clip)
-    return Refined([adapter], notes={"selected": sum(selected), "seen": len(selected) * size})
+    return Refined([adapter], notes={"selected": sum(selected), "seen": index.size})
 
 
 def mix_subspaces(adapter: Adapter, lam: float, mode: str) -> Adapter:
@@ -333,7 +341,7 @@ def train_on_support(target: Target, strategy: Strategy, labelled: list[Example]
             out[s + 1] = snapshot()
 
     train_adapter(lm.model, lm.layout, start, order[:steps * size].reshape(steps, size),
-                  lambda batch: loss_fn(lm, [rows[i] for i in batch]),
+                  lambda batch: loss_in_parts(lm, [rows[i] for i in batch], loss_fn),
                   lr=lambda s: strategy["learning_rate"] * min(1.0, (s + 1) / 3), clip=target.clip, on_step=on_step)
     return out
 
@@ -361,10 +369,14 @@ def score_refined(target: Target, refined: Refined, examples: list[Example]) -> 
                 for j, s in zip(group, score_examples(lm, adapter, [examples[j] for j in group]), strict=True):
                     out[j] = s
         return out
-    each = [_score_cached(target, a, examples, refined.slot) for a in refined.adapters]
-    if not refined.combine:
+    return pool_scores([_score_cached(target, a, examples, refined.slot) for a in refined.adapters], refined.combine)
+
+
+def pool_scores(each: list[list[Scores]], method: str) -> list[Scores]:
+    """One adapter's scores, or several adapters' combined example by example."""
+    if not method:
         return each[0]
-    return [Scores(*(combine([s.of(m) for s in group], refined.combine) for m in ("raw", "norm")))
+    return [Scores(*(combine([s.of(m) for s in group], method) for m in ("raw", "norm")))
             for group in zip(*each, strict=True)]
 
 

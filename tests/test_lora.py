@@ -491,10 +491,10 @@ def test_loss_that_is_not_finite_stops(tiny_lm):
 
 
 def test_batches_without_a_loss_are_skipped(tiny_lm):
-    """A loss of None (no sample selected) makes no update and counts as a step of the schedule."""
+    """No part with a loss (no sample selected) makes no update and counts as a step of the schedule."""
     rows, steps = [make_row(tiny_lm, e) for e in examples(tiny_lm, 2)], []
     out = train_adapter(tiny_lm.model, tiny_lm.layout, init_adapter(tiny_lm.layout, 0), [None, rows, None],
-                        lambda b: None if b is None else lm_loss(tiny_lm, b), lr=lambda s: 1e-3, clip=1.0,
+                        lambda b: () if b is None else lm_loss(tiny_lm, b), lr=lambda s: 1e-3, clip=1.0,
                         on_step=lambda s, *_: steps.append(s))
     assert steps == [1] and digest(out) != digest(init_adapter(tiny_lm.layout, 0))
 

@@ -4,6 +4,7 @@ generation."""
 import dataclasses
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from scoring import (
     match_answer,
     pack,
     parse_letter,
+    parts_of,
     plan_batches,
     project,
     prompt_nll,
@@ -535,6 +537,16 @@ def test_bfloat16_base_scores_in_float32(tiny_model_dir, tiny_lm):
     hidden, starts = states(lm, rows)
     assert hidden.dtype == torch.bfloat16 and project(lm, hidden).dtype == torch.float32
     assert slot_deltas(lm, rows, hidden, starts, 1, 0.1).dtype == torch.float32
+
+
+def test_batches_are_divided_for_a_gpu_alone(tiny_lm):
+    """Every row once, a quarter of the token budget a part; on a CPU one part."""
+    rows = [make_row(tiny_lm, e) for e in EXAMPLES * 20]
+    assert parts_of(tiny_lm, rows) == [rows]
+    gpu = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), budget=8192)
+    parts = parts_of(gpu, rows)
+    assert sorted(map(id, (r for p in parts for r in p))) == sorted(map(id, rows)) and len(parts) > 1
+    assert all(len(p) * max(r.length for r in p) <= 2048 for p in parts)
 
 
 def test_mean_softmax_survives_underflow():
