@@ -148,8 +148,9 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
     """Disjoint train, support and test examples; duplicates across splits are dropped from the training side.
 
     Args: pools: {"train": …, "test": …} where the benchmark has both, else {"all": …}, cut in the order test,
-        support, train after one seeded shuffle. Of the user's own task (`task=`) the test takes what the support set
-        leaves, and fewer labels than num_support are all for the test.
+        support, train after one seeded shuffle. Where num_test is more than the support set leaves, the support set
+        comes last, and the test takes all of it with prompts_from=test, else half. Of the user's own task (`task=`) it
+        takes all of it, and fewer labels than num_support are all for the test.
     Raises: UserError: fewer than num_support examples remain, or no test example lies behind skip_test.
     """
     d, rng = cfg.data, rng_for(cfg.seed, "split", name)
@@ -160,9 +161,13 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
                         "without it")
     pools = {k: [v[i] for i in rng.permutation(len(v))] for k, v in pools.items()}
     rest, num_test = pools.get("train", pools.get("all", [])), d.num_test
-    own = name == cfg.task   # a file of any size: the support set first, what is left of it tests
-    if own and "test" not in pools:
-        num_test = min(num_test, len(rest) - d.num_support) if len(rest) >= d.num_support else len(rest)
+    own, left = name == cfg.task, len(rest) - d.num_support
+    if own and "test" not in pools:   # a file of any size: the support set first, what is left of it tests
+        num_test = min(num_test, left) if left >= 0 else len(rest)
+    elif "test" not in pools and num_test > left:
+        most = left if d.prompts_from == "test" and name not in d.train_tasks else left // 2
+        if most >= d.num_support:   # fewer tell nothing: refused below
+            num_test, rest = most, rest[:most] + rest[left:] + rest[most:left]
     test = pools["test"][d.skip_test:d.skip_test + num_test] if "test" in pools else rest[:num_test]
     if "test" not in pools:
         rest = rest[num_test:]
@@ -424,10 +429,10 @@ def _hub_record(cfg: Config, name: str, like: str, config: str | None, i: str, r
         raise UserError(f"data.columns.{name}: {missing or ['question']} not among the columns {columns}")
     rec = {"id": f"{name}-{config + '-' if config and name in ('math', 'codemmlu') else ''}{i}",
            "question": row[col["question"]], "context": row[col["context"]] if col["context"] else ""}
-    if name == "math":
+    if name == "math" and "solution" in row:   # else a copy of it that has options
         from assets import last_boxed
         return rec | {"context": "", "answer": last_boxed(row["solution"]), "kind": row.get("type", config)}
-    if name == "gsm8k":
+    if name == "gsm8k" and "####" in str(row.get("answer")):
         return rec | {"answer": row["answer"].split("####")[-1].strip().replace(",", ""), "solution": row["answer"]}
     if name == "hellaswag":
         rec["question"] = _hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")

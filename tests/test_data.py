@@ -402,6 +402,20 @@ def test_too_few_rows_for_the_support_set(tmp_path):
         load_task(user_cfg(tmp_path, rows_of(8)), "mine")
 
 
+@pytest.mark.parametrize("source, role, sizes", [
+    ("train", "data.test_tasks=[mine]", (4, 4, 5)), ("test", "data.test_tasks=[mine]", (9, 4, 0)),
+    ("test", "data.train_tasks=[mine, arc_e, arc_c]", (4, 4, 5))])
+def test_a_pool_smaller_than_num_test(tmp_path, source, role, sizes):
+    """The papers' presets ask for 5,000 test examples, and some benchmarks have a thousand in all. As the user's own
+    task it has the same support set."""
+    cfg = user_cfg(tmp_path, rows_of(13), role, "data.num_test=5000", f"data.prompts_from={source}")
+    task = load_task(cfg, "mine")
+    assert (len(task.test), len(task.support), len(task.train)) == sizes and task.prompts
+    assert len({e.id for part in (task.test, task.support, task.train) for e in part}) == 13
+    cfg.task, cfg.data.train_tasks = "mine", ["arc_e", "arc_c"]
+    assert load_task(cfg, "mine").support == task.support
+
+
 def test_duplicates_are_dropped_once():
     """Equal question and options count once, options in any order; equal questions with other options are
     kept apart."""

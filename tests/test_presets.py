@@ -26,18 +26,25 @@ SMALL = {   # sizes and lengths only: what a preset chooses stays chosen
 
 @pytest.mark.parametrize("preset", ["qwen2.5-0.5b", "tempo-qwen2.5-0.5b", "tempo-maml-qvo-qwen2.5-0.5b"])
 def test_every_stage_runs_on_a_small_copy(preset, tmp_path_factory, tmp_path, tiny_encoder_dir, tiny_jsonl, one_thread):
-    """collect to report: each of the preset's methods on each task, generated answers and log-likelihoods scored."""
+    """Every stage that a method of the preset needs: each method on each task, generated answers and log-likelihoods
+    scored."""
     model = save_tiny(tmp_path_factory.mktemp("qwen"), "qwen2", **SHAPES)
     words = [f"config=configs/{preset}.yaml", f"run={tmp_path / 'run'}", f"model.name={model}",
              f"generator.encoder={tiny_encoder_dir}", f"data.jsonl={json.dumps(tiny_jsonl)}",
              "data.train_tasks=[alpha, beta, gamma]", "data.test_tasks=[delta]", "data.targets=[alpha, delta]",
              "report.paper=none", *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in SMALL.items())]
+    if preset.startswith("tempo-maml"):   # few methods: all the test examples that the preset asks for and a task has
+        words.append("data.num_test=5000")
     cfg, _ = load_config(words)
     assert cfg.data.format == "letter" and cfg.evaluate.generate and cfg.generator.scale_code == "dnd"
     assert run_command([*words, "stage=all"]) == 0
+    for folder in ("adapters", "generator"):
+        assert (tmp_path / "run" / folder).exists() == ("maml-qvo" not in preset), "only where a method needs it"
     results = read_json(tmp_path / "run/report/results.json")
     for task in ("alpha", "delta"):
         entries = results["tasks"][task]["methods"]
         assert set(entries) == {m for m in cfg.evaluate.methods if m != "own" or task == "alpha"}
         for entry in entries.values():
-            assert {"acc_strict", "acc_lenient", "acc_raw", "acc_norm"} <= set(entry) and entry["n"] == 6
+            assert {"acc_strict", "acc_lenient", "acc_raw", "acc_norm"} <= set(entry)
+            # of 60 rows 8 are the support set; a training task keeps half of the rest
+            assert entry["n"] == (6 if cfg.data.num_test == 6 else {"alpha": 26, "delta": 52}[task])
