@@ -43,8 +43,8 @@ from lora import (
 )
 from policy import Rewards, choose, make_target
 from runtime import Run, read_jsonl, rng_for, save_tensors, seed_for, write_json
-from scoring import LM, choice_loss, lm_loss, load_lm, make_row, score_examples
-from strategies import Strategy, execute_finite
+from scoring import LM, choice_loss, lm_loss, load_lm, loss_in_parts, make_row, score_examples
+from strategies import Strategy, Target, execute_finite
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -59,7 +59,7 @@ def train_baselines(cfg, run: Run) -> dict:
     meta = [m for m in META_TRAINED if m in cfg.evaluate.methods
             or (m == "maml" and "maml_matched" in cfg.evaluate.methods)]
     left = sorted({left_out_for(cfg, t.name) for t in wanted})
-    together = [m for m in meta if cfg.data_parallel and _batch_rows(cfg, m) >= run.world]
+    together = [m for m in meta if cfg.data_parallel and _batch_rows(cfg, m) >= 2 * run.world]
     for method, left_out in run.deal([(m, out) for m in meta if m not in together for out in left]):
         if not run.finished(f"baselines/{method}/{left_out}", "baselines"):
             _meta_train(cfg, run, method, left_out)
@@ -94,7 +94,7 @@ class Draws:
 
 
 def _batch_rows(cfg, method: str) -> int:
-    """Rows of a method's batches. Ranks train it together only if each finds one in every batch."""
+    """Rows of a method's batches. Ranks train it together only if each finds two in every batch: one takes as long."""
     return cfg.collect.batch_size if method == "union" else getattr(cfg.baselines, method).batch_size
 
 
@@ -102,19 +102,27 @@ def _batch_rows(cfg, method: str) -> int:
 class Share:
     """Of the `parts` ranks that train together this is number `part`: each takes every parts-th row of a batch."""
 
-    run: Run
+    run: Run | None
     part: int = 0
     parts: int = 1
 
+    def of(self, rows: list) -> tuple[list, float]:
+        """This rank's rows, and their weight in a mean over all; a rank beyond the batch repeats one with no weight."""
+        mine = rows[self.part::self.parts]
+        return mine or rows[:1], len(mine) / len(rows)
+
     def loss(self, lm: LM, rows: list, loss_fn) -> Tensor:
         """This rank's summand of the mean loss of rows."""
-        mine = rows[self.part::self.parts]   # a rank beyond the batch repeats one row with no weight
-        return len(mine) / len(rows) * loss_fn(lm, mine or rows[:1])
+        mine, weight = self.of(rows)
+        return weight * loss_fn(lm, mine)
 
     def add_up(self, tensors: list[Tensor]) -> None:
         """Sum over ranks, in place."""
         if self.parts > 1:
             self.run.sum_over_ranks(tensors)
+
+
+ALONE = Share(None)
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -147,7 +155,7 @@ def _meta_train(cfg, run: Run, method: str, left_out: str, part: int = 0, parts:
     except FloatingPointError as e:
         failed, _, start, *rest = e.args
         extra = rest[0] if rest else {}
-    passes = torch.tensor(lm.backwards - passes, dtype=torch.float64, device=run.device)
+    passes = torch.tensor(lm.backwards - passes, device=run.device)
     share.add_up([passes])
     if part:
         return
@@ -179,8 +187,11 @@ def _train_union(cfg, run: Run, draws: Draws, losses: list[float], share: Share)
         return rate(s - first, second, c.finetune_lr, 0, c.schedule)
 
     loss_fn = {"lm": lm_loss, "choice": choice_loss}[c.loss]
-    return train_adapter(lm.model, lm.layout, init_adapter(lm.layout, cfg.seed), batches(),
-                         lambda rows: share.loss(lm, rows, loss_fn), lr=lr, clip=c.clip,
+
+    def summand(rows):
+        mine, weight = share.of(rows)
+        return loss_in_parts(lm, mine, lambda lm, part: weight * loss_fn(lm, part))
+    return train_adapter(lm.model, lm.layout, init_adapter(lm.layout, cfg.seed), batches(), summand, lr=lr, clip=c.clip,
                          on_step=lambda s, loss, _: losses.append(loss), add_up=share.add_up), {}
 
 
@@ -230,7 +241,7 @@ def shared_update(theta: Tensor, grad: Tensor, state: Moments, lr: float, decay:
 
 
 def meta_gradient(theta: Tensor, state: Moments, episodes: list, lr: float, decay: float, order: int,
-                  share: Share | None = None) -> tuple[Tensor, float]:
+                  share: Share = ALONE) -> tuple[Tensor, float]:
     """Gradient with respect to theta of the mean query loss after the inner steps, and that loss.
 
     Args:
@@ -243,15 +254,13 @@ def meta_gradient(theta: Tensor, state: Moments, episodes: list, lr: float, deca
         start = fast = theta.detach().requires_grad_()
         for loss_fn in inner:
             grad, = torch.autograd.grad(loss_fn(fast), fast, create_graph=order == 2)
-            grad = grad if share is None else SumOverRanks.apply(share, grad)
-            fast = shared_update(fast, grad, state, lr, decay)
+            fast = shared_update(fast, SumOverRanks.apply(share, grad), state, lr, decay)
             if order == 1:
                 fast = fast.detach().requires_grad_()
         loss = query(fast)
         total += torch.autograd.grad(loss, start if order == 2 else fast)[0]
         value = value + loss.detach()
-    if share is not None:
-        share.add_up([total, value])
+    share.add_up([total, value])
     return total / len(episodes), float(value) / len(episodes)
 
 
@@ -358,7 +367,7 @@ def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float], share: Share)
     b, lm = cfg.baselines.abmll, load_lm(run)
     theta = initial_posterior(lm, b, cfg.seed).to(lm.model.device)
     opt = torch.optim.AdamW([theta], lr=b.outer_lr, weight_decay=0.0)
-    rng = torch.Generator().manual_seed(seed_for(cfg.seed, "abmll", *draws.tasks))
+    rng = torch.Generator(run.device).manual_seed(seed_for(cfg.seed, "abmll", *draws.tasks))
 
     def split() -> tuple[Adapter, Adapter]:
         mean, spread = (unflatten_adapter(row, lm.layout) for row in theta.detach().cpu())
@@ -395,11 +404,11 @@ def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
     source = run.path / f"baselines/abmll/{left_out_for(cfg, task.name)}"
     folder = run.path / f"adapted/abmll/{task.name}"
     prior = load_posterior(source, lm.layout).to(lm.model.device)
-    rng = torch.Generator().manual_seed(seed_for(cfg.seed, "abmll", task.name))
+    rng = torch.Generator(run.device).manual_seed(seed_for(cfg.seed, "abmll", task.name))
     rows = [make_row(lm, e) for e in task.support]
     try:
         mean, spread = (unflatten_adapter(v.cpu(), lm.layout)
-                        for v in infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng, Share(run)))
+                        for v in infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng, ALONE))
     finally:
         clear_adapters(lm.model)
     save_adapter(folder, mean, lm.layout, cfg.model.name, cfg.model.revision)
@@ -432,13 +441,12 @@ def candidate_sft(run: Run, task: str, share: float = 1.0) -> list[Strategy]:
 def _adapt_start(cfg, run: Run, method: str, task) -> None:
     """SFT from a baseline's start, its setting chosen by cross-validation on the support set."""
     started, lm, support = time.monotonic(), load_lm(run), list(task.support)
-    target = make_target(run, task)
     if method == "no_meta":
-        target.start, name, share = init_adapter(lm.layout, cfg.seed), f"{task.name}.no_meta", 0.0
+        start, name, share = init_adapter(lm.layout, cfg.seed), f"{task.name}.no_meta", 0.0
     else:
-        share = 1.0
-        target.start = load_adapter(run.path / f"baselines/{method}/{left_out_for(cfg, task.name)}", lm.layout)
-        name = f"{task.name}.{method}-{adapter_hash(target.start)[:8]}"   # rewards know nothing of cfg.baselines
+        start, share = load_adapter(run.path / f"baselines/{method}/{left_out_for(cfg, task.name)}", lm.layout), 1.0
+        name = f"{task.name}.{method}-{adapter_hash(start)[:8]}"   # rewards know nothing of cfg.baselines
+    target = Target(task.name, lm, start, None, [], None, None, cfg.strategies, cfg.seed)   # SFT needs no generator
     candidates = candidate_sft(run, task.name, share)
     if len(cfg.baselines.sft) == 1:   # nothing to choose: fine-tune as told
         strategy, result = candidates[0], {"wins": None, "losses": None, "gold_logp_gain": None}

@@ -49,7 +49,8 @@ Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0, le=1)]
 ALIGNED = ("aligned", "tempo", "tempo_plus")              # methods that start from the aligned adapter (paper T)
-GENERATED = ("generator", "degaml", "degaml_plus", *ALIGNED)   # often keep one and the same adapter: scored together
+# scored together: they often keep one and the same adapter, and need one generator
+GENERATED = ("generator", "wrong_prompts", "degaml", "degaml_plus", *ALIGNED)
 META_TRAINED = ("maml", "abmll", "union", "reptile")      # baselines with a meta-training of their own, longest first
 USER_STAGES = ("export", "predict")                       # what one does with an adapter, besides stage=adapt task=
 ASIDE = (*USER_STAGES, "config", "doctor", "check", "assets")   # stages that make no part of a run
@@ -491,3 +492,11 @@ def differences(cfg: Config) -> dict:
     """Keys whose value is not the default's, for the log."""
     default = _read(DEFAULT)
     return {k: v for k, v in flatten(cfg.model_dump()).items() if v != default.get(k)}
+
+
+def idle_stages(cfg: Config) -> set[str]:
+    """The stages whose results no method of `evaluate.methods` uses."""
+    methods = set(cfg.evaluate.methods)
+    if methods & {*GENERATED, "maml_matched"}:
+        return set()
+    return {"generator", "adapt"} if methods & {"own", "mean"} else {"collect", "generator", "adapt"}

@@ -20,7 +20,19 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from config import ALIGNED, ASIDE, GENERATED, META_TRAINED, ROOT, SAVING, STOP, Stopped, UserError, load_config
+from config import (
+    ALIGNED,
+    ASIDE,
+    GENERATED,
+    META_TRAINED,
+    ROOT,
+    SAVING,
+    STOP,
+    Stopped,
+    UserError,
+    idle_stages,
+    load_config,
+)
 
 
 def run_assets(cfg, run) -> dict:
@@ -148,10 +160,11 @@ def run_predict(cfg, run) -> dict:
 
 
 def run_all(cfg, run) -> dict:
-    """Every stage in order."""
+    """Every stage in order, but for those whose results no method of `evaluate.methods` uses."""
     out: dict = {}
     for name in ORDER:
-        out |= run_stage(name, cfg, run)
+        if name not in idle_stages(cfg):
+            out |= run_stage(name, cfg, run)
     return out
 
 
@@ -175,10 +188,10 @@ def run_stage(name: str, cfg, run) -> dict:
     out = STAGES[name](cfg, run)
     run.barrier()
     if run.rank == 0 and name not in ("all", *ASIDE) and not cfg.task:
-        took, record = time.monotonic() - start, run.path / "stages" / f"{name}.json"
-        before = read_json(record).get("memory_gib", 0) if record.is_file() else 0   # of an attempt that did the work
-        memory = max(before, peak_memory(run.device))
-        write_json(record, {**cost_of(name, run.path, took), "memory_gib": memory, **out})
+        took, memory = time.monotonic() - start, peak_memory(run.device)
+        record = run.path / "stages" / f"{name}.json"
+        before = read_json(record).get("memory_gib", 0) if record.is_file() and not cfg.overwrite else 0
+        write_json(record, {**cost_of(name, run.path, took), "memory_gib": max(before, memory), **out})
         run.log(f"stage {name}: {took:.0f} s, {memory:.1f} GiB " + " ".join(f"{k}={_show(v)}" for k, v in out.items()))
     return out
 
@@ -304,5 +317,7 @@ if __name__ == "__main__":
     sys.stdout.flush()
     import torch.distributed as dist
     if dist.is_available() and dist.is_initialized():
+        if code:   # at once, as above: ending the group together is what the other ranks may not do
+            os._exit(code)
         dist.destroy_process_group()
     sys.exit(code)

@@ -34,7 +34,8 @@ def adapt_own(cfg: Config, run: Run) -> dict:
     left_out = left_out_for(cfg, name)
     if not run.finished(f"generator/{left_out}", "generator", redo=False):
         raise UserError(f"run={cfg.run}: no trained generator in {run.path}/generator/{left_out}; finish that run with "
-                        "stage=all, or name a finished one by run=")
+                        "stage=all (stage=collect and stage=generator, where its methods need none), or name a "
+                        "finished one by run=")
     if not task.support:
         cfg.evaluate.methods = [m for m in cfg.evaluate.methods if m in NEEDS_NO_LABELS]
     encode_prompts(cfg, run)

@@ -9,6 +9,7 @@ The policy is the base model with an adapter of its own. Test labels are read by
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -86,6 +87,7 @@ from strategies import (
     execute,
     execute_finite,
     parse_strategy,
+    pool_scores,
     proposal_schema,
     score_refined,
     train_on_support,
@@ -141,11 +143,10 @@ def sample_proposals(lm: LM, layout: Layout, adapter: Adapter | None, prompt: st
 
     Sampling at `temperature`, then top-k, then top-p, among the tokens the grammar allows (paper T, G.5).
     """
-    import llguidance.hf
     import llguidance.numpy as llnp
     from llguidance import LLMatcher
     n, vocab = len(schemas), lm.model.get_output_embeddings().weight.shape[0]
-    tokenizer = llguidance.hf.from_tokenizer(lm.tokenizer, n_vocab=vocab)
+    tokenizer = _grammar_tokenizer(lm.tokenizer, vocab)
     matchers = [LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(
         json.dumps(s), overrides={"whitespace_flexible": False})) for s in schemas]
     if error := next((m.get_error() for m in matchers if m.is_error()), ""):
@@ -179,6 +180,13 @@ def sample_proposals(lm: LM, layout: Layout, adapter: Adapter | None, prompt: st
     finally:
         clear_adapters(lm.model)
     return [lm.tokenizer.decode(o, skip_special_tokens=True) for o in out]
+
+
+@functools.lru_cache(maxsize=4)
+def _grammar_tokenizer(tokenizer, vocab: int):
+    """The grammar library's own form of a tokenizer, which takes a second to make."""
+    import llguidance.hf
+    return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab)
 
 
 def _sample(logits, policy, rng) -> list[int]:
@@ -545,8 +553,12 @@ def evaluate_methods(cfg, run: Run) -> dict:
         _keep_example_ids(run, wanted)
     methods = cfg.evaluate.methods
     groups = [[m for m in methods if m in GENERATED], *([m] for m in methods if m not in GENERATED)]
-    size = {t.name: sum(len(e.prompt + "".join(e.options)) for e in t.test) for t in wanted}
-    for task, group in run.deal(sorted(((t, g) for t in wanted for g in groups), key=lambda u: -size[u[0].name])):
+    passes = {"generator": cfg.evaluate.prompt_batches, "abmll": cfg.baselines.abmll.test_samples}
+
+    def cost(unit):
+        task, group = unit
+        return sum(len(e.prompt + "".join(e.options)) for e in task.test) * sum(passes.get(m, 1) for m in group)
+    for task, group in run.deal(sorted(((t, g) for t in wanted for g in groups), key=cost, reverse=True)):
         _evaluate_task(cfg, run, task, group)
     return {}
 
@@ -560,7 +572,7 @@ def _evaluate_task(cfg, run: Run, task: Task, methods: list[str]) -> None:
         if not run.finished(f"scores/{method}/{task.name}", "evaluate", method):
             (run.path / f"scores/{method}/{task.name}.jsonl").unlink(missing_ok=True)   # another configuration's
             todo.append(method)
-    drawn = {m in ALIGNED for m in todo if m in GENERATED or m == "abmll"}
+    drawn = {m in ALIGNED for m in todo if m in FAMILIES_OF or m in ("generator", "aligned")}
     targets = {aligned: make_target(run, task, aligned=aligned) for aligned in drawn}
     memo: dict = {}
     for method in run.track(todo, f"evaluate {task.name}"):
@@ -619,11 +631,14 @@ def _test_rows(cfg, run: Run, lm: LM, task: Task, target: Target | None, method:
         key = (refined.combine, refined.slot, *(a and adapter_hash(a) for a in refined.adapters))
         if key not in memo:
             memo[key] = score_refined(target, refined, test) if target else \
-                score_examples(lm, refined.adapters[0], test)
+                pool_scores([score_examples(lm, a, test) for a in refined.adapters], refined.combine)
         scored.append(memo[key])
         if cfg.evaluate.generate or not test[0].options:
             tokens = cfg.evaluate.max_new_tokens if test[0].options else max(256, cfg.evaluate.max_new_tokens)
-            written.append(generate_answers(lm, refined.adapters[0], test, tokens))
+            key = ("answers", refined.adapters[0] and adapter_hash(refined.adapters[0]))
+            if key not in memo:
+                memo[key] = generate_answers(lm, refined.adapters[0], test, tokens)
+            written.append(memo[key])
     rows = []
     for i, e in enumerate(test):
         row: dict = {"id": e.id, "gold": e.gold}

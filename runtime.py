@@ -253,12 +253,16 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
             # the agent's store survives a restart, and with it what the dead ranks wrote; the count is each agent's
             # own, so several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (slurm.sh) and get a new store instead
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=rank, world_size=world,
-                                timeout=datetime.timedelta(days=2))
-        if device == "cpu":
-            _pin(local, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-        elif device == "cuda":
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        if device == "cuda":
             torch.cuda.set_device(local)
+            # torchrun's one thread a rank suits ranks that compute on the CPU
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=rank, world_size=world,
+                                timeout=datetime.timedelta(days=2),
+                                device_id=torch.device("cuda", local) if device == "cuda" else None)
+        if device == "cpu":
+            _pin(local, beside)
     run = Run(path, cfg, rank, world, device, _pick_dtype(cfg.dtype, device), store)
     run.cache["lock"] = lock   # held as long as the run lives
     if rank == 0:
@@ -307,7 +311,7 @@ def to_device(x: torch.Tensor, device) -> torch.Tensor:
 
 
 def peak_memory(device: str) -> float:
-    """GiB this process has held at most: allocated on its GPU since the last call, else resident since it began."""
+    """GiB this process has held at most: allocated on its GPU since the last call; on a CPU resident since it began."""
     if device != "cuda":
         kilobyte = 1 if sys.platform == "darwin" else 1024   # the unit differs
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2 ** 30, 2)

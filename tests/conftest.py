@@ -155,7 +155,8 @@ def tiny_args(tmp_path, tiny_model_dir, tiny_encoder_dir, tiny_jsonl) -> list[st
     """key=value words of a whole pipeline that takes seconds; its run folder is tmp_path/run. Later
     words win."""
     values = {
-        "name": "tiny", "run": str(tmp_path / "run"), "seed": 1, "device": "cpu", "dtype": "float32",
+        "name": "tiny", "run": str(tmp_path / "run"), "seed": 1, "dtype": "float32",
+        "device": os.environ.get("TEST_DEVICE", "cpu"),
         "model.name": str(tiny_model_dir), "model.rank": 4, "model.alpha": 8, "model.token_width": 16,
         "data.source": "jsonl", "data.jsonl": tiny_jsonl, "data.train_tasks": list(TRAIN_TASKS),
         "data.test_tasks": list(TEST_TASKS), "data.num_train": 24, "data.num_support": 8, "data.num_test": 12,
