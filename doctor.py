@@ -8,6 +8,7 @@ matrix-product measurement on this machine; the table says so.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ import torch
 
 from alignment import FusionVAE
 from assets import check_assets
-from config import ALIGNED, META_TRAINED, ROOT, UserError, parse_yaml
+from config import ALIGNED, META_TRAINED, ROOT, UserError, idle_stages, parse_yaml
 from generator import HyperConvDecoder, left_out_for
 from lora import Layout, find_layout
 from runtime import Run, environment
@@ -30,11 +31,13 @@ ROW_TOKENS = 110        # of a benchmark question with its options, on average
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage is predicted to take: GiB of device memory, GiB of disk, hours on this device."""
+    """What a stage is predicted to take: GiB of device memory, GiB of disk, hours on this device; host: GiB of a node's
+    memory beside a GPU's, for all its ranks."""
 
     memory: float
     disk: float
     hours: float
+    host: float = 0.0
 
 
 def examine(cfg, run: Run) -> dict:
@@ -66,13 +69,17 @@ def examine(cfg, run: Run) -> dict:
     print(f"generator  {decoder_size:,} generator parameters, kernel {cfg.generator.kernel}, "
           f"{multiplications(cfg, tokens) / 1e12:.3g} T multiplications a forward pass")
     needs = predict(cfg, run, model, layout, tokens, decoder_size, rate)
+    if run.device == "cpu":   # one memory for both
+        needs = {k: Need(n.memory + n.host, n.disk, n.hours) for k, n in needs.items()}
     print(f"\npredicted, not measured ({run.device}; memory of one of {run.world} rank(s), hours of one rank alone at "
           f"{EFFICIENCY:.0%} of the measured rate)\n{'stage':12} {'memory GiB':>11} {'disk GiB':>9} {'hours':>9}")
     for name, n in needs.items():
         print(f"{name:12} {n.memory:11.1f} {n.disk:9.2f} {n.hours:9.2f}")
-    total = sum(n.disk for n in needs.values())
+    total, host = sum(n.disk for n in needs.values()), max(n.host for n in needs.values())
     print(f"{'all':12} {max(n.memory for n in needs.values()):11.1f} {total:9.2f} "
           f"{sum(n.hours for n in needs.values()):9.2f}")
+    if host:
+        print(f"main memory of a node: {host:.0f} GiB; here are {host_memory():.0f}")
     refuse(needs, have_memory, have_disk, run.device)
     return {}
 
@@ -86,6 +93,9 @@ def refuse(needs: dict[str, Need], memory: float, disk: float, device: str) -> N
     """Raises: UserError: naming every stage that cannot fit, and the key to change."""
     faults = [f"stage={name} needs about {n.memory:.1f} GiB of {device} memory, {memory:.1f} are there: {KEYS[name]}"
               for name, n in needs.items() if n.memory > memory]
+    faults += [f"stage={name} needs about {n.host:.0f} GiB of a node's main memory, {host_memory():.0f} are there: "
+               "lower collect.save_last or align.draws, or start fewer ranks"
+               for name, n in needs.items() if n.host > host_memory()]
     if (total := sum(n.disk for n in needs.values())) > disk:
         faults.append(f"the run folder needs about {total:.1f} GiB of disk, {disk:.1f} are free: lower "
                       "collect.save_last, or name another disk by run=…")
@@ -157,27 +167,34 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
     steps, saved = c.pretrain_steps + c.finetune_steps, 4 * layout.size
     needs = {"collect": Need(training(c.batch_size), tasks * c.save_last * saved / GIB,
                              hours(2 * one * tasks * steps * c.batch_size))}
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))   # ranks of a node
     states = (tasks + len(set(targets) - set(cfg.data.train_tasks))) * cfg.data.num_prompts * g.max_length * 384 * 2
     shared = run.world if cfg.data_parallel and g.shard_optimizer else 1   # ranks that share the moments out
+    weights = 8 + 8 / shared + (2 if wide == 2 else 0)   # bytes: master, gradient, moments, autocast's copy
+    biggest = g.kernel ** 2 * max(max(k * k2, m * m2, n * n2) for (n, m, k), (n2, m2, k2) in _layers(cfg, tokens))
     needs["generator"] = Need(
-        ((8 + 8 / shared) * decoder_size + g.micro_batch * kept_values(cfg, tokens) * wide
-         + tasks * c.save_last * saved) / GIB,
+        (base + weights * decoder_size + 6 * biggest + g.micro_batch * kept_values(cfg, tokens) * wide) / GIB,
         (states + (sets + 3) * 4 * decoder_size) / GIB,   # and one resumable state of weights and moments
-        hours(6 * multiplications(cfg, tokens) * g.batch_size * g.steps * sets))
-    methods = set(cfg.evaluate.methods)
+        hours((8 if g.recompute else 6) * multiplications(cfg, tokens) * g.batch_size * g.steps * sets),
+        (beside * tasks * c.save_last * 4 * math.prod(tokens) + 24 * decoder_size) / GIB)   # targets; a saved state
+    methods, idle = set(cfg.evaluate.methods), idle_stages(cfg)
+    drawing = 0.0 if "generator" in idle else 4 * decoder_size / GIB   # the generator beside the model
     if methods & set(ALIGNED):
         with torch.device("meta"):
             vae = FusionVAE(layout.size, config.hidden_size, a.latent, a.pos_table, a.residual)
         count = sum(x.numel() for x in vae.parameters())
-        adapters = 2 * a.draws * tasks
-        needs["align"] = Need((20 * count + a.batch_size * 28 * layout.size * 4 + adapters * 2 * saved + base) / GIB,
+        needs["align"] = Need(drawing + (20 * count + a.batch_size * 28 * layout.size * 4 + base) / GIB,
                               sets * 4 * count / GIB, hours(2 * a.meta_epochs * a.batch_size * sets * 6 * 4300
-                                                           * layout.size))
+                                                           * layout.size), beside * 4 * a.draws * tasks * saved / GIB)
     tried = p.proposals * p.iterations * len(targets) * len(methods & {"degaml", "degaml_plus", "tempo", "tempo_plus"})
-    scoring = (base + cfg.evaluate.token_budget * per_token / config.num_hidden_layers
-               + cfg.evaluate.token_budget * config.vocab_size) / GIB
-    needs["adapt"] = Need(max(scoring, training(16)), len(targets) * len(methods) * saved / GIB,
-                          hours(one * tried * 3 * cfg.data.num_support))
+    budget = cfg.evaluate.token_budget
+    # steering keeps float32 logits of every context token
+    scoring = (base + budget * per_token / config.num_hidden_layers + 4 * budget * config.vocab_size) / GIB
+    prompts = max(1024, budget // 4) if run.device == "cuda" else \
+        row * max(_offered(cfg, "TTT.batch_size", "max_batch_size"))
+    testing = (base + prompts * (per_token + 12 * config.vocab_size)) / GIB   # test-time training: logits everywhere
+    needs["adapt"] = Need(drawing + max(scoring, testing, training(16)), len(targets) * len(methods) * saved / GIB,
+                          hours(one * tried * (cfg.data.num_support + 2 * _trained_rows(cfg))))
     baselines = methods & set(META_TRAINED)
     if baselines:
         b = cfg.baselines
@@ -188,16 +205,34 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
         needs["baselines"] = Need(training(c.batch_size), sets * len(baselines) * saved / GIB,
                                   hours(2 * one * sets * sum(rows[m] for m in baselines)))
     scored = cfg.data.num_test * len(targets) * (len(methods) + cfg.evaluate.prompt_batches)
-    needs["evaluate"] = Need(scoring, 200 * scored / GIB, hours(one * scored))
-    return needs
+    needs["evaluate"] = Need(drawing + scoring, 200 * scored / GIB, hours(one * scored))
+    return {name: need for name, need in needs.items() if name not in idle}
+
+
+def _offered(cfg, field: str, most: str) -> list[float]:
+    """The values of a strategy's field that the policy is offered; of an open range its ends."""
+    return cfg.strategies.proposal_grid.get(field) or [1, getattr(cfg.strategies, most)]
+
+
+def _trained_rows(cfg) -> float:
+    """Rows a proposal trains on, on average over the families."""
+    def mean(field, most):
+        values = _offered(cfg, field, most)
+        return sum(values) / len(values)
+    rows = {"TTT": mean("TTT.ttl_steps", "max_ttl_steps") * mean("TTT.batch_size", "max_batch_size"),
+            "SFT": cfg.policy.folds * mean("SFT.sft_steps", "max_sft_steps") * mean("SFT.batch_size", "max_batch_size")}
+    families = {*cfg.policy.families, *(["SFT"] if {"degaml_plus", "tempo_plus"} & set(cfg.evaluate.methods) else [])}
+    return sum(rows.get(f, 0) for f in families) / len(families)
+
+
+def host_memory() -> float:
+    """GiB of this machine's main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 def machine(run: Run) -> tuple[float, float, float]:
     """(GiB of memory where the model runs, GiB of free disk, FLOP/s of a matrix product in the run's dtype)."""
-    if run.device == "cuda":
-        memory = torch.cuda.get_device_properties(0).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = torch.cuda.get_device_properties(0).total_memory / GIB if run.device == "cuda" else host_memory()
     n = 8192 if run.device == "cuda" else 1024
     a = torch.randn(n, n, device=run.device).to(run.dtype)
     best = float("inf")
@@ -205,4 +240,4 @@ def machine(run: Run) -> tuple[float, float, float]:
         start = time.perf_counter()
         float((a @ a)[0, 0])   # reading a value waits for the device
         best = min(best, time.perf_counter() - start)
-    return memory / GIB, shutil.disk_usage(run.path).free / GIB, 2 * n ** 3 / best
+    return memory, shutil.disk_usage(run.path).free / GIB, 2 * n ** 3 / best

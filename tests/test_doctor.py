@@ -24,7 +24,7 @@ def shapes(*words):
 def test_the_papers_presets_offline(tmp_path, capsys, monkeypatch, preset, lines):
     """The papers' counts, without weights or network."""
     cfg, _ = load_config([f"config=configs/{preset}.yaml"])
-    monkeypatch.setattr(doctor, "machine", lambda run: (48.0, 1000.0, 1e14))
+    monkeypatch.setattr(doctor, "machine", lambda run: (128.0, 1000.0, 1e14))
     doctor.examine(cfg, Run(tmp_path, cfg, dtype=torch.bfloat16))
     text = capsys.readouterr().out
     assert all(line in text for line in lines) and "predicted, not measured" in text
@@ -69,6 +69,28 @@ def test_what_cannot_fit_is_refused_by_key(tmp_path, monkeypatch):
         doctor.examine(cfg, Run(tmp_path, cfg, dtype=torch.bfloat16))
     assert "stage=generator needs about" in str(e.value) and "generator.micro_batch" in str(e.value)
     assert "collect.save_last" in str(e.value)
+
+
+def test_four_ranks_share_a_nodes_main_memory(tmp_path, monkeypatch):
+    """On GPUs every rank holds the generator's targets in the node's main memory, and that is refused by key too."""
+    cfg, model, layout, tokens = shapes("config=configs/qwen2.5-1.5b.yaml")
+    run = Run(tmp_path, cfg, 0, 4, "cuda", torch.bfloat16)
+    found = {}
+    for beside in (1, 4):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
+        found[beside] = doctor.predict(cfg, run, model, layout, tokens, 1_152_535_192, 1e14)["generator"]
+    targets = 6 * 50 * 4 * 4508 * 18 * 258 / 2 ** 30   # tasks, checkpoints, float32, tokens
+    assert found[4].host - found[1].host == pytest.approx(3 * targets) and found[4].memory < 40
+    monkeypatch.setattr(doctor, "host_memory", lambda: 64.0)
+    with pytest.raises(UserError, match="main memory, 64 are there: lower collect.save_last"):
+        doctor.refuse({"generator": found[4]}, 80.0, 1000.0, "cuda")
+
+
+def test_only_the_stages_that_run_are_predicted(tmp_path):
+    """MAML alone needs neither checkpoints nor generators."""
+    cfg, model, layout, tokens = shapes("config=configs/tempo-maml-qvo-qwen2.5-0.5b.yaml")
+    needs = doctor.predict(cfg, Run(tmp_path, cfg, dtype=torch.bfloat16), model, layout, tokens, 544_000_000, 1e14)
+    assert set(needs) == {"baselines", "evaluate"}
 
 
 def test_an_unknown_model_says_where_shapes_come_from():
