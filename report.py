@@ -61,7 +61,7 @@ METHODS = {
     "mean": ("Mean adapter (control)", "#56B4E9", "v"),
     "wrong_prompts": ("Wrong prompts (control)", "#E69F00", "^"),
     "no_meta": ("No Meta-Train LoRA", "#009E73", "P"),
-    "own": ("Own LoRA (ceiling)", "#7F7F7F", "*"),
+    "own": ("Own LoRA (full data)", "#7F7F7F", "*"),
     "aligned": ("Aligned (+ Fusion VAE)", "#56B4E9", "X"),
     "tempo": ("TEMPO", "#E69F00", "D"),
     "tempo_plus": ("TEMPO, SFT allowed", "#CC79A7", "X"),

@@ -178,7 +178,7 @@ def test_verdict(diff, se, words):
 
 
 def test_what_was_not_run_says_so(made):
-    assert row_of(made.markdown, "Own LoRA (ceiling)", "In-domain tasks")[1:] == ["not run"] * 3
+    assert row_of(made.markdown, "Own LoRA (full data)", "In-domain tasks")[1:] == ["not run"] * 3
     assert row_of(made.markdown, "Mean adapter (control)", "Out-of-domain tasks")[1:] == [
         "not run"] * 2
     assert row_of(made.markdown, "no_meta - base", "Averages over tasks")[2:] == ["not run"] * 4
