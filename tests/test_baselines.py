@@ -1,6 +1,7 @@
 """Meta-gradients, Gaussians and the meta-trained baselines, by finite differences, closed forms and tiny models."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,14 @@ def summands(seed: int, part: int):
     return lambda x: 0.5 * whole(x) + (1 - 2 * part) * odd(x)
 
 
+def keep_and_leave(found, path: str) -> None:
+    """End a rank without the interpreter's clean-up, in which a library's thread aborts it now and then."""
+    torch.save(found, path)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
 def meta_gradient_of_one_rank(rank: int, store: str, folder: str) -> None:
     """What one of two ranks gets that holds half of every loss."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -145,8 +154,7 @@ def meta_gradient_of_one_rank(rank: int, store: str, folder: str) -> None:
     for order in (1, 2):
         episodes = [([summands(10 * t + i, rank) for i in range(3)], summands(10 * t + 9, rank)) for t in range(2)]
         found[order] = meta_gradient(theta, state(5), episodes, 0.05, 0.01, order, share)
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    keep_and_leave(found, f"{folder}/{rank}.pt")
 
 
 def test_ranks_that_hold_summands_get_the_meta_gradient_of_the_sum(tmp_path):
@@ -246,6 +254,34 @@ def test_prior_is_the_named_distributions():
     a, b = ((torch.randn(6, generator=g), torch.randn(6, generator=g) - 3) for _ in range(2))
     got = negative_log_prior(*a) - negative_log_prior(*b)
     torch.testing.assert_close(got, want(*a) - want(*b), rtol=1e-4, atol=1e-3)
+
+
+def posterior_after_four_steps(words: list[str], share: Share) -> torch.Tensor:
+    """With a KL that pulls a third of the way back at every step."""
+    run = make_run(words, "baselines.abmll.inner_lr=0.01", "baselines.abmll.beta=0.00003", "baselines.abmll.clip=1000")
+    lm, b = load_lm(run), run.cfg.baselines.abmll
+    rows = [make_row(lm, e) for e in load_tasks(run)["alpha"].train[:5]]
+    try:
+        return infer_posterior(lm, initial_posterior(lm, b, 1), [rows] * 4, b, torch.Generator().manual_seed(0), share)
+    finally:
+        clear_adapters(lm.model)
+
+
+def posterior_of_one_rank(rank: int, words: list[str], folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    share = Share(Run(Path(folder), None, rank, 2), rank, 2)
+    keep_and_leave(posterior_after_four_steps(words, share), f"{folder}/{rank}.pt")
+
+
+def test_two_ranks_infer_one_posterior(tmp_path, tiny_args):
+    """Rows are shared out, and the KL is counted once."""
+    torch.multiprocessing.spawn(posterior_of_one_rank, (tiny_args, str(tmp_path)), nprocs=2)
+    run = make_run(tiny_args)
+    want, prior = (posterior_after_four_steps(tiny_args, ALONE),
+                   initial_posterior(load_lm(run), run.cfg.baselines.abmll, 1))
+    for rank in range(2):
+        assert (torch.load(tmp_path / f"{rank}.pt") - want).norm() < 1e-3 * (want - prior).norm()
 
 
 @pytest.mark.parametrize("space", ["factor", "product"])
