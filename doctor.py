@@ -86,7 +86,8 @@ def examine(cfg, run: Run) -> dict:
 
 KEYS = {"generator": "lower generator.micro_batch, or shrink generator.flow", "collect": "lower collect.batch_size or "
         "data.max_tokens", "align": "lower align.batch_size", "evaluate": "lower evaluate.token_budget",
-        "adapt": "lower evaluate.token_budget", "baselines": "lower collect.batch_size"}
+        "adapt": "lower evaluate.token_budget", "baselines": "lower collect.batch_size, or "
+        "baselines.abmll.space=factor"}
 
 
 def refuse(needs: dict[str, Need], memory: float, disk: float, device: str) -> None:
@@ -202,7 +203,9 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
                 "reptile": b.reptile.meta_steps * b.reptile.inner_steps * b.reptile.batch_size,
                 "maml": 3 * b.maml.meta_steps * b.maml.tasks_per_step * (b.maml.inner_steps + 1) * b.maml.batch_size,
                 "abmll": b.abmll.meta_steps * b.abmll.tasks_per_step * (b.abmll.inner_steps + 1) * b.abmll.batch_size}
-        needs["baselines"] = Need(training(c.batch_size), sets * len(baselines) * saved / GIB,
+        whole = "abmll" in baselines and b.abmll.space == "product"   # 28 float32 per entry of dW, as measured
+        needs["baselines"] = Need(max(training(c.batch_size), whole * (base + 112 * matrices) / GIB),
+                                  sets * len(baselines) * saved / GIB,
                                   hours(2 * one * sets * sum(rows[m] for m in baselines)))
     scored = cfg.data.num_test * len(targets) * (len(methods) + cfg.evaluate.prompt_batches)
     needs["evaluate"] = Need(drawing + scoring, 200 * scored / GIB, hours(one * scored))
