@@ -469,7 +469,7 @@ def _cross_checks(cfg: Config, where: dict, samples: bool = True) -> list[str]:
     if not g.flow or g.flow[0][:2] != [g.num_prompts, g.max_length]:
         fault("generator.flow", f"its first entry must be [num_prompts, max_length, encoder width] = "
                                 f"[{g.num_prompts}, {g.max_length}, 384], got {g.flow[:1]}")
-    sampled = {*p.families, *(["SFT"] if {"degaml_plus", "tempo_plus"} & set(cfg.evaluate.methods) else [])}
+    sampled = sampled_families(cfg)
     if samples and p.min_per_family * len(sampled) > p.proposals:
         fault("policy.min_per_family", f"{p.min_per_family} x {len(sampled)} families exceed policy.proposals"
                                        f" = {p.proposals}: at most {p.proposals // len(sampled)}")
@@ -492,6 +492,11 @@ def differences(cfg: Config) -> dict:
     """Keys whose value is not the default's, for the log."""
     default = _read(DEFAULT)
     return {k: v for k, v in flatten(cfg.model_dump()).items() if v != default.get(k)}
+
+
+def sampled_families(cfg: Config) -> set[str]:
+    """The strategy families that some method of `evaluate.methods` may propose."""
+    return {*cfg.policy.families, *(["SFT"] if {"degaml_plus", "tempo_plus"} & set(cfg.evaluate.methods) else [])}
 
 
 def idle_stages(cfg: Config) -> set[str]:

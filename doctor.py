@@ -19,10 +19,11 @@ import torch
 
 from alignment import FusionVAE
 from assets import check_assets
-from config import ALIGNED, META_TRAINED, ROOT, UserError, idle_stages, parse_yaml
+from config import ALIGNED, META_TRAINED, ROOT, UserError, idle_stages, parse_yaml, sampled_families
 from generator import HyperConvDecoder, left_out_for
 from lora import Layout, find_layout
 from runtime import Run, environment
+from scoring import part_tokens
 
 GIB = 2 ** 30
 EFFICIENCY = 0.4        # of the measured matrix-product rate that training and scoring reach
@@ -191,7 +192,7 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
     budget = cfg.evaluate.token_budget
     # steering keeps float32 logits of every context token
     scoring = (base + budget * per_token / config.num_hidden_layers + 4 * budget * config.vocab_size) / GIB
-    prompts = max(1024, budget // 4) if run.device == "cuda" else \
+    prompts = part_tokens(budget) if run.device == "cuda" else \
         row * max(_offered(cfg, "TTT.batch_size", "max_batch_size"))
     testing = (base + prompts * (per_token + 12 * config.vocab_size)) / GIB   # test-time training: logits everywhere
     needs["adapt"] = Need(drawing + max(scoring, testing, training(16)), len(targets) * len(methods) * saved / GIB,
@@ -224,7 +225,7 @@ def _trained_rows(cfg) -> float:
         return sum(values) / len(values)
     rows = {"TTT": mean("TTT.ttl_steps", "max_ttl_steps") * mean("TTT.batch_size", "max_batch_size"),
             "SFT": cfg.policy.folds * mean("SFT.sft_steps", "max_sft_steps") * mean("SFT.batch_size", "max_batch_size")}
-    families = {*cfg.policy.families, *(["SFT"] if {"degaml_plus", "tempo_plus"} & set(cfg.evaluate.methods) else [])}
+    families = sampled_families(cfg)
     return sum(rows.get(f, 0) for f in families) / len(families)
 
 

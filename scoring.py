@@ -401,11 +401,16 @@ def choice_loss(lm: LM, rows: list[Row]) -> Tensor:
     return total / len(rows)
 
 
+def part_tokens(budget: int) -> int:
+    """Tokens of a batch that a GPU trains on at once: of test-time training it keeps logits of every one."""
+    return max(1024, budget // 4)
+
+
 def parts_of(lm: LM, rows: list[Row]) -> list[list[Row]]:
     """Rows in the parts that a training step takes one after the other, for a GPU's memory; on a CPU all at once."""
     if lm.model.device.type == "cpu":
         return [rows]
-    return [[rows[i] for i in part] for part in plan_batches(rows, max(1024, lm.budget // 4))]
+    return [[rows[i] for i in part] for part in plan_batches(rows, part_tokens(lm.budget))]
 
 
 def loss_in_parts(lm: LM, rows: list[Row], loss_fn):
