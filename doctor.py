@@ -28,6 +28,7 @@ from scoring import part_tokens
 GIB = 2 ** 30
 EFFICIENCY = 0.4        # of the measured matrix-product rate that training and scoring reach
 ROW_TOKENS = 110        # of a benchmark question with its options, on average
+LAUNCHES = 0.009        # seconds a layer of an adapter's training step keeps the host busy; measured beside an H100
 
 
 @dataclass(frozen=True)
@@ -159,16 +160,18 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
     row = min(cfg.data.max_tokens, ROW_TOKENS)
     base = size * wide
     per_token = wide * config.num_hidden_layers * (12 * config.hidden_size + 4 * config.intermediate_size)
+    budget, gpu = cfg.evaluate.token_budget, run.device == "cuda"
 
     def training(rows: int) -> float:   # fp32 master, gradient and moments of the adapter, activations, logits
-        return (base + 18 * layout.size + rows * row * per_token + rows * 8 * config.vocab_size * 8) / GIB
+        held = min(rows * cfg.data.max_tokens, part_tokens(budget)) if gpu else rows * row
+        return (base + 18 * layout.size + held * per_token + rows * 8 * config.vocab_size * 8) / GIB
 
-    def hours(flops: float) -> float:
-        return flops / (EFFICIENCY * rate) / 3600
+    def hours(flops: float, passes: float = 0.0) -> float:   # on a GPU a training step is bound by its launches
+        return max(flops / (EFFICIENCY * rate), gpu * passes * LAUNCHES * config.num_hidden_layers) / 3600
     one = 2 * matrices * row            # FLOPs of one example forward; training an adapter takes twice that
     steps, saved = c.pretrain_steps + c.finetune_steps, 4 * layout.size
     needs = {"collect": Need(training(c.batch_size), tasks * c.save_last * saved / GIB,
-                             hours(2 * one * tasks * steps * c.batch_size))}
+                             hours(2 * one * tasks * steps * c.batch_size, tasks * steps))}
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))   # ranks of a node
     states = (tasks + len(set(targets) - set(cfg.data.train_tasks))) * cfg.data.num_prompts * g.max_length * 384 * 2
     shared = run.world if cfg.data_parallel and g.shard_optimizer else 1   # ranks that share the moments out
@@ -189,25 +192,27 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
                               sets * 4 * count / GIB, hours(2 * a.meta_epochs * a.batch_size * sets * 6 * 4300
                                                            * layout.size), beside * 4 * a.draws * tasks * saved / GIB)
     tried = p.proposals * p.iterations * len(targets) * len(methods & {"degaml", "degaml_plus", "tempo", "tempo_plus"})
-    budget = cfg.evaluate.token_budget
     # steering keeps float32 logits of every context token
     scoring = (base + budget * per_token / config.num_hidden_layers + 4 * budget * config.vocab_size) / GIB
-    prompts = part_tokens(budget) if run.device == "cuda" else \
+    prompts = part_tokens(budget, all_scored=True) if gpu else \
         row * max(_offered(cfg, "TTT.batch_size", "max_batch_size"))
     testing = (base + prompts * (per_token + 12 * config.vocab_size)) / GIB   # test-time training: logits everywhere
     needs["adapt"] = Need(drawing + max(scoring, testing, training(16)), len(targets) * len(methods) * saved / GIB,
-                          hours(one * tried * (cfg.data.num_support + 2 * _trained_rows(cfg))))
+                          hours(one * tried * (cfg.data.num_support + 2 * _trained(cfg, True)),
+                                tried * _trained(cfg, False)))
     baselines = methods & set(META_TRAINED)
     if baselines:
         b = cfg.baselines
-        rows = {"union": c.batch_size * steps * tasks * b.union.step_share,
-                "reptile": b.reptile.meta_steps * b.reptile.inner_steps * b.reptile.batch_size,
-                "maml": 3 * b.maml.meta_steps * b.maml.tasks_per_step * (b.maml.inner_steps + 1) * b.maml.batch_size,
-                "abmll": b.abmll.meta_steps * b.abmll.tasks_per_step * (b.abmll.inner_steps + 1) * b.abmll.batch_size}
+        passes = {"union": (steps * tasks * b.union.step_share, c),
+                  "reptile": (b.reptile.meta_steps * b.reptile.inner_steps, b.reptile),
+                  # second order: three passes for one
+                  "maml": (3 * b.maml.meta_steps * b.maml.tasks_per_step * (b.maml.inner_steps + 1), b.maml),
+                  "abmll": (b.abmll.meta_steps * b.abmll.tasks_per_step * (b.abmll.inner_steps + 1), b.abmll)}
+        made = [(sets * n, of.batch_size) for m, (n, of) in passes.items() if m in baselines]
         whole = "abmll" in baselines and b.abmll.space == "product"   # 28 float32 per entry of dW, as measured
         needs["baselines"] = Need(max(training(c.batch_size), whole * (base + 112 * matrices) / GIB),
                                   sets * len(baselines) * saved / GIB,
-                                  hours(2 * one * sets * sum(rows[m] for m in baselines)))
+                                  hours(2 * one * sum(n * size for n, size in made), sum(n for n, _ in made)))
     scored = cfg.data.num_test * len(targets) * (len(methods) + cfg.evaluate.prompt_batches)
     needs["evaluate"] = Need(drawing + scoring, 200 * scored / GIB, hours(one * scored))
     return {name: need for name, need in needs.items() if name not in idle}
@@ -218,15 +223,16 @@ def _offered(cfg, field: str, most: str) -> list[float]:
     return cfg.strategies.proposal_grid.get(field) or [1, getattr(cfg.strategies, most)]
 
 
-def _trained_rows(cfg) -> float:
-    """Rows a proposal trains on, on average over the families."""
+def _trained(cfg, rows: bool) -> float:
+    """Rows a proposal trains on, or its steps, on average over the families."""
     def mean(field, most):
         values = _offered(cfg, field, most)
         return sum(values) / len(values)
-    rows = {"TTT": mean("TTT.ttl_steps", "max_ttl_steps") * mean("TTT.batch_size", "max_batch_size"),
-            "SFT": cfg.policy.folds * mean("SFT.sft_steps", "max_sft_steps") * mean("SFT.batch_size", "max_batch_size")}
+    steps = {"TTT": mean("TTT.ttl_steps", "max_ttl_steps"),
+             "SFT": cfg.policy.folds * mean("SFT.sft_steps", "max_sft_steps")}
     families = sampled_families(cfg)
-    return sum(rows.get(f, 0) for f in families) / len(families)
+    return sum(n * (mean(f"{f}.batch_size", "max_batch_size") if rows else 1)
+               for f, n in steps.items() if f in families) / len(families)
 
 
 def host_memory() -> float:

@@ -97,6 +97,7 @@ def load_base(name: str, revision: str, dtype: torch.dtype, device: str):
     except (OSError, ValueError) as e:
         raise UserError(f"model.name={name}: cannot be loaded ({str(e).splitlines()[0][:160]}); run `make assets` for "
                         "the embedded model, or name a folder or hub id") from None
+    torch.backends.cuda.enable_cudnn_sdp(False)   # it plans anew for every shape: half of a training step
     AttentionInterface.register("packed", _packed_attention)
     AttentionMaskInterface.register("packed", sdpa_mask)
     model.set_attn_implementation("packed")
@@ -220,6 +221,8 @@ def pack(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor, list[int
     width = max(r.length for r in rows)
     if torch.is_grad_enabled() and len(rows) > 1:   # training batches mix lengths: a longer sequence wastes less
         width = max(96, width)
+    if torch.device(device).type == "cuda":   # the attention kernels read masks 16 bytes at a time
+        width += -width % 8
     used: list[int] = []
     starts = [0] * len(rows)
     for i in sorted(range(len(rows)), key=lambda i: -rows[i].length):
@@ -401,16 +404,16 @@ def choice_loss(lm: LM, rows: list[Row]) -> Tensor:
     return total / len(rows)
 
 
-def part_tokens(budget: int) -> int:
-    """Tokens of a batch that a GPU trains on at once: of test-time training it keeps logits of every one."""
-    return max(1024, budget // 4)
+def part_tokens(budget: int, all_scored: bool = False) -> int:
+    """Tokens of a batch that a GPU trains on at once; fewer where the loss needs the logits of every one."""
+    return max(1024, budget // (4 if all_scored else 2))
 
 
-def parts_of(lm: LM, rows: list[Row]) -> list[list[Row]]:
+def parts_of(lm: LM, rows: list[Row], all_scored: bool = False) -> list[list[Row]]:
     """Rows in the parts that a training step takes one after the other, for a GPU's memory; on a CPU all at once."""
     if lm.model.device.type == "cpu":
         return [rows]
-    return [[rows[i] for i in part] for part in plan_batches(rows, part_tokens(lm.budget))]
+    return [[rows[i] for i in part] for part in plan_batches(rows, part_tokens(lm.budget, all_scored))]
 
 
 def loss_in_parts(lm: LM, rows: list[Row], loss_fn):

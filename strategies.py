@@ -264,7 +264,7 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
     selected = []
 
     def loss_fn(batch):
-        parts = parts_of(lm, [row(i) for i in batch])
+        parts = parts_of(lm, [row(i) for i in batch], all_scored=True)
         for part in parts:
             nll = prompt_nll(lm, part)
             gate = nll.detach() > b.ttl_threshold if b.ttl_threshold else torch.ones_like(nll, dtype=torch.bool)

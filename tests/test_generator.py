@@ -15,6 +15,8 @@ from config import UserError, load_config
 from generator import (
     HyperConvDecoder,
     HyperConvLayer,
+    SameConv2d,
+    _GPUConv2d,
     adapter_hash,
     collect_adapters,
     draw_pairs,
@@ -121,6 +123,35 @@ def test_layer_equals_a_loop_reference():
         torch.testing.assert_close(layer(x), want, rtol=1e-9, atol=1e-9)
     biases = {n for n, _ in layer.named_parameters() if n.endswith("bias")}
     assert biases == {"norm.bias", "bias", "out.bias"}, "the four branch convolutions have no bias"
+
+
+@pytest.mark.parametrize("c_in, c_out, height, width, kernel", [
+    (5, 3, 6, 7, 3), (40, 17, 3, 8, 5), (257, 264, 2, 5, 3), (256, 300, 4, 6, 9)])
+def test_the_gpu_convolution_is_the_convolution(c_in, c_out, height, width, kernel):
+    """Values and gradients in float64, with few channels and with many, also where the kernel is larger than the
+    input."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, back = (torch.randn(s, generator=g, dtype=torch.float64) for s in (
+        (2, c_in, height, width), (c_out, c_in, kernel, kernel), (2, c_out, height, width)))
+    x.requires_grad_()
+    weight.requires_grad_()
+    found, want = _GPUConv2d.apply(x, weight), F.conv2d(x, weight, padding=kernel // 2)
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-9)
+    for a, b in zip(torch.autograd.grad(found, (x, weight), back), torch.autograd.grad(want, (x, weight), back),
+                    strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_convolution_on_a_gpu_in_both_dtypes():
+    """The module with its bias, in float64 and under autocast in bfloat16, equals the CPU's."""
+    torch.manual_seed(0)
+    conv, x = SameConv2d(260, 256, 5, padding=2).double(), torch.randn(2, 260, 6, 7, dtype=torch.float64)
+    want = conv(x)
+    torch.testing.assert_close(conv.cuda()(x.cuda()).cpu(), want, rtol=1e-9, atol=1e-9)
+    with torch.autocast("cuda", torch.bfloat16):
+        half = conv.float()(x.float().cuda())
+    assert half.dtype == torch.bfloat16 and (half.cpu() - want).norm() < 0.01 * want.norm()
 
 
 def test_tanh_is_on_branch_h_only():

@@ -540,13 +540,14 @@ def test_bfloat16_base_scores_in_float32(tiny_model_dir, tiny_lm):
 
 
 def test_batches_are_divided_for_a_gpu_alone(tiny_lm):
-    """Every row once, a quarter of the token budget a part; on a CPU one part."""
+    """Every row once, half of the token budget a part, a quarter where every token's logits are kept; on a CPU one
+    part."""
     rows = [make_row(tiny_lm, e) for e in EXAMPLES * 20]
     assert parts_of(tiny_lm, rows) == [rows]
-    gpu = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), budget=8192)
-    parts = parts_of(gpu, rows)
-    assert sorted(map(id, (r for p in parts for r in p))) == sorted(map(id, rows)) and len(parts) > 1
-    assert all(len(p) * max(r.length for r in p) <= 2048 for p in parts)
+    gpu = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), budget=4096)
+    for parts, most in ((parts_of(gpu, rows), 2048), (parts_of(gpu, rows, all_scored=True), 1024)):
+        assert sorted(map(id, (r for p in parts for r in p))) == sorted(map(id, rows)) and len(parts) > 1
+        assert most / 2 < max(len(p) * max(r.length for r in p) for p in parts) <= most
 
 
 def test_mean_softmax_survives_underflow():

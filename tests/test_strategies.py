@@ -319,7 +319,7 @@ def test_parts_of_a_batch_train_like_the_whole(target, monkeypatch, family):
         "SFT", sft_steps=3, learning_rate=1e-2, batch_size=5, loss="choice", init_scale=1.0)
     whole = execute(target, chosen, labelled)
     for module in (strategies, scoring):
-        monkeypatch.setattr(module, "parts_of", lambda lm, rows: [rows[:3], rows[3:]])
+        monkeypatch.setattr(module, "parts_of", lambda lm, rows, all_scored=False: [rows[:3], rows[3:]])
     parts = execute(target, chosen, labelled)
     assert parts.notes == whole.notes and not same(whole.adapters[0], target.start)
     off, moved = (sum(float((a[k] - b[k]).abs().sum()) for k in a) for a, b in
