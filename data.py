@@ -150,18 +150,20 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
     Args: pools: {"train": …, "test": …} where the benchmark has both, else {"all": …}, cut in the order test,
         support, train after one seeded shuffle. Where num_test is more than the support set leaves, the support set
         comes last, and the test takes all of it with prompts_from=test, else half. Of the user's own task (`task=`) it
-        takes all of it, and fewer labels than num_support are all for the test.
+        takes all of it, and fewer labels than num_support are all for the test. With skip_test the test set of one
+        pool goes on where test, support set and prompts end.
     Raises: UserError: fewer than num_support examples remain, or no test example lies behind skip_test.
     """
     d, rng = cfg.data, rng_for(cfg.seed, "split", name)
     pools = {k: _unique(v, name) for k, v in pools.items()}
-    if d.skip_test and name in (d.targets or [name]) and d.skip_test >= len(pools.get("test", ())):
-        have = f"{len(pools['test'])} test examples" if "test" in pools else "no test split of its own"
-        raise UserError(f"data.skip_test={d.skip_test}: task {name} has {have}; skip less, or name data.targets "
-                        "without it")
+    own, further = name == cfg.task, d.skip_test and name in (d.targets or [name])
+    if further and "test" not in pools and (own or name in d.train_tasks):   # what is left was trained on
+        raise _skipped_too_far(cfg, name, "no test split of its own")
+    if further and "test" in pools and d.skip_test >= len(pools["test"]):
+        raise _skipped_too_far(cfg, name, f"{len(pools['test'])} test examples")
     pools = {k: [v[i] for i in rng.permutation(len(v))] for k, v in pools.items()}
     rest, num_test = pools.get("train", pools.get("all", [])), d.num_test
-    own, left = name == cfg.task, len(rest) - d.num_support
+    left = len(rest) - d.num_support
     if own and "test" not in pools:   # a file of any size: the support set first, what is left of it tests
         num_test = min(num_test, left) if left >= 0 else len(rest)
     elif "test" not in pools and num_test > left:
@@ -182,7 +184,22 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
         raise UserError(f"task {name}: {len(rest)} examples remain for the support set, data.num_support="
                         f"{d.num_support} are needed (after {len(test)} for the test); lower data.num_test or "
                         "data.num_support, or add rows")
-    return tuple(rest[d.num_support:]), tuple(rest[:d.num_support]), tuple(test)
+    train = rest[d.num_support:]
+    if further and "test" not in pools:
+        prompts = [] if d.prompts_from == "test" else list({e.text: None for e in train})[:d.num_prompts]
+        asked = {_key(text, name) for text in prompts}
+        unused = [*test, *(e for e in train if _key(e.text, name) not in asked)]
+        if d.skip_test >= len(unused):
+            raise _skipped_too_far(cfg, name, f"{len(unused)} test examples")
+        test = unused[d.skip_test:d.skip_test + num_test]
+        taken = {e.id for e in test}
+        train = [e for e in train if e.id not in taken]
+    return tuple(train), tuple(rest[:d.num_support]), tuple(test)
+
+
+def _skipped_too_far(cfg: Config, name: str, have: str) -> UserError:
+    return UserError(f"data.skip_test={cfg.data.skip_test}: task {name} has {have}; skip less, or name data.targets "
+                     "without it")
 
 
 def _key(text: str, name: str) -> str:

@@ -428,7 +428,7 @@ def test_duplicates_are_dropped_once():
 
 
 def test_skip_test_scores_a_fresh_part_of_the_test_split():
-    """The parts are disjoint and nothing else moves; a task without a test split of its own has no second part."""
+    """The parts are disjoint and nothing else moves; what trained on its only pool has no second part."""
     pools = {"train": [Example(f"r{i}", f"train {i}", ("a", "b"), 0, "a") for i in range(30)],
              "test": [Example(f"t{i}", f"test {i}", ("a", "b"), 0, "a") for i in range(25)]}
 
@@ -439,10 +439,35 @@ def test_skip_test_scores_a_fresh_part_of_the_test_split():
     assert len({e.id for s in (first, second, third) for e in s[2]}) == 25
     with pytest.raises(UserError, match="data.skip_test=25: task mine has 25 test examples"):
         split("data.skip_test=25")
-    with pytest.raises(UserError, match="no test split of its own"):
-        make_splits(load_config(["data.skip_test=1", "data.num_support=4"])[0], "mine", {"all": pools["train"]})
+    with pytest.raises(UserError, match="task boolq has no test split of its own"):
+        make_splits(load_config(["data.skip_test=1", "data.num_support=4"])[0], "boolq", {"all": pools["train"]})
     untargeted = load_config(["data.skip_test=1", "data.num_test=5", "data.num_support=4", "data.targets=[arc_c]"])[0]
     assert len(make_splits(untargeted, "mine", {"all": pools["train"]})[2]) == 5
+
+
+def test_skip_test_of_one_pool_spares_support_and_prompts():
+    """An unseen task's further parts are disjoint from its first test set, its support set and its prompts, which do
+    not move; punctuation does not make a prompt's question a new one."""
+    rows = [Example(f"r{i}", f"word {i}", ("a", "b"), 0, "a") for i in range(40)]
+
+    def split(*words):
+        cfg = load_config(["data.num_test=10", "data.num_support=4", "data.num_prompts=6", "policy.folds=2",
+                           "data.targets=[jama]", *words])[0]
+        return make_splits(cfg, "jama", {"all": rows})
+    first = split()
+    prompts = [e.text for e in first[0]][:6]
+    rows += [Example(f"again{i}", text + "?", ("c", "d"), 0, "c") for i, text in enumerate(prompts)]
+    again = split()   # another order: the pool has other rows now
+    prompts = [e.text for e in again[0]][:6]
+    parts = [split(f"data.skip_test={n}") for n in (10, 20, 30)]
+    assert all(s[1] == again[1] and [e.text for e in s[0]][:6] == prompts for s in parts)
+    seen = {e.id for e in (*again[2], *again[1])}
+    for train, _, test in parts:
+        assert test and not seen & {e.id for e in test} and not set(test) & set(train)
+        assert not {t.strip("?") for t in prompts} & {e.text.strip("?") for e in test}
+        seen |= {e.id for e in test}
+    with pytest.raises(UserError, match=r"data.skip_test=60: task jama has \d+ test examples; skip less"):
+        split("data.skip_test=60")
 
 
 def test_tasks_are_loaded_once(tmp_path, tiny_args):
