@@ -131,7 +131,7 @@ def load_task(cfg: Config, name: str) -> Task:
     source += test if cfg.data.prompts_from == "test" else train
     if name == cfg.task and len(source) < cfg.generator.num_prompts:   # a small file: its support inputs, unlabelled
         source += support
-    prompts = tuple({e.text: None for e in source})[:cfg.data.num_prompts]
+    prompts = _distinct_texts(source)[:cfg.data.num_prompts]
     if not prompts:
         how = "add rows with nothing but a question" if name == cfg.task else "lower data.num_test or add rows"
         raise UserError(f"task {name}: no unlabelled prompts remain (data.prompts_from={cfg.data.prompts_from}); {how}")
@@ -186,7 +186,7 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
                         "data.num_support, or add rows")
     train = rest[d.num_support:]
     if further and "test" not in pools:
-        prompts = [] if d.prompts_from == "test" else list({e.text: None for e in train})[:d.num_prompts]
+        prompts = () if d.prompts_from == "test" else _distinct_texts(train)[:d.num_prompts]
         asked = {_key(text, name) for text in prompts}
         unused = [*test, *(e for e in train if _key(e.text, name) not in asked)]
         if d.skip_test >= len(unused):
@@ -195,6 +195,11 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
         taken = {e.id for e in test}
         train = [e for e in train if e.id not in taken]
     return tuple(train), tuple(rest[:d.num_support]), tuple(test)
+
+
+def _distinct_texts(examples) -> tuple[str, ...]:
+    """What an unlabelled prompt may be, in order: load_task takes the first, skip_test passes those over."""
+    return tuple({e.text: None for e in examples})
 
 
 def _skipped_too_far(cfg: Config, name: str, have: str) -> UserError:

@@ -197,9 +197,9 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
     prompts = part_tokens(budget, all_scored=True) if gpu else \
         row * max(_offered(cfg, "TTT.batch_size", "max_batch_size"))
     testing = (base + prompts * (per_token + 12 * config.vocab_size)) / GIB   # test-time training: logits everywhere
+    rows, updates = _trained(cfg)
     needs["adapt"] = Need(drawing + max(scoring, testing, training(16)), len(targets) * len(methods) * saved / GIB,
-                          hours(one * tried * (cfg.data.num_support + 2 * _trained(cfg, True)),
-                                tried * _trained(cfg, False)))
+                          hours(one * tried * (cfg.data.num_support + 2 * rows), tried * updates))
     baselines = methods & set(META_TRAINED)
     if baselines:
         b = cfg.baselines
@@ -223,16 +223,17 @@ def _offered(cfg, field: str, most: str) -> list[float]:
     return cfg.strategies.proposal_grid.get(field) or [1, getattr(cfg.strategies, most)]
 
 
-def _trained(cfg, rows: bool) -> float:
-    """Rows a proposal trains on, or its steps, on average over the families."""
+def _trained(cfg) -> tuple[float, float]:
+    """(rows, steps) that a proposal trains on, on average over the families."""
     def mean(field, most):
         values = _offered(cfg, field, most)
         return sum(values) / len(values)
+    families = sampled_families(cfg)
     steps = {"TTT": mean("TTT.ttl_steps", "max_ttl_steps"),
              "SFT": cfg.policy.folds * mean("SFT.sft_steps", "max_sft_steps")}
-    families = sampled_families(cfg)
-    return sum(n * (mean(f"{f}.batch_size", "max_batch_size") if rows else 1)
-               for f, n in steps.items() if f in families) / len(families)
+    steps = {f: n for f, n in steps.items() if f in families}
+    rows = sum(n * mean(f"{f}.batch_size", "max_batch_size") for f, n in steps.items())
+    return rows / len(families), sum(steps.values()) / len(families)
 
 
 def host_memory() -> float:
