@@ -399,15 +399,15 @@ def _read_hub(cfg: Config, name: str) -> dict[str, list[dict]]:
     out = {}
     for ours, theirs in splits.items():
         rows = []
-        for config in configs if isinstance(configs, tuple) else (configs,):
+        for subset in configs if isinstance(configs, tuple) else (configs,):
             try:
-                ds = load_dataset(path, config, split=theirs, revision=None)
+                ds = load_dataset(path, subset, split=theirs, revision=None)
             except Exception as e:   # the library raises many types; each means the same to the user
-                raise UserError(f"data.source=hub: cannot load {path} {config or ''} split {theirs} "
+                raise UserError(f"data.source=hub: cannot load {path} {subset or ''} split {theirs} "
                                 f"({type(e).__name__}: {str(e)[:160]}); check the network, or set "
                                 f"data.hub={{{name}: folder}} or data.jsonl={{{name}: file.jsonl}}") from None
             try:
-                rows += [_hub_record(cfg, name, like, config, f"{ours}-{i}", r, ds.column_names)
+                rows += [_hub_record(cfg, name, like, subset, f"{ours}-{i}", r, ds.column_names)
                          for i, r in enumerate(ds)]
             except KeyError as e:
                 raise UserError(f"data.columns.{name}: {path} has no column {e}; its columns are {ds.column_names}; "

@@ -112,14 +112,14 @@ def meta_model(cfg):
     facts = parse_yaml((ROOT / "configs/models.yaml").read_text(), "configs/models.yaml")
     folder = Path(cfg.model.name) if Path(cfg.model.name).is_absolute() else ROOT / cfg.model.name
     if (folder / "config.json").is_file():
-        config = AutoConfig.from_pretrained(folder)
+        shapes = AutoConfig.from_pretrained(folder)
     elif cfg.model.name in facts:
-        config = AutoConfig.for_model(**facts[cfg.model.name])
+        shapes = AutoConfig.for_model(**facts[cfg.model.name])
     else:
         raise UserError(f"model.name={cfg.model.name}: its shapes are not known here; name a folder with a config.json,"
                         f" or add it to configs/models.yaml (there: {', '.join(facts)})")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(shapes)
 
 
 def token_shape(cfg, layout: Layout) -> tuple[int, int, int]:
@@ -152,22 +152,22 @@ def kept_values(cfg, tokens: tuple[int, int, int]) -> int:
 def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rate: float) -> dict[str, Need]:
     """{stage: Need} of the stages this configuration runs."""
     c, g, p, a = cfg.collect, cfg.generator, cfg.policy, cfg.align
-    wide, config = run.dtype.itemsize, model.config
+    wide, shapes = run.dtype.itemsize, model.config
     size = sum(x.numel() for x in model.parameters())
     matrices = sum(i * o for _, _, i, o in layout.modules)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     tasks, sets = len(cfg.data.train_tasks), len({left_out_for(cfg, t) for t in targets})
     row = min(cfg.data.max_tokens, ROW_TOKENS)
     base = size * wide
-    per_token = wide * config.num_hidden_layers * (12 * config.hidden_size + 4 * config.intermediate_size)
+    per_token = wide * shapes.num_hidden_layers * (12 * shapes.hidden_size + 4 * shapes.intermediate_size)
     budget, gpu = cfg.evaluate.token_budget, run.device == "cuda"
 
     def training(rows: int) -> float:   # fp32 master, gradient and moments of the adapter, activations, logits
         held = min(rows * cfg.data.max_tokens, part_tokens(budget)) if gpu else rows * row
-        return (base + 18 * layout.size + held * per_token + rows * 8 * config.vocab_size * 8) / GIB
+        return (base + 18 * layout.size + held * per_token + rows * 8 * shapes.vocab_size * 8) / GIB
 
     def hours(flops: float, passes: float = 0.0) -> float:   # on a GPU a training step is bound by its launches
-        return max(flops / (EFFICIENCY * rate), gpu * passes * LAUNCHES * config.num_hidden_layers) / 3600
+        return max(flops / (EFFICIENCY * rate), gpu * passes * LAUNCHES * shapes.num_hidden_layers) / 3600
     one = 2 * matrices * row            # FLOPs of one example forward; training an adapter takes twice that
     steps, saved = c.pretrain_steps + c.finetune_steps, 4 * layout.size
     needs = {"collect": Need(training(c.batch_size), tasks * c.save_last * saved / GIB,
@@ -186,19 +186,19 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
     drawing = 0.0 if "generator" in idle else 4 * decoder_size / GIB   # the generator beside the model
     if methods & set(ALIGNED):
         with torch.device("meta"):
-            vae = FusionVAE(layout.size, config.hidden_size, a.latent, a.pos_table, a.residual)
+            vae = FusionVAE(layout.size, shapes.hidden_size, a.latent, a.pos_table, a.residual)
         count = sum(x.numel() for x in vae.parameters())
         needs["align"] = Need(drawing + (20 * count + a.batch_size * 28 * layout.size * 4 + base) / GIB,
                               sets * 4 * count / GIB, hours(2 * a.meta_epochs * a.batch_size * sets * 6 * 4300
                                                            * layout.size), beside * 4 * a.draws * tasks * saved / GIB)
     tried = p.proposals * p.iterations * len(targets) * len(methods & {"degaml", "degaml_plus", "tempo", "tempo_plus"})
     # steering keeps float32 logits of every context token
-    scoring = (base + budget * per_token / config.num_hidden_layers + 4 * budget * config.vocab_size) / GIB
+    scored_at_once = (base + budget * per_token / shapes.num_hidden_layers + 4 * budget * shapes.vocab_size) / GIB
     prompts = part_tokens(budget, all_scored=True) if gpu else \
         row * max(_offered(cfg, "TTT.batch_size", "max_batch_size"))
-    testing = (base + prompts * (per_token + 12 * config.vocab_size)) / GIB   # test-time training: logits everywhere
+    testing = (base + prompts * (per_token + 12 * shapes.vocab_size)) / GIB   # test-time training: logits everywhere
     rows, updates = _trained(cfg)
-    needs["adapt"] = Need(drawing + max(scoring, testing, training(16)), len(targets) * len(methods) * saved / GIB,
+    needs["adapt"] = Need(drawing + max(scored_at_once, testing, training(16)), len(targets) * len(methods) * saved / GIB,
                           hours(one * tried * (cfg.data.num_support + 2 * rows), tried * updates))
     baselines = methods & set(META_TRAINED)
     if baselines:
@@ -214,7 +214,7 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
                                   sets * len(baselines) * saved / GIB,
                                   hours(2 * one * sum(n * size for n, size in made), sum(n for n, _ in made)))
     scored = cfg.data.num_test * len(targets) * (len(methods) + cfg.evaluate.prompt_batches)
-    needs["evaluate"] = Need(drawing + scoring, 200 * scored / GIB, hours(one * scored))
+    needs["evaluate"] = Need(drawing + scored_at_once, 200 * scored / GIB, hours(one * scored))
     return {name: need for name, need in needs.items() if name not in idle}
 
 
