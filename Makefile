@@ -67,12 +67,12 @@ reliability: assets/.done
 	$(PY) tests/reliability.py $(ARGS)
 
 harness: assets/.done
-	$(PY) -m pip install --disable-pip-version-check -q -r requirements-bench.txt
+	$(PY) -m pip install --disable-pip-version-check -q -r bench/requirements.txt
 	$(PY) -m pytest -q tests/test_harness.py
 
 bench: assets/.done
-	$(PY) -m pip install --disable-pip-version-check -q -r requirements-bench.txt
-	$(PY) bench.py $(ARGS)
+	$(PY) -m pip install --disable-pip-version-check -q -r bench/requirements.txt
+	$(PY) bench/bench.py $(ARGS)
 
 lint: .venv/.done
 	$(PY) -m pip install --disable-pip-version-check -q ruff==0.17.6

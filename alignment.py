@@ -19,11 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import collect
+import data
+import generator
+import lora
+import runtime
+import scoring
 from config import UserError
-from generator import adapter_hash, generate_adapter, left_out_for, load_checkpoints, task_texts, training_tasks
-from lora import Adapter, Layout, clear_adapters, from_tokens, swap_adapter, to_tokens
-from runtime import Run, load_tensors, read_json, rng_for, save_tensors, seed_for
-from scoring import LM, hidden_states, load_lm, plan_batches, prompt_row
+from lora import Adapter, Layout
+from runtime import Run
 
 CHANNELS = (1, 32, 64, 128, 256, 512)
 POOLED = 32
@@ -110,11 +114,11 @@ class Aligner:
 
     def encode(self, adapter: Adapter) -> Tensor:
         """(D,) standardised weights in token order."""
-        return (to_tokens(adapter, self.layout).reshape(-1) - self.mean) / self.std
+        return (generator.to_tokens(adapter, self.layout).reshape(-1) - self.mean) / self.std
 
     def decode(self, vector: Tensor) -> Adapter:
         tokens = (vector * self.std + self.mean).view(-1, self.layout.rank, self.layout.width)
-        return from_tokens(tokens, self.layout)
+        return generator.from_tokens(tokens, self.layout)
 
 
 # ----------------------------------------------------------------------------------------------------- task vectors
@@ -125,35 +129,35 @@ def task_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
 
     One definition for training and inference; docs/choices.md, 16.
     """
-    lm = load_lm(run)
-    rows = [prompt_row(lm, t) for t in task_texts(run, task)[:run.cfg.align.prompts]]
+    lm = scoring.load_lm(run)
+    rows = [scoring.prompt_row(lm, t) for t in generator.task_texts(run, task)[:run.cfg.align.prompts]]
     key = f"base states/{task}"
     if key not in run.cache:
         run.cache[key] = _last_states(lm, rows, None)
     return (_last_states(lm, rows, adapter) - run.cache[key]).mean(0)
 
 
-def _last_states(lm: LM, rows: list, adapter: Adapter | None) -> Tensor:
+def _last_states(lm: scoring.LM, rows: list, adapter: Adapter | None) -> Tensor:
     """(n, d) float32 states after the last norm at each row's last token."""
     out = [None] * len(rows)
-    swap_adapter(lm.model, lm.layout, adapter)
+    lora.swap_adapter(lm.model, lm.layout, adapter)
     try:
-        for batch in plan_batches(rows, lm.budget):
-            hidden, starts = hidden_states(lm, [rows[i] for i in batch])
+        for batch in scoring.plan_batches(rows, lm.budget):
+            hidden, starts = scoring.hidden_states(lm, [rows[i] for i in batch])
             for i, start in zip(batch, starts, strict=True):
                 out[i] = hidden[start + rows[i].length - 1].float().cpu()
     finally:
-        clear_adapters(lm.model)
+        lora.clear_adapters(lm.model)
     return torch.stack(out)
 
 
 def _cached_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
     """A checkpoint's task vector is the same for every left-out set: kept in align/vectors/."""
-    prompts = seed_for(*task_texts(run, task)[:run.cfg.align.prompts])
-    path = run.path / f"align/vectors/{task}.{adapter_hash(adapter)}.{prompts:x}.safetensors"
+    prompts = runtime.seed_for(*generator.task_texts(run, task)[:run.cfg.align.prompts])
+    path = run.path / f"align/vectors/{task}.{lora.adapter_hash(adapter)}.{prompts:x}.safetensors"
     if not path.exists():
-        save_tensors(path, {"v": task_vector(run, task, adapter)})
-    return load_tensors(path)["v"]
+        runtime.save_tensors(path, {"v": task_vector(run, task, adapter)})
+    return runtime.load_tensors(path)["v"]
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -161,10 +165,10 @@ def _cached_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
 def train_aligners(cfg, run: Run) -> dict:
     """One Fusion VAE per left-out set that the targets need. Writes align/<left_out>/vae.safetensors."""
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    wanted = sorted({left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "none", t))
+    wanted = sorted({data.left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "none", t))
     for left_out, part, parts in run.divide(wanted, "align", "align"):
         _train_one(cfg, run, left_out, part, parts)
-    gains = [read_json(run.path / f"align/{left_out}/DONE.json")["r2"] for left_out in wanted]
+    gains = [runtime.read_json(run.path / f"align/{left_out}/DONE.json")["r2"] for left_out in wanted]
     return {"align/r2": sum(gains) / len(gains)}
 
 
@@ -175,21 +179,21 @@ def collect_pairs(cfg, run: Run, left_out: str) -> tuple[dict[str, list[tuple[Te
         gen2ckpt maps an adapter generated from a random prompt batch to a random checkpoint, ckpt2ckpt a checkpoint to
         itself (both are mixed half and half for gen2ckpt), alg1 a generated adapter to itself: paper T, Algorithm 1.
     """
-    lm, a, pairs, held = load_lm(run), cfg.align, {}, {}
-    for task in training_tasks(cfg, left_out):
-        checkpoints = load_checkpoints(run, lm, task)
+    lm, a, pairs, held = scoring.load_lm(run), cfg.align, {}, {}
+    for task in data.training_tasks(cfg, left_out):
+        checkpoints = collect.load_checkpoints(run, lm, task)
         held[task] = checkpoints.pop(0) if len(checkpoints) > 1 else checkpoints[0]
-        rng = rng_for(cfg.seed, "align pairs", left_out, task)
+        rng = runtime.rng_for(cfg.seed, "align pairs", left_out, task)
         made = []
         for draw in range(a.draws):
             goal = checkpoints[int(rng.integers(len(checkpoints)))]
             if a.pairs in ("gen2ckpt", "alg1"):
-                generated, _ = generate_adapter(run, task, draw, left_out=left_out)
+                generated, _ = generator.generate_adapter(run, task, draw, left_out=left_out)
                 vector = task_vector(run, task, generated)
                 made.append((generated, vector, goal if a.pairs == "gen2ckpt" else generated))
             if a.pairs in ("gen2ckpt", "ckpt2ckpt"):
                 made.append((goal, _cached_vector(run, task, goal), goal))
-        flat = {id(x): to_tokens(x, lm.layout).reshape(-1) for start, _, goal in made for x in (start, goal)}
+        flat = {id(x): generator.to_tokens(x, lm.layout).reshape(-1) for start, _, goal in made for x in (start, goal)}
         pairs[task] = [(flat[id(x)], v, flat[id(y)]) for x, v, y in made]   # a checkpoint serves many pairs
     return pairs, held
 
@@ -244,15 +248,15 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
 
     Of `parts` ranks that train together this one takes every parts-th pair of each batch, from number `part`.
     """
-    a, started, lm = cfg.align, time.monotonic(), load_lm(run)
+    a, started, lm = cfg.align, time.monotonic(), scoring.load_lm(run)
     pairs, held = collect_pairs(cfg, run, left_out)
     aligner = _new_aligner(cfg, lm.layout, pairs)
     vae = aligner.vae.to(run.device).train()
     opt = torch.optim.Adam(vae.parameters(), lr=a.meta_lr)
     label = "align on all tasks" if left_out == "none" else f"align without {left_out}"
     for epoch in run.track(range(a.meta_epochs), label, together=parts > 1):
-        rng = rng_for(cfg.seed, "align", left_out, epoch)
-        noise = torch.Generator().manual_seed(seed_for(cfg.seed, "align noise", left_out, epoch))
+        rng = runtime.rng_for(cfg.seed, "align", left_out, epoch)
+        noise = torch.Generator().manual_seed(runtime.seed_for(cfg.seed, "align noise", left_out, epoch))
         weight = a.kl_weight * epoch / max(1, a.meta_epochs - 1)
         task = str(rng.choice(list(pairs)))
         order = rng.permutation(len(pairs[task]))
@@ -273,7 +277,7 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     if part:
         return
     folder = run.path / f"align/{left_out}"
-    save_tensors(folder / "vae.safetensors", {f"vae.{k}": v.detach().cpu() for k, v in vae.state_dict().items()}
+    runtime.save_tensors(folder / "vae.safetensors", {f"vae.{k}": v.detach().cpu() for k, v in vae.state_dict().items()}
                  | {k: getattr(aligner, k) for k in ("mean", "std", "task_mean", "task_std")})
     facts = held_out_fit(run, aligner, left_out, held, pairs)
     run.finish(f"align/{left_out}", "align", started, ranks=parts, **facts, kl=kl, steps=a.meta_epochs,
@@ -297,7 +301,7 @@ def _new_aligner(cfg, layout: Layout, pairs: dict) -> Aligner:
     a, everything = cfg.align, [p for task in pairs.values() for p in task]
     mean, std = standardisation(layout, torch.stack([y for _, _, y in everything]))
     vectors = torch.stack([v for _, v, _ in everything])
-    torch.manual_seed(seed_for(cfg.seed, "align", *pairs))
+    torch.manual_seed(runtime.seed_for(cfg.seed, "align", *pairs))
     vae = FusionVAE(layout.size, vectors.shape[1], a.latent, a.pos_table, a.residual)
     return Aligner(vae, layout, mean, std, vectors.mean(0), vectors.std(0) + 1e-8)
 
@@ -312,12 +316,12 @@ def held_out_fit(run: Run, aligner: Aligner, left_out: str, held: dict[str, Adap
     errors = {"r2": 0.0, "r2_generated": 0.0, "r2_before": 0.0}
     total = 0.0
     for task, adapter in held.items():
-        goal = to_tokens(adapter, aligner.layout).reshape(-1)
+        goal = generator.to_tokens(adapter, aligner.layout).reshape(-1)
         total += float(((goal - mean) ** 2).sum())
-        generated, _ = generate_adapter(run, task, 0, left_out=left_out)
-        before = to_tokens(generated, aligner.layout).reshape(-1)
+        generated, _ = generator.generate_adapter(run, task, 0, left_out=left_out)
+        before = generator.to_tokens(generated, aligner.layout).reshape(-1)
         for key, source in (("r2", adapter), ("r2_generated", generated)):
-            out = to_tokens(align_adapter(run, aligner, task, source), aligner.layout).reshape(-1)
+            out = generator.to_tokens(align_adapter(run, aligner, task, source), aligner.layout).reshape(-1)
             errors[key] += float(((out - goal) ** 2).sum())
         errors["r2_before"] += float(((before - goal) ** 2).sum())
     return {k: 1 - v / total for k, v in errors.items()}
@@ -329,10 +333,10 @@ def load_aligner(run: Run, left_out: str) -> Aligner:
     """The trained VAE of a left-out set, kept for the process. Raises: UserError."""
     key = f"align/{left_out}"
     if key not in run.cache:
-        lm, a = load_lm(run), run.cfg.align
+        lm, a = scoring.load_lm(run), run.cfg.align
         if not run.finished(key, "align", redo=False):
             raise UserError(f"{run.path / key}: not trained yet; run stage=align")
-        state = load_tensors(run.path / key / "vae.safetensors")
+        state = runtime.load_tensors(run.path / key / "vae.safetensors")
         vae = FusionVAE(lm.layout.size, len(state["task_mean"]), a.latent, a.pos_table, a.residual)
         vae.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("vae.")})
         run.cache[key] = Aligner(vae.to(run.device).eval().requires_grad_(False), lm.layout,
@@ -347,3 +351,5 @@ def align_adapter(run: Run, aligner: Aligner, task: str, adapter: Adapter) -> Ad
     with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
         out, _, _ = aligner.vae(aligner.encode(adapter)[None].to(run.device), vector[None].to(run.device))
     return aligner.decode(out[0].float().cpu())
+
+

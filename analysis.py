@@ -19,13 +19,14 @@ import yaml
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from data import load_tasks
-from generator import last_checkpoint
-from lora import Adapter, Layout, average_adapters, flatten_adapter, load_adapter, swap_adapter, unflatten_adapter
-from report import METHODS, NOT_RUN, PAPER_TABLES, average_over_tasks, load_scores, save_png
-from report import load_tasks as load_described
-from runtime import Run, write_json, write_text
-from scoring import LM, lm_loss, load_lm, make_row
+import collect
+import data
+import lora
+import report
+import runtime
+import scoring
+from lora import Adapter, Layout
+from runtime import Run
 
 STAGED, COUPLED = ("tempo", "tempo_plus", "degaml", "degaml_plus"), ("maml", "maml_matched")
 COMPARED = (*STAGED, *COUPLED)
@@ -36,48 +37,48 @@ ABSOLUTE = 1e-6   # |dW| below this counts as zero in the paper's sparsity
 
 def paper_experiments() -> dict:
     """Paper T's own numbers, as printed: {experiment: {side: {statistic: value}}}."""
-    return yaml.safe_load(PAPER_TABLES.read_text(encoding="utf-8"))["tempo-experiments"]
+    return yaml.safe_load(report.PAPER_TABLES.read_text(encoding="utf-8"))["tempo-experiments"]
 
 
 def analyze(cfg, run: Run) -> dict:
     """All four experiments on the out-of-domain targets (all targets where there are none). Rank 0 works."""
     if run.rank:
         return {}
-    tasks = load_tasks(run)
+    tasks = data.load_tasks(run)
     wanted = [t for t in (cfg.data.targets or tasks) if tasks[t].domain == "ood"] or list(cfg.data.targets or tasks)
     adapters = load_adapted(run, wanted)
     folder = run.path / "analysis"
     folder.mkdir(exist_ok=True)
     found = {"tasks": wanted, "seed": cfg.seed, "n": len(tasks[wanted[0]].support), "model": cfg.model.name,
              "gradients": gradient_conflict(cfg, run, wanted, adapters, folder),
-             "weights": {m: weight_rows(load_lm(run).layout, a) for m, a in adapters.items()},
+             "weights": {m: weight_rows(scoring.load_lm(run).layout, a) for m, a in adapters.items()},
              "signatures": draw_signatures(run, adapters, folder), "stages": stage_ablation(cfg, run)}
-    write_json(folder / "analysis.json", found)
-    write_text(folder / "analysis.md", format_analysis(found))
+    runtime.write_json(folder / "analysis.json", found)
+    runtime.write_text(folder / "analysis.md", format_analysis(found))
     run.log(format_analysis(found))
     return {"analysis": str(folder / "analysis.md")}
 
 
 def load_adapted(run: Run, tasks: list[str]) -> dict[str, dict[str, Adapter]]:
     """{method: {task: adapter}} of the methods that have every task's adapter in the run folder."""
-    layout, out = load_lm(run).layout, {}
+    layout, out = scoring.load_lm(run).layout, {}
     for method in COMPARED:
         folders = {t: run.path / f"adapted/{method}/{t}" for t in tasks}
         if all((f / "adapter_model.safetensors").is_file() for f in folders.values()):
-            out[method] = {t: load_adapter(f, layout) for t, f in folders.items()}
+            out[method] = {t: lora.load_adapter(f, layout) for t, f in folders.items()}
     return out
 
 
 # ------------------------------------------------------------------------------------------------ gradient conflict
 
-def sft_gradient(lm: LM, adapter: Adapter, examples: list) -> Tensor:
+def sft_gradient(lm: scoring.LM, adapter: Adapter, examples: list) -> Tensor:
     """(D,) float64 mean gradient of the supervised loss over the examples, at an adapter."""
     total = torch.zeros(lm.layout.size, dtype=torch.float64)
     for e in examples:
-        vector = flatten_adapter(adapter, lm.layout).to(lm.model.device).requires_grad_()
-        swap_adapter(lm.model, lm.layout, unflatten_adapter(vector, lm.layout))
-        total += torch.autograd.grad(lm_loss(lm, [make_row(lm, e)]), vector)[0].double().cpu()
-    swap_adapter(lm.model, lm.layout, None)
+        vector = lora.flatten_adapter(adapter, lm.layout).to(lm.model.device).requires_grad_()
+        lora.swap_adapter(lm.model, lm.layout, lora.unflatten_adapter(vector, lm.layout))
+        total += torch.autograd.grad(scoring.lm_loss(lm, [scoring.make_row(lm, e)]), vector)[0].double().cpu()
+    lora.swap_adapter(lm.model, lm.layout, None)
     return total / len(examples)
 
 
@@ -107,8 +108,8 @@ def gradient_conflict(cfg, run: Run, tasks: list[str], adapters: dict, folder) -
 
     Source: paper T, experiment 1 (cosines over 15 pairs of six tasks).
     """
-    lm, support = load_lm(run), {t: list(load_tasks(run)[t].support) for t in tasks}
-    common = average_adapters([last_checkpoint(run, lm, t) for t in cfg.data.train_tasks])
+    lm, support = scoring.load_lm(run), {t: list(data.load_tasks(run)[t].support) for t in tasks}
+    common = lora.average_adapters([collect.last_checkpoint(run, lm, t) for t in cfg.data.train_tasks])
     points = {"common point": dict.fromkeys(tasks, common), **adapters}
     masks = {"all modules": module_mask(lm.layout, tuple(cfg.model.modules)), "q, v, o": module_mask(lm.layout, QVO)}
     out: dict = {}
@@ -177,7 +178,7 @@ def signature(layout: Layout, adapter: Adapter, layer: int, module: str, count: 
 
 def draw_signatures(run: Run, adapters: dict, folder) -> dict:
     """Line plot and heatmap of every method's signatures of layer 12 (the middle one in a smaller model)."""
-    layout = load_lm(run).layout
+    layout = scoring.load_lm(run).layout
     layers = sorted({layer for _, layer, _, _ in layout.modules})
     layer = 12 if 12 in layers else layers[len(layers) // 2]
     module = next(m for m in ("q_proj", layout.modules[0][0].rsplit(".", 1)[-1])
@@ -197,7 +198,7 @@ def draw_signatures(run: Run, adapters: dict, folder) -> dict:
             axis.plot(row, lw=0.8, label=name)
         axis.set(title=about, xlabel="entry", ylabel="dW")
         figure.legend(loc="outside lower center", ncols=len(names), fontsize=7)
-        save_png(figure, folder / f"signature-lines-{method}.png")
+        report.save_png(figure, folder / f"signature-lines-{method}.png")
     # how alike the tasks are in the method: 1 = the paper's coupled "barcode"
     alike = {m: pair_statistics(cosine_matrix([torch.from_numpy(r) for r in rows])) for m, rows in arrays.items()}
     return {"layer": layer, "module": module, "entries": int(next(iter(arrays.values())).shape[1]), "cosines": alike}
@@ -207,8 +208,8 @@ def draw_signatures(run: Run, adapters: dict, folder) -> dict:
 
 def stage_ablation(cfg, run: Run) -> dict:
     """Average accuracies of base, S1, S1 + S2 and S1 + S2 + S3 from the stored scores."""
-    tasks = load_described(run.path)
-    averages = average_over_tasks([load_scores(run.path, tasks)], tasks, cfg.evaluate.metric)
+    tasks = report.load_tasks(run.path)
+    averages = report.average_over_tasks([report.load_scores(run.path, tasks)], tasks, cfg.evaluate.metric)
     return {domain: {m: {k: found[m][k] for k in ("acc", "se", "tasks", "vs_base", "vs_generator")}
                      for m in STAGES if m in found} for domain, found in averages.items()}
 
@@ -216,11 +217,11 @@ def stage_ablation(cfg, run: Run) -> dict:
 # ------------------------------------------------------------------------------------------------------------ output
 
 def _name(method: str) -> str:
-    return METHODS[method][0] if method in METHODS else method
+    return report.METHODS[method][0] if method in report.METHODS else method
 
 
 def _show(value, digits: int = 3) -> str:
-    return NOT_RUN if value is None else f"{value:.{digits}g}" if abs(value) < 1e-2 else f"{value:.{digits}f}"
+    return report.NOT_RUN if value is None else f"{value:.{digits}g}" if abs(value) < 1e-2 else f"{value:.{digits}f}"
 
 
 def format_analysis(found: dict) -> str:
@@ -235,7 +236,7 @@ def format_analysis(found: dict) -> str:
     for name, kinds in found["gradients"].items():
         lines += [f"| {_name(name)} | {kind} | {s['pairs']} | " + " | ".join(
             _show(s[k]) for k in ("mean", "std", "min", "max")) + " |" for kind, s in kinds.items()]
-    lines += [f"| {_name(m)} | - | {NOT_RUN} | | | | |" for m in COMPARED if m not in found["gradients"]]
+    lines += [f"| {_name(m)} | - | {report.NOT_RUN} | | | | |" for m in COMPARED if m not in found["gradients"]]
     paper = paper_experiments()
     lines += [f"| paper T: {side} | its own | 15 | {s['mean']} | {s['std']} | {s['min']} | {s['max']} |"
               for side, s in paper["gradients"].items()]
@@ -249,7 +250,7 @@ def format_analysis(found: dict) -> str:
     for method, kinds in found["weights"].items():
         lines += [f"| {_name(method)} | {kind} | " + " | ".join(_show(w["mean"][k], 4) for k in keys) + " |"
                   for kind, w in kinds.items()]
-    lines += [f"| {_name(m)} | - | {NOT_RUN} | | | | | |" for m in COMPARED if m not in found["weights"]]
+    lines += [f"| {_name(m)} | - | {report.NOT_RUN} | | | | | |" for m in COMPARED if m not in found["weights"]]
     lines += [f"| paper T: {side} | its own | {s['sparsity']} | | | {s['l1']:g} | {s['l2']} | {s['max']} |"
               for side, s in paper["weights"].items()]
     s = found["signatures"]
@@ -260,11 +261,11 @@ def format_analysis(found: dict) -> str:
                   "|---|---|---|---|"]
         lines += [f"| {_name(m)} | " + " | ".join(_show(c[k]) for k in ("mean", "min", "max")) + " |"
                   for m, c in s["cosines"].items()]
-    lines += [] if s else [NOT_RUN]
+    lines += [] if s else [report.NOT_RUN]
     lines += ["", "## 4. Stage ablation", "", "| stages | in-domain | out-of-domain |", "|---|---|---|"]
     for method, label in STAGES.items():
         cells = [found["stages"].get(d, {}).get(method) for d in ("id", "ood")]
-        shown = [NOT_RUN if c is None else f"{100 * c['acc']:.1f} ± {100 * c['se']:.1f}" for c in cells]
+        shown = [report.NOT_RUN if c is None else f"{100 * c['acc']:.1f} ± {100 * c['se']:.1f}" for c in cells]
         lines.append(f"| {label} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
@@ -272,7 +273,7 @@ def format_analysis(found: dict) -> str:
 def _write_csv(path, rows: list[list]) -> None:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
-    write_text(path, out.getvalue())
+    runtime.write_text(path, out.getvalue())
 
 
 def _heatmap(path, values: np.ndarray, rows: list[str], columns: list[str] | None, title: str, low: float, high: float,
@@ -290,4 +291,6 @@ def _heatmap(path, values: np.ndarray, rows: list[str], columns: list[str] | Non
     axis.set_title(title, fontsize=8)
     axis.grid(visible=False)
     figure.colorbar(image)
-    save_png(figure, path)
+    report.save_png(figure, path)
+
+

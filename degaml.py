@@ -76,7 +76,7 @@ def run_doctor(cfg, run) -> dict:
 
 def run_collect(cfg, run) -> dict:
     """LoRA checkpoints of the training tasks."""
-    from generator import collect_adapters
+    from collect import collect_adapters
     return collect_adapters(cfg, run)
 
 
@@ -115,7 +115,7 @@ def run_baselines(cfg, run) -> dict:
 
 def run_evaluate(cfg, run) -> dict:
     """Score every method on the held-out test examples."""
-    from policy import evaluate_methods
+    from evaluate import evaluate_methods
     return evaluate_methods(cfg, run)
 
 

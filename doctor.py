@@ -17,13 +17,17 @@ from pathlib import Path
 
 import torch
 
+import assets
+import config
+import data
+import lora
+import runtime
+import scoring
 from alignment import FusionVAE
-from assets import check_assets
-from config import ALIGNED, META_TRAINED, ROOT, UserError, idle_stages, parse_yaml, sampled_families
-from generator import HyperConvDecoder, left_out_for
-from lora import Layout, find_layout
-from runtime import Run, environment
-from scoring import part_tokens
+from config import UserError
+from generator import HyperConvDecoder
+from lora import Layout
+from runtime import Run
 
 GIB = 2 ** 30
 EFFICIENCY = 0.4        # of the measured matrix-product rate that training and scoring reach
@@ -51,19 +55,19 @@ def examine(cfg, run: Run) -> dict:
     if run.rank:
         return {}
     model = meta_model(cfg)
-    layout = find_layout(model, cfg.model.rank, cfg.model.alpha, cfg.model.token_width, cfg.model.modules)
+    layout = lora.find_layout(model, cfg.model.rank, cfg.model.alpha, cfg.model.token_width, cfg.model.modules)
     tokens = token_shape(cfg, layout)
     with torch.device("meta"):
         decoder = HyperConvDecoder([*cfg.generator.flow, list(tokens)], cfg.generator.kernel)
     decoder_size = sum(p.numel() for p in decoder.parameters())
     have_memory, have_disk, rate = machine(run)
-    seen = environment(run)
+    seen = runtime.environment(run)
     print(f"machine    {run.device}, {seen['cores']} cores, {torch.get_num_threads()} threads, "
           f"{have_memory:.0f} GiB of {run.device} memory, {have_disk:.0f} GiB of free disk, {rate / 1e9:,.0f} GFLOP/s "
           f"{str(run.dtype)[6:]} matrix products")
     if cfg.data.source == "assets":
-        data = Path(cfg.data.dir) if Path(cfg.data.dir).is_absolute() else ROOT / cfg.data.dir
-        print(f"assets     {check_assets(data)} files, each with the hash it was extracted with")
+        data = Path(cfg.data.dir) if Path(cfg.data.dir).is_absolute() else config.ROOT / cfg.data.dir
+        print(f"assets     {assets.check_assets(data)} files, each with the hash it was extracted with")
     print("versions   " + ", ".join(f"{k} {seen[k]}" for k in ("python", "torch", "transformers", "peft")))
     print(f"model      {cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters, LoRA rank "
           f"{cfg.model.rank}, D = {layout.size:,}")
@@ -109,8 +113,8 @@ def refuse(needs: dict[str, Need], memory: float, disk: float, device: str) -> N
 def meta_model(cfg):
     """The base model without weights: from its folder's config.json, or from configs/models.yaml. Raises: UserError."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    facts = parse_yaml((ROOT / "configs/models.yaml").read_text(), "configs/models.yaml")
-    folder = Path(cfg.model.name) if Path(cfg.model.name).is_absolute() else ROOT / cfg.model.name
+    facts = config.parse_yaml((config.ROOT / "configs/models.yaml").read_text(), "configs/models.yaml")
+    folder = Path(cfg.model.name) if Path(cfg.model.name).is_absolute() else config.ROOT / cfg.model.name
     if (folder / "config.json").is_file():
         shapes = AutoConfig.from_pretrained(folder)
     elif cfg.model.name in facts:
@@ -156,14 +160,14 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
     size = sum(x.numel() for x in model.parameters())
     matrices = sum(i * o for _, _, i, o in layout.modules)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    tasks, sets = len(cfg.data.train_tasks), len({left_out_for(cfg, t) for t in targets})
+    tasks, sets = len(cfg.data.train_tasks), len({data.left_out_for(cfg, t) for t in targets})
     row = min(cfg.data.max_tokens, ROW_TOKENS)
     base = size * wide
     per_token = wide * shapes.num_hidden_layers * (12 * shapes.hidden_size + 4 * shapes.intermediate_size)
     budget, gpu = cfg.evaluate.token_budget, run.device == "cuda"
 
     def training(rows: int) -> float:   # fp32 master, gradient and moments of the adapter, activations, logits
-        held = min(rows * cfg.data.max_tokens, part_tokens(budget)) if gpu else rows * row
+        held = min(rows * cfg.data.max_tokens, scoring.part_tokens(budget)) if gpu else rows * row
         return (base + 18 * layout.size + held * per_token + rows * 8 * shapes.vocab_size * 8) / GIB
 
     def hours(flops: float, passes: float = 0.0) -> float:   # on a GPU a training step is bound by its launches
@@ -182,9 +186,9 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
         (states + (sets + 3) * 4 * decoder_size) / GIB,   # and one resumable state of weights and moments
         hours((8 if g.recompute else 6) * multiplications(cfg, tokens) * g.batch_size * g.steps * sets),
         (beside * tasks * c.save_last * 4 * math.prod(tokens) + 24 * decoder_size) / GIB)   # targets; a saved state
-    methods, idle = set(cfg.evaluate.methods), idle_stages(cfg)
+    methods, idle = set(cfg.evaluate.methods), config.idle_stages(cfg)
     drawing = 0.0 if "generator" in idle else 4 * decoder_size / GIB   # the generator beside the model
-    if methods & set(ALIGNED):
+    if methods & set(config.ALIGNED):
         with torch.device("meta"):
             vae = FusionVAE(layout.size, shapes.hidden_size, a.latent, a.pos_table, a.residual)
         count = sum(x.numel() for x in vae.parameters())
@@ -194,13 +198,13 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
     tried = p.proposals * p.iterations * len(targets) * len(methods & {"degaml", "degaml_plus", "tempo", "tempo_plus"})
     # steering keeps float32 logits of every context token
     scored_at_once = (base + budget * per_token / shapes.num_hidden_layers + 4 * budget * shapes.vocab_size) / GIB
-    prompts = part_tokens(budget, all_scored=True) if gpu else \
+    prompts = scoring.part_tokens(budget, all_scored=True) if gpu else \
         row * max(_offered(cfg, "TTT.batch_size", "max_batch_size"))
     testing = (base + prompts * (per_token + 12 * shapes.vocab_size)) / GIB   # test-time training: logits everywhere
     rows, updates = _trained(cfg)
     needs["adapt"] = Need(drawing + max(scored_at_once, testing, training(16)), len(targets) * len(methods) * saved / GIB,
                           hours(one * tried * (cfg.data.num_support + 2 * rows), tried * updates))
-    baselines = methods & set(META_TRAINED)
+    baselines = methods & set(config.META_TRAINED)
     if baselines:
         b = cfg.baselines
         passes = {"union": (steps * tasks * b.union.step_share, c),
@@ -228,7 +232,7 @@ def _trained(cfg) -> tuple[float, float]:
     def mean(field, most):
         values = _offered(cfg, field, most)
         return sum(values) / len(values)
-    families = sampled_families(cfg)
+    families = config.sampled_families(cfg)
     steps = {"TTT": mean("TTT.ttl_steps", "max_ttl_steps"),
              "SFT": cfg.policy.folds * mean("SFT.sft_steps", "max_sft_steps")}
     steps = {f: n for f, n in steps.items() if f in families}
@@ -252,3 +256,5 @@ def machine(run: Run) -> tuple[float, float, float]:
         float((a @ a)[0, 0])   # reading a value waits for the device
         best = min(best, time.perf_counter() - start)
     return memory, shutil.disk_usage(run.path).free / GIB, 2 * n ** 3 / best
+
+

@@ -9,7 +9,6 @@ Everything is leave-one-out: the generator of a training task is trained without
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,154 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import SAVING, Stopped, UserError
-from data import load_tasks
-from lora import (
-    Adapter,
-    TokenCode,
-    average_adapters,
-    from_tokens,
-    init_adapter,
-    load_adapter,
-    rate,
-    save_adapter,
-    to_tokens,
-    train_adapter,
-)
-from runtime import (
-    Run,
-    fingerprint,
-    load_array,
-    load_tensors,
-    read_json,
-    rng_for,
-    save_array,
-    save_tensors,
-    seed_for,
-    sha256,
-    to_device,
-    write_json,
-)
-from scoring import LM, choice_loss, input_text, lm_loss, load_lm, loss_in_parts, make_row
-
-# ------------------------------------------------------------------------------------------------------- checkpoints
-
-def collect_adapters(cfg, run: Run) -> dict:
-    """LoRA trajectories of the training tasks, one checkpoint per step, all from one A initialisation.
-
-    Source: paper D, E.4: `pretrain_steps` at `pretrain_lr`, then `finetune_steps` at `finetune_lr`; the optimiser
-    state carries over. Writes adapters/<task>/ with the last `save_last` steps and a manifest.
-    Raises: UserError: a loss that is not finite; the state before it is saved.
-    """
-    tasks = load_tasks(run)
-    lm = load_lm(run)
-    units = sorted(cfg.data.train_tasks, key=lambda t: -_mean_length(lm, tasks[t]))
-    for name in run.deal(units):
-        if not run.finished(f"adapters/{name}", "collect"):
-            _collect_one(cfg, run, lm, tasks[name])
-    manifests = [read_json(run.path / f"adapters/{t}/manifest.json") for t in cfg.data.train_tasks]
-    if len({m["init_sha"] for m in manifests}) != 1:
-        raise UserError(f"{run.path / 'adapters'}: the tasks do not share one A initialisation; delete the folder and "
-                        "run stage=collect again")
-    return {"collect/last_loss": sum(m["last_loss"] for m in manifests) / len(manifests)}
-
-
-def _mean_length(lm: LM, task) -> float:
-    return sum(len(e.text) for e in task.train[:50])
-
-
-def _collect_one(cfg, run: Run, lm: LM, task) -> None:
-    c, folder, start = cfg.collect, run.path / f"adapters/{task.name}", time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)
-    steps = c.pretrain_steps + c.finetune_steps
-    rng = rng_for(cfg.seed, "collect", task.name)
-    order = np.concatenate([rng.permutation(len(task.train)) for _ in
-                            range(1 + steps * c.batch_size // len(task.train))])
-    rows = {}
-
-    def batches():
-        for s in run.track(range(steps), f"collect {task.name}"):
-            index = order[s * c.batch_size:(s + 1) * c.batch_size]
-            for i in index:
-                rows.setdefault(i, make_row(lm, task.train[i]))
-            yield [rows[i] for i in index]
-
-    def lr(s):
-        if s < c.pretrain_steps:
-            return rate(s, c.pretrain_steps, c.pretrain_lr, c.warmup_steps, c.schedule)
-        return rate(s - c.pretrain_steps, c.finetune_steps, c.finetune_lr, 0, c.schedule)
-
-    def on_step(s, loss, snapshot):
-        losses.append(loss)
-        if s % 5 == 4 or s == steps - 1:
-            run.metric(stage="collect", unit=task.name, step=s + 1, loss=round(loss, 5), lr=lr(s))
-        if s >= steps - c.save_last:
-            save_tensors(folder / f"step_{s + 1:04d}.safetensors", snapshot())
-
-    losses: list[float] = []
-    first = init_adapter(lm.layout, cfg.seed)
-    loss_fn = {"lm": lm_loss, "choice": choice_loss}[c.loss]
-    try:
-        train_adapter(lm.model, lm.layout, first, batches(), lambda b: loss_in_parts(lm, b, loss_fn), lr=lr,
-                      clip=c.clip, on_step=on_step)
-    except FloatingPointError as e:
-        step, last, adapter = e.args
-        save_tensors(folder / "before_failure.safetensors", adapter)
-        raise UserError(f"collect {task.name}: the loss is not finite at step {step + 1} (last finite {last:.4f}); the "
-                        f"adapter before it is in {folder / 'before_failure.safetensors'}; lower collect.pretrain_lr") \
-            from None
-    write_json(folder / "manifest.json", {
-        "task": task.name, "steps": steps, "last_loss": losses[-1], "losses": [round(x, 4) for x in losses],
-        "init_sha": adapter_hash({k: v for k, v in first.items() if "lora_A" in k}),
-        "sha256": {f.name: sha256(f) for f in sorted(folder.glob("step_*.safetensors"))}})
-    run.finish(f"adapters/{task.name}", "collect", start, steps=steps)
-    run.log(f"collect {task.name}: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.monotonic() - start:.0f} s", True)
-
-
-def adapter_hash(adapter: Adapter) -> str:
-    """Identity of an adapter's numbers."""
-    import hashlib
-    h = hashlib.sha256()
-    for k in sorted(adapter):
-        h.update(k.encode() + adapter[k].contiguous().numpy().tobytes())
-    return h.hexdigest()[:16]
-
-
-def load_checkpoints(run: Run, lm: LM, task: str) -> list[Adapter]:
-    """The collected checkpoints of a task, oldest first. Raises: UserError: missing, changed since, or made under
-    another configuration."""
-    folder = run.path / f"adapters/{task}"
-    run.finished(f"adapters/{task}", "collect", redo=False)
-    out = []
-    for name, digest in read_json(folder / "manifest.json")["sha256"].items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise UserError(f"{folder / name}: missing, truncated or changed since it was made (hash differs from "
-                            f"manifest.json); delete {folder} and run stage=collect again")
-        out.append(load_adapter(folder / name, lm.layout))
-    return out
-
-
-def last_checkpoint(run: Run, lm: LM, task: str) -> Adapter:
-    """The adapter trained on the task's own train split (method `own`)."""
-    name = sorted(read_json(run.path / f"adapters/{task}/manifest.json")["sha256"])[-1]
-    return load_adapter(run.path / f"adapters/{task}/{name}", lm.layout)
-
-
-def training_tasks(cfg, left_out: str) -> list[str]:
-    """The tasks a model named after its left-out task may learn from."""
-    return [t for t in cfg.data.train_tasks if t != left_out]
-
-
-def left_out_for(cfg, target: str) -> str:
-    """Leave-one-out name of a target: itself in-domain, `none` out of domain."""
-    return target if target in cfg.data.train_tasks else "none"
-
-
-def mean_adapter(run: Run, lm: LM, target: str) -> Adapter:
-    """Control: element-wise mean of the training tasks' last checkpoints, without the target's."""
-    return average_adapters([last_checkpoint(run, lm, t)
-                             for t in training_tasks(run.cfg, left_out_for(run.cfg, target))])
-
+import collect
+import config
+import data
+import lora
+import runtime
+import scoring
+from config import Stopped, UserError
+from data import Example
+from fastconv import SameConv2d
+from lora import Adapter, Layout
+from runtime import Run
 
 # ------------------------------------------------------------------------------------------------------ prompt states
 
@@ -176,13 +38,13 @@ def encode_prompts(cfg, run: Run) -> None:
 
     Writes prompts/<task>/states.npy, (prompts, L, d) float16, and pooled.npy, (prompts, d) float32.
     """
-    tasks = load_tasks(run)
+    tasks = data.load_tasks(run)
     for name in run.deal(list(tasks)):
         if not run.finished(f"prompts/{name}", "prompts"):
             start, folder = time.monotonic(), run.path / f"prompts/{name}"
             states, pooled = encode_texts(run, task_texts(run, name), f"encode {name}")
-            save_array(folder / "states.npy", states.numpy())
-            save_array(folder / "pooled.npy", pooled.numpy())
+            runtime.save_array(folder / "states.npy", states.numpy())
+            runtime.save_array(folder / "pooled.npy", pooled.numpy())
             run.finish(f"prompts/{name}", "prompts", start)
 
 
@@ -191,11 +53,10 @@ def task_texts(run: Run, name: str) -> list[str]:
 
     Question-only text instead made generated adapters no better than their mean (trial run).
     """
-    lm = load_lm(run)
+    lm = scoring.load_lm(run)
     if lm.form == "cloze":
-        return list(load_tasks(run)[name].prompts)
-    from data import Example
-    return [input_text(lm, Example("", p, ("",))) for p in load_tasks(run)[name].prompts]
+        return list(data.load_tasks(run)[name].prompts)
+    return [scoring.input_text(lm, Example("", p, ("",))) for p in data.load_tasks(run)[name].prompts]
 
 
 def check_encoder(cfg) -> None:
@@ -244,89 +105,20 @@ def encode_texts(run: Run, texts: list[str], label: str = "encode") -> tuple[Ten
 
 def load_states(run: Run, task: str) -> np.ndarray:
     """(prompts, L, d) float16, memory-mapped. Raises: UserError: not made yet, or damaged."""
-    return load_array(run.path / f"prompts/{task}/states.npy", "r")
+    return runtime.load_array(run.path / f"prompts/{task}/states.npy", "r")
 
 
 def load_pooled(run: Run, task: str) -> Tensor:
     """(prompts, d) float32, the prompts' pooled embeddings. Raises: UserError: not made yet, or damaged."""
-    return torch.from_numpy(load_array(run.path / f"prompts/{task}/pooled.npy"))
+    return torch.from_numpy(runtime.load_array(run.path / f"prompts/{task}/pooled.npy"))
 
 
 def draw_prompts(cfg, task: str, count: int, *key) -> np.ndarray:
     """Indices of one prompt batch: `num_prompts` drawn without replacement and shuffled; repeated cyclically if the
     task has fewer."""
     n = cfg.generator.num_prompts
-    order = rng_for(cfg.generator.seed, "prompts", task, *key).permutation(count)
+    order = runtime.rng_for(cfg.generator.seed, "prompts", task, *key).permutation(count)
     return np.resize(order, n)
-
-
-# ----------------------------------------------------------------------------------------------------------- decoder
-
-class SameConv2d(nn.Conv2d):
-    """A convolution of stride 1 that keeps the size. On a GPU it goes through `_GPUConv2d`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda":
-            return super().forward(x)
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        y = _GPUConv2d.apply(x.to(dtype), self.weight.to(dtype))
-        return y if self.bias is None else y + self.bias.to(dtype)[:, None, None]
-
-
-class _GPUConv2d(torch.autograd.Function):
-    """The same function by other kernels: 2.7 times as fast over the papers' generator on an H100 with cuDNN 9.
-
-    Both passes are transposed convolutions, the forward one of the flipped kernel, on whole groups of channels that
-    stay last: for those cuDNN has the better kernels at 9 x 9. Its gradient of a kernel of many channels (28 TFLOP/s)
-    is replaced.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        ctx.save_for_backward(x, weight)
-        return _conv_transpose(x, weight.transpose(0, 1).flip(2, 3))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        to_x = _conv_transpose(grad, weight) if ctx.needs_input_grad[0] else None
-        if weight.shape[0] * weight.shape[1] >= 256 * 256:   # measured: below that cuDNN's is faster
-            return to_x, kernel_gradient(x, grad, weight.shape[-1])
-        return to_x, nn.grad.conv2d_weight(x, weight.shape, grad, padding=weight.shape[-1] // 2)
-
-
-def _conv_transpose(x: Tensor, weight: Tensor) -> Tensor:
-    """Size-keeping transposed convolution with zero channels to a multiple of 64 (of 16 where they are few)."""
-    extra = [-n % (64 if n > 32 else 16) for n in weight.shape[:2]]
-    x, weight = F.pad(x, (0, 0, 0, 0, 0, extra[0])), F.pad(weight, (0, 0, 0, 0, 0, extra[1], 0, extra[0]))
-    x, weight = (v.contiguous(memory_format=torch.channels_last) for v in (x, weight))
-    return F.conv_transpose2d(x, weight, padding=weight.shape[-1] // 2)[:, :weight.shape[1] - extra[1]]
-
-
-def kernel_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
-    """(C', C, k, k) gradient of a size-keeping convolution's weight by matrix products: (B, C, H, W) inputs and (B, C',
-    H, W) output gradients, both channels last.
-
-    Of each row of the kernel, its k columns are one batched product: with every position a row of C numbers, the input
-    one column further is the same memory one row further, so nothing is copied for it. Output gradients are zero where
-    a shifted row would run into the next line.
-    """
-    (b, c, h, w), c2, half = x.shape, grad.shape[1], kernel // 2
-    # products are three times as fast on rows of whole 16 bytes
-    x = F.pad(x.permute(0, 2, 3, 1), (0, -c % 8, half, half, half, half))
-    grad = F.pad(grad.permute(0, 2, 3, 1), (0, -c2 % 8, 0, 2 * half)).flatten(0, 2)
-    n, wide = len(grad), x.shape[-1]
-    lines = x.new_zeros(n + 2 * half, wide)
-    columns = lines.as_strided((kernel, n, wide), (wide, wide, 1))
-    left = grad.t().expand(kernel, -1, n)
-    rows = []
-    for i in range(kernel):
-        lines[:n].view(b, h, w + 2 * half, wide).copy_(x[:, i:i + h])
-        rows.append(torch.bmm(left, columns)[:, :c2, :c])
-    return torch.stack(rows).permute(2, 3, 0, 1)
 
 
 class HyperConvLayer(nn.Module):
@@ -390,10 +182,10 @@ def train_generators(cfg, run: Run) -> dict:
     """One generator per left-out task that the targets need. Writes generator/<left out>/generator.safetensors."""
     encode_prompts(cfg, run)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    wanted = sorted({left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "none", t))   # the same on every rank
+    wanted = sorted({data.left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "none", t))   # the same on every rank
     for left_out, part, parts in run.divide(wanted, "generator", "generator"):
         _train_one(cfg, run, left_out, part, parts)
-    losses = [read_json(run.path / f"generator/{left_out}/DONE.json")["recon_mse"] for left_out in wanted]
+    losses = [runtime.read_json(run.path / f"generator/{left_out}/DONE.json")["recon_mse"] for left_out in wanted]
     return {"generator/recon_mse": sum(losses) / len(losses)}
 
 
@@ -403,19 +195,19 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     Of `parts` ranks that train together this is number `part`: it takes every parts-th micro-batch, gradients are
     summed over ranks, and every rank makes the same update. The global batch does not depend on their number.
     """
-    g, start, lm = cfg.generator, time.monotonic(), load_lm(run)
-    tasks = training_tasks(cfg, left_out)
+    g, start, lm = cfg.generator, time.monotonic(), scoring.load_lm(run)
+    tasks = data.training_tasks(cfg, left_out)
     states = {t: load_states(run, t) for t in tasks}
-    tokens = {t: torch.stack([to_tokens(a, lm.layout) for a in load_checkpoints(run, lm, t)]) for t in tasks}
+    tokens = {t: torch.stack([to_tokens(a, lm.layout) for a in collect.load_checkpoints(run, lm, t)]) for t in tasks}
     code = TokenCode.fit(g.scale_code, lm.layout, None if g.scale_code == "dnd" else torch.cat(list(tokens.values())))
     targets = {t: code.encode(tokens.pop(t)) for t in tasks}   # at the papers' scale two copies do not fit
     weight = token_weights(targets).to(run.device) if g.criterion_weight == "std" else None
     folder = run.path / f"generator/{left_out}"
-    torch.manual_seed(seed_for(g.seed, "generator"))
+    torch.manual_seed(runtime.seed_for(g.seed, "generator"))
     decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel, g.recompute).to(run.device)
     opt = SharedAdamW(run, decoder, *((part, parts) if g.shard_optimizer else (0, 1)), lr=g.lr,
                       weight_decay=g.weight_decay, fused=run.device == "cuda")
-    made_with = seed_for(fingerprint(cfg, "generator"))
+    made_with = runtime.seed_for(runtime.fingerprint(cfg, "generator"))
     done, last, spent = _resume(folder / "state.safetensors", decoder, opt, made_with)
     start -= spent   # by the attempts before this one
     if parts > 1:
@@ -424,7 +216,7 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     label = "generator on all tasks" if left_out == "none" else f"generator without {left_out}"
 
     def save() -> None:   # every rank that trains has to call
-        with SAVING:
+        with config.SAVING:
             moments = opt.moments(keep=not part)
             if not part:
                 _save_state(folder / "state.safetensors", decoder, moments, step=done, last=last, made_with=made_with,
@@ -433,7 +225,7 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
                 run.barrier()   # none leaves, and has torchrun end the others, before rank 0 has written
     try:
         for step in run.track(range(done, g.steps), label, together=parts > 1):
-            opt.param_groups[0]["lr"] = rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
+            opt.param_groups[0]["lr"] = lora.rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
             pairs = draw_pairs(cfg, states, targets, step)
             loss = _accumulate(cfg, run, forward, pairs, states, targets, weight, step, part, parts)
             norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
@@ -455,7 +247,7 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
         raise
     if part:
         return
-    save_tensors(folder / "generator.safetensors", {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}
+    runtime.save_tensors(folder / "generator.safetensors", {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}
                  | {f"code.{k}": v for k, v in code.constants.items()})
     (folder / "state.safetensors").unlink(missing_ok=True)
     run.finish(f"generator/{left_out}", "generator", start, ranks=parts, tasks=tasks, recon_mse=last, steps=g.steps,
@@ -559,11 +351,11 @@ def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple[str, n
     """(task, prompt indices, checkpoint) of one step: `batch_size` pairs dealt evenly over the training tasks, each
     drawn from the task's pool of `pairs_per_task` random pairs (paper D, E.4)."""
     g, out, tasks = cfg.generator, [], list(targets)
-    rng = rng_for(g.seed, "step", step)
+    rng = runtime.rng_for(g.seed, "step", step)
     for i in range(g.batch_size):
         task = tasks[(i + step * g.batch_size) % len(tasks)]
         pair = int(rng.integers(g.pairs_per_task))
-        checkpoint = int(rng_for(g.seed, "pair", task, pair).integers(len(targets[task])))
+        checkpoint = int(runtime.rng_for(g.seed, "pair", task, pair).integers(len(targets[task])))
         out.append((task, draw_prompts(cfg, task, len(states[task]), "pair", pair), checkpoint))
     return out
 
@@ -575,10 +367,10 @@ def _load_pairs(run: Run, pairs, states, targets, step: int, at: int) -> tuple[T
     condition = torch.empty(len(pairs), *shape, dtype=torch.float16, pin_memory=run.device == "cuda")
     for row, (t, index, _) in zip(condition.numpy(), pairs, strict=True):   # one copy: 0.3 GB at the papers' scale
         np.take(states[t], np.asarray(index), 0, out=row, mode="clip")
-    condition = to_device(condition, run.device).float()   # float16 on the way, and noise drawn there
-    target = to_device(torch.stack([targets[t][c] for t, _, c in pairs]), run.device)
+    condition = runtime.to_device(condition, run.device).float()   # float16 on the way, and noise drawn there
+    target = runtime.to_device(torch.stack([targets[t][c] for t, _, c in pairs]), run.device)
     if g.noise:
-        rng = torch.Generator(run.device).manual_seed(seed_for(g.seed, "noise", step, at))
+        rng = torch.Generator(run.device).manual_seed(runtime.seed_for(g.seed, "noise", step, at))
         condition += g.noise * torch.randn(condition.shape, generator=rng, device=run.device)
         target = target + 0.1 * g.noise * torch.randn(target.shape, generator=rng, device=run.device)
     return condition, target
@@ -599,7 +391,7 @@ def token_weights(targets: dict[str, Tensor]) -> Tensor:
 def _save_state(path: Path, decoder: nn.Module, moments: dict[str, Tensor], **numbers: float) -> None:
     for torn in path.parent.glob(f".{path.name}.*.tmp"):   # of a process killed while it saved
         torn.unlink(missing_ok=True)
-    save_tensors(path, {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()} | moments
+    runtime.save_tensors(path, {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()} | moments
                  | {k: torch.tensor(v) for k, v in numbers.items()})
 
 
@@ -608,7 +400,7 @@ def _resume(path: Path, decoder: nn.Module, opt: SharedAdamW, made_with: int) ->
 
     Returns: steps done, the last loss, seconds spent. Randomness depends on the step alone: nothing else is needed.
     """
-    state = load_tensors(path) if path.is_file() else {}
+    state = runtime.load_tensors(path) if path.is_file() else {}
     if int(state.get("made_with", -1)) != made_with:   # none, or another configuration's: start afresh
         return 0, float("nan"), 0.0
     decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})   # shares are views of it
@@ -622,12 +414,12 @@ def load_generator(run: Run, left_out: str) -> Generator:
     """The trained generator of a left-out set, kept until another is asked for. Raises: UserError."""
     key = f"generator/{left_out}"
     if key not in run.cache:
-        lm, g = load_lm(run), run.cfg.generator
+        lm, g = scoring.load_lm(run), run.cfg.generator
         for other in [k for k in run.cache if k.startswith("generator/")]:
             del run.cache[other]   # the papers' take 4 GiB each
         if not run.finished(key, "generator", redo=False):
             raise UserError(f"{run.path / key}: not trained yet; run stage=generator")
-        state = load_tensors(run.path / key / "generator.safetensors")
+        state = runtime.load_tensors(run.path / key / "generator.safetensors")
         code = TokenCode(g.scale_code, lm.layout, {k[5:]: v for k, v in state.items() if k.startswith("code.")})
         with torch.device("meta"):   # nothing to initialise
             decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel)
@@ -646,7 +438,7 @@ def generate_adapter(run: Run, target: str, batch: int, prompts_of: str = "",
     Returns: the adapter, without gradient, and the indices of the prompts it was conditioned on.
     """
     source = prompts_of or target
-    gen = load_generator(run, left_out_for(run.cfg, target) if left_out is None else left_out)
+    gen = load_generator(run, data.left_out_for(run.cfg, target) if left_out is None else left_out)
     states = load_states(run, source)
     index = draw_prompts(run.cfg, source, len(states), "generate", batch)
     condition = torch.from_numpy(states[index]).float()[None].to(run.device)
@@ -660,4 +452,117 @@ def generate_adapter(run: Run, target: str, batch: int, prompts_of: str = "",
 
 def save_generated(folder: Path, adapter: Adapter, run: Run) -> None:
     """A generated adapter as a PEFT folder."""
-    save_adapter(folder, adapter, load_lm(run).layout, run.cfg.model.name, run.cfg.model.revision)
+    lora.save_adapter(folder, adapter, scoring.load_lm(run).layout, run.cfg.model.name, run.cfg.model.revision)
+
+
+
+
+# ----------------------------------------------------------------------------------------------------- weight tokens
+
+def to_tokens(adapter: Adapter, layout: Layout) -> Tensor:
+    """(T, r, k) float32: per module the column blocks of A (r, d_in), then those of B^T (r, d_out).
+
+    Source: the Drag-and-Drop tokenizer both papers adopt.
+    """
+    r, k = layout.rank, layout.width
+    return torch.cat([m.reshape(r, -1, k).transpose(0, 1)
+                      for a, _, b, _ in layout.keys() for m in (adapter[a], adapter[b].t())]).float()
+
+
+def from_tokens(tokens: Tensor, layout: Layout) -> Adapter:
+    """The inverse of `to_tokens`, exactly. Raises: ValueError: another number of tokens."""
+    r, k = layout.rank, layout.width
+    if tokens.shape != (layout.num_tokens, r, k):
+        raise ValueError(f"tokens are {tuple(tokens.shape)}, this layout has {(layout.num_tokens, r, k)}")
+    out, at = {}, 0
+    for a, (_, d_in), b, (d_out, _) in layout.keys():
+        na, nb = d_in // k, d_out // k
+        out[a] = tokens[at:at + na].transpose(0, 1).reshape(r, d_in).contiguous()
+        out[b] = tokens[at + na:at + na + nb].transpose(0, 1).reshape(r, d_out).t().contiguous()
+        at += na + nb
+    return out
+
+
+def frame_tokens(content: Tensor, m: Tensor, s: Tensor) -> Tensor:
+    """Write scale codes around normalised blocks: (…, T, r, k) and (…, T) twice -> (…, T, r+2, k+2).
+
+    The 2x2 tile [[m, s], [m, s]] repeats along the last two rows and columns, as Drag-and-Drop stores it.
+    """
+    out = F.pad(content, (0, 2, 0, 2))
+    out[..., -2:, 0::2], out[..., -2:, 1::2] = m[..., None, None], s[..., None, None]
+    out[..., :, -2], out[..., :, -1] = m[..., None], s[..., None]
+    return out
+
+
+def unframe_tokens(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Read content and codes back; the codes are the mean over the bottom tiles and over the right tiles, averaged."""
+    bottom, right = tokens[..., -2:, :], tokens[..., :, -2:]
+    m = (bottom[..., 0::2].mean((-1, -2)) + right[..., 0].mean(-1)) / 2
+    s = (bottom[..., 1::2].mean((-1, -2)) + right[..., 1].mean(-1)) / 2
+    return tokens[..., :-2, :-2], m, s
+
+
+class TokenCode:
+    """How weight tokens become regression targets: `dnd | zlog | fixed | element` (docs/choices.md, 2).
+
+    dnd, zlog: per-token mean and standard deviation travel in a frame and are predicted. fixed, element: they are
+    constants over the training checkpoints (per parameter tensor, per element), stored with the generator.
+    """
+
+    def __init__(self, kind: str, layout: Layout, constants: dict[str, Tensor]):
+        self.kind, self.layout, self.constants = kind, layout, constants
+
+    @classmethod
+    def fit(cls, kind: str, layout: Layout, tokens: Tensor) -> TokenCode:
+        """Constants from training checkpoints: (C, T, r, k) tokens."""
+        if kind == "dnd":
+            return cls(kind, layout, {})
+        if kind == "element":
+            return cls(kind, layout, {"mean": tokens.mean(0), "std": tokens.std(0) + 1e-10})
+        if kind == "fixed":
+            owner = _owners(layout)
+            flat = tokens.transpose(0, 1).reshape(tokens.shape[1], -1)
+            mean = torch.stack([flat[owner == i].mean() for i in range(int(owner.max()) + 1)])[owner]
+            std = torch.stack([flat[owner == i].std() for i in range(int(owner.max()) + 1)])[owner]
+            return cls(kind, layout, {"mean": mean[:, None, None], "std": std[:, None, None] + 1e-10})
+        mu, sd = tokens.mean((-1, -2)), tokens.std((-1, -2))
+        log = torch.log(sd + 1e-8)
+        return cls(kind, layout, {"mu_mean": mu.mean(0), "mu_std": mu.std(0) + 1e-12,
+                                  "log_mean": log.mean(0), "log_std": log.std(0) + 1e-6})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        extra = 2 if self.kind in ("dnd", "zlog") else 0
+        return self.layout.num_tokens, self.layout.rank + extra, self.layout.width + extra
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """(…, T, r, k) -> (…, *shape), float32. A constant block has content zero, not 0/0."""
+        c = self.constants
+        if self.kind in ("fixed", "element"):
+            return (tokens - c["mean"]) / c["std"]
+        mu, sd = tokens.mean((-1, -2)), tokens.std((-1, -2))
+        content = (tokens - mu[..., None, None]) / sd.clamp_min(1e-30)[..., None, None]
+        content = torch.where((sd < 1e-12)[..., None, None], 0.0, content)
+        if self.kind == "dnd":
+            return frame_tokens(content, 8 * mu, torch.log(0.9 * sd + 0.1) + 1.6)
+        return frame_tokens(content, (mu - c["mu_mean"]) / c["mu_std"],
+                            (torch.log(sd + 1e-8) - c["log_mean"]) / c["log_std"])
+
+    def decode(self, coded: Tensor) -> Tensor:
+        """The inverse of `encode`; a predicted standard deviation below zero counts as zero, not as a flipped sign."""
+        c, coded = self.constants, coded.float()
+        if self.kind in ("fixed", "element"):
+            return coded * c["std"] + c["mean"]
+        content, m, s = unframe_tokens(coded)
+        if self.kind == "dnd":
+            mu, sd = m / 8, (torch.exp(s - 1.6) - 0.1) / 0.9
+        else:
+            mu = m * c["mu_std"] + c["mu_mean"]
+            sd = torch.exp(s * c["log_std"] + c["log_mean"]) - 1e-8
+        return content * sd.clamp_min(0)[..., None, None] + mu[..., None, None]
+
+
+def _owners(layout: Layout) -> Tensor:
+    """(T,) index of the parameter tensor each token belongs to."""
+    counts = [n for _, _, d_in, d_out in layout.modules for n in (d_in // layout.width, d_out // layout.width)]
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import runtime
 from config import UserError
-from runtime import load_tensors, save_tensors, seed_for, write_json
 
 Adapter = dict[str, Tensor]
 PREFIX = "base_model.model."
@@ -159,7 +159,7 @@ def init_adapter(layout: Layout, seed: int) -> Adapter:
 
     One seed for all tasks: with different A's, A is unpredictable noise to the generator (docs/choices.md, 4).
     """
-    g = torch.Generator().manual_seed(seed_for(seed, "lora_A"))
+    g = torch.Generator().manual_seed(runtime.seed_for(seed, "lora_A"))
     out = {}
     for a, a_shape, b, b_shape in layout.keys():
         bound = 1 / math.sqrt(a_shape[1])
@@ -255,138 +255,12 @@ def rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> floa
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# ----------------------------------------------------------------------------------------------------- weight tokens
-
-def to_tokens(adapter: Adapter, layout: Layout) -> Tensor:
-    """(T, r, k) float32: per module the column blocks of A (r, d_in), then those of B^T (r, d_out).
-
-    Source: the Drag-and-Drop tokenizer both papers adopt.
-    """
-    r, k = layout.rank, layout.width
-    return torch.cat([m.reshape(r, -1, k).transpose(0, 1)
-                      for a, _, b, _ in layout.keys() for m in (adapter[a], adapter[b].t())]).float()
-
-
-def from_tokens(tokens: Tensor, layout: Layout) -> Adapter:
-    """The inverse of `to_tokens`, exactly. Raises: ValueError: another number of tokens."""
-    r, k = layout.rank, layout.width
-    if tokens.shape != (layout.num_tokens, r, k):
-        raise ValueError(f"tokens are {tuple(tokens.shape)}, this layout has {(layout.num_tokens, r, k)}")
-    out, at = {}, 0
-    for a, (_, d_in), b, (d_out, _) in layout.keys():
-        na, nb = d_in // k, d_out // k
-        out[a] = tokens[at:at + na].transpose(0, 1).reshape(r, d_in).contiguous()
-        out[b] = tokens[at + na:at + na + nb].transpose(0, 1).reshape(r, d_out).t().contiguous()
-        at += na + nb
-    return out
-
-
-def frame_tokens(content: Tensor, m: Tensor, s: Tensor) -> Tensor:
-    """Write scale codes around normalised blocks: (…, T, r, k) and (…, T) twice -> (…, T, r+2, k+2).
-
-    The 2x2 tile [[m, s], [m, s]] repeats along the last two rows and columns, as Drag-and-Drop stores it.
-    """
-    out = F.pad(content, (0, 2, 0, 2))
-    out[..., -2:, 0::2], out[..., -2:, 1::2] = m[..., None, None], s[..., None, None]
-    out[..., :, -2], out[..., :, -1] = m[..., None], s[..., None]
-    return out
-
-
-def unframe_tokens(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Read content and codes back; the codes are the mean over the bottom tiles and over the right tiles, averaged."""
-    bottom, right = tokens[..., -2:, :], tokens[..., :, -2:]
-    m = (bottom[..., 0::2].mean((-1, -2)) + right[..., 0].mean(-1)) / 2
-    s = (bottom[..., 1::2].mean((-1, -2)) + right[..., 1].mean(-1)) / 2
-    return tokens[..., :-2, :-2], m, s
-
-
-class TokenCode:
-    """How weight tokens become regression targets: `dnd | zlog | fixed | element` (docs/choices.md, 2).
-
-    dnd, zlog: per-token mean and standard deviation travel in a frame and are predicted. fixed, element: they are
-    constants over the training checkpoints (per parameter tensor, per element), stored with the generator.
-    """
-
-    def __init__(self, kind: str, layout: Layout, constants: dict[str, Tensor]):
-        self.kind, self.layout, self.constants = kind, layout, constants
-
-    @classmethod
-    def fit(cls, kind: str, layout: Layout, tokens: Tensor) -> TokenCode:
-        """Constants from training checkpoints: (C, T, r, k) tokens."""
-        if kind == "dnd":
-            return cls(kind, layout, {})
-        if kind == "element":
-            return cls(kind, layout, {"mean": tokens.mean(0), "std": tokens.std(0) + 1e-10})
-        if kind == "fixed":
-            owner = _owners(layout)
-            flat = tokens.transpose(0, 1).reshape(tokens.shape[1], -1)
-            mean = torch.stack([flat[owner == i].mean() for i in range(int(owner.max()) + 1)])[owner]
-            std = torch.stack([flat[owner == i].std() for i in range(int(owner.max()) + 1)])[owner]
-            return cls(kind, layout, {"mean": mean[:, None, None], "std": std[:, None, None] + 1e-10})
-        mu, sd = tokens.mean((-1, -2)), tokens.std((-1, -2))
-        log = torch.log(sd + 1e-8)
-        return cls(kind, layout, {"mu_mean": mu.mean(0), "mu_std": mu.std(0) + 1e-12,
-                                  "log_mean": log.mean(0), "log_std": log.std(0) + 1e-6})
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        extra = 2 if self.kind in ("dnd", "zlog") else 0
-        return self.layout.num_tokens, self.layout.rank + extra, self.layout.width + extra
-
-    def encode(self, tokens: Tensor) -> Tensor:
-        """(…, T, r, k) -> (…, *shape), float32. A constant block has content zero, not 0/0."""
-        c = self.constants
-        if self.kind in ("fixed", "element"):
-            return (tokens - c["mean"]) / c["std"]
-        mu, sd = tokens.mean((-1, -2)), tokens.std((-1, -2))
-        content = (tokens - mu[..., None, None]) / sd.clamp_min(1e-30)[..., None, None]
-        content = torch.where((sd < 1e-12)[..., None, None], 0.0, content)
-        if self.kind == "dnd":
-            return frame_tokens(content, 8 * mu, torch.log(0.9 * sd + 0.1) + 1.6)
-        return frame_tokens(content, (mu - c["mu_mean"]) / c["mu_std"],
-                            (torch.log(sd + 1e-8) - c["log_mean"]) / c["log_std"])
-
-    def decode(self, coded: Tensor) -> Tensor:
-        """The inverse of `encode`; a predicted standard deviation below zero counts as zero, not as a flipped sign."""
-        c, coded = self.constants, coded.float()
-        if self.kind in ("fixed", "element"):
-            return coded * c["std"] + c["mean"]
-        content, m, s = unframe_tokens(coded)
-        if self.kind == "dnd":
-            mu, sd = m / 8, (torch.exp(s - 1.6) - 0.1) / 0.9
-        else:
-            mu = m * c["mu_std"] + c["mu_mean"]
-            sd = torch.exp(s * c["log_std"] + c["log_mean"]) - 1e-8
-        return content * sd.clamp_min(0)[..., None, None] + mu[..., None, None]
-
-
-def _owners(layout: Layout) -> Tensor:
-    """(T,) index of the parameter tensor each token belongs to."""
-    counts = [n for _, _, d_in, d_out in layout.modules for n in (d_in // layout.width, d_out // layout.width)]
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-
-
-def position_code(layout: Layout, width: int) -> Tensor:
-    """(T, width) 2-D sine-cosine code: half the channels for the token's place in its layer, half for the layer.
-
-    The papers mention it (E.2); off by default, since a constant added to targets cancels at decoding.
-    Raises: ValueError: width is no multiple of 4.
-    """
-    if width % 4:
-        raise ValueError(f"width {width} is no multiple of 4")
-    layer = torch.repeat_interleave(torch.tensor([m[1] for m in layout.modules]),
-                                    torch.tensor([(m[2] + m[3]) // layout.width for m in layout.modules]))
-    place = torch.cat([torch.arange(int((layer == i).sum())) for i in layer.unique()])
-    freq = torch.exp(-math.log(10000.0) * torch.arange(width // 4) / (width // 4))
-    return torch.cat([f(p[:, None] * freq) for p in (place, layer) for f in (torch.sin, torch.cos)], 1)
-
-
 # -------------------------------------------------------------------------------------------------------------- files
 
 def save_adapter(folder: Path, adapter: Adapter, layout: Layout, base_name: str, revision: str = "main") -> None:
     """A PEFT folder: adapter_model.safetensors and adapter_config.json."""
-    save_tensors(folder / "adapter_model.safetensors", adapter, {"format": "pt"})
-    write_json(folder / "adapter_config.json", {
+    runtime.save_tensors(folder / "adapter_model.safetensors", adapter, {"format": "pt"})
+    runtime.write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "revision": revision,
         "r": layout.rank, "lora_alpha": layout.alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         "fan_in_fan_out": False, "use_rslora": False,
@@ -396,7 +270,7 @@ def save_adapter(folder: Path, adapter: Adapter, layout: Layout, base_name: str,
 def load_adapter(path: Path, layout: Layout) -> Adapter:
     """Raises: UserError: missing, corrupt, or of another shape than the layout."""
     file = path / "adapter_model.safetensors" if path.is_dir() else path
-    adapter = load_tensors(file)
+    adapter = runtime.load_tensors(file)
     want = {k: s for a, sa, b, sb in layout.keys() for k, s in ((a, sa), (b, sb))}
     got = {k: tuple(v.shape) for k, v in adapter.items()}
     if got != want:
@@ -406,37 +280,12 @@ def load_adapter(path: Path, layout: Layout) -> Adapter:
     return {k: v.float() for k, v in adapter.items()}
 
 
-# ------------------------------------------------------------------------------------------------ Gaussians of adapters
-
-def posterior_moments(posterior: Tensor, layout: Layout, space: str, log_floor: float) -> list[tuple[Tensor, Tensor]]:
-    """(mean, log sd) of what a (2, D) posterior is a diagonal Gaussian over.
-
-    factor: one pair of (D,), the entries of A and B; row 1 is their log sd. product: a pair of (d_out, d_in) per
-    module, the entries of dW; row 1 holds a second pair of factors, sd = |(alpha/r) B A| + e^log_floor (ABMLL's
-    structured spread; the absolute value keeps it positive).
-    """
-    if space == "factor":
-        return [(posterior[0], posterior[1])]
-    mean, spread = (unflatten_adapter(row, layout) for row in posterior)
-    return [(layout.scale * mean[b] @ mean[a],
-             ((layout.scale * spread[b] @ spread[a]).abs() + math.exp(log_floor)).log())
-            for a, _, b, _ in layout.keys()]
 
 
-def draw_adapter(posterior: Tensor, layout: Layout, space: str, log_floor: float, rng: torch.Generator) -> Adapter:
-    """One reparameterised draw, through which gradients flow to the posterior. In product space it is of full rank."""
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=rng, device=rng.device).to(like.device)
-    moments = posterior_moments(posterior, layout, space, log_floor)
-    if space == "factor":
-        (mean, log_sd), = moments
-        return unflatten_adapter(mean + log_sd.exp() * noise(mean), layout)
-    return unflatten_adapter(posterior[0], layout) | {
-        dense_key(path): log_sd.exp() * noise(log_sd)
-        for (path, *_), (_, log_sd) in zip(layout.modules, moments, strict=True)}
-
-
-def load_posterior(folder: Path, layout: Layout) -> Tensor:
-    """(2, D) of a PEFT folder that holds the mean, with spread.safetensors beside it."""
-    return torch.stack([flatten_adapter(a, layout) for a in
-                        (load_adapter(folder, layout), load_tensors(folder / "spread.safetensors"))])
+def adapter_hash(adapter: Adapter) -> str:
+    """Identity of an adapter's numbers."""
+    import hashlib
+    h = hashlib.sha256()
+    for k in sorted(adapter):
+        h.update(k.encode() + adapter[k].contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]

@@ -14,36 +14,40 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from baselines import train_baselines
-from config import ALIGNED, Config, UserError
-from data import load_tasks, make_example, read_user_file
-from generator import encode_prompts, encode_texts, left_out_for
-from lora import load_adapter, save_adapter
-from policy import FAMILIES_OF, adapt_targets, evaluate_methods, load_refined, make_target
-from report import accuracy, load_scores, paired
-from runtime import Run, load_tensors, read_json, save_tensors, write_json, write_jsonl
-from scoring import generate_answers, load_lm
-from strategies import KEEP, METHODS, ROUTERS, Refined, Target, score_refined
+import baselines
+import config
+import data
+import evaluate
+import generator
+import lora
+import policy
+import report
+import runtime
+import scoring
+import strategies
+from config import Config, UserError
+from runtime import Run
+from strategies import Refined, Target
 
 NEEDS_NO_LABELS = ("base", "wrong_prompts", "generator", "aligned", "mean")
 
 
 def adapt_own(cfg: Config, run: Run) -> dict:
     """Generate, refine where labels allow, measure on held-out rows, export. Prints what came out."""
-    name, task = cfg.task, load_tasks(run)[cfg.task]
-    left_out = left_out_for(cfg, name)
+    name, task = cfg.task, data.load_tasks(run)[cfg.task]
+    left_out = data.left_out_for(cfg, name)
     if not run.finished(f"generator/{left_out}", "generator", redo=False):
         raise UserError(f"run={cfg.run}: no trained generator in {run.path}/generator/{left_out}; finish that run with "
                         "stage=all (stage=collect and stage=generator, where its methods need none), or name a "
                         "finished one by run=")
     if not task.support:
         cfg.evaluate.methods = [m for m in cfg.evaluate.methods if m in NEEDS_NO_LABELS]
-    encode_prompts(cfg, run)
-    adapt_targets(cfg, run)
+    generator.encode_prompts(cfg, run)
+    policy.adapt_targets(cfg, run)
     if task.support:
-        train_baselines(cfg, run)
+        baselines.train_baselines(cfg, run)
     if task.test:
-        evaluate_methods(cfg, run)
+        evaluate.evaluate_methods(cfg, run)
     run.barrier()
     if run.rank:
         return {}
@@ -58,13 +62,13 @@ def adapt_own(cfg: Config, run: Run) -> dict:
 def held_out_table(cfg: Config, run: Run) -> list[str]:
     """Accuracy of each method on the held-out rows and its paired gain over base and over a wrong task's adapter."""
     name, metric = cfg.task, cfg.evaluate.metric
-    scores = [load_scores(run.path, [name])]
+    scores = [report.load_scores(run.path, [name])]
     lines = []
     for method in cfg.evaluate.methods:
-        if (found := accuracy(scores, method, name, metric)) is None:
+        if (found := report.accuracy(scores, method, name, metric)) is None:
             continue
         gains = [f"   {_points(d['diff'], d['se'], '+6.1f')} vs {other}" for other in ("base", "wrong_prompts")
-                 if (d := paired(scores, method, other, name, metric))]
+                 if (d := report.paired(scores, method, other, name, metric))]
         lines.append(f"  {method:14} {_points(found['mean'], found['se'])} %{''.join(gains)}")
     if not lines:
         return ["no labelled rows are left to measure it on"]
@@ -96,23 +100,23 @@ def export_adapter(cfg: Config, run: Run) -> dict:
         have = sorted(p.parent.parent.name for p in run.path.glob(f"adapted/*/{cfg.task}/DONE.json"))
         raise UserError(f"task={cfg.task}: {method or 'nothing'} was not adapted in {run.path}"
                         + (f"; method= may be {', '.join(have)}" if have else "; run stage=adapt task=your_file.jsonl"))
-    strategy, refined, target = KEEP.as_dict(), None, None
-    if method in FAMILIES_OF:
-        strategy = read_json(source / "strategy.json")["strategy"]
-    lm, folder = load_lm(run), Path(cfg.output or run.path / "export" / cfg.task)
+    strategy, refined, target = strategies.KEEP.as_dict(), None, None
+    if method in policy.FAMILIES_OF:
+        strategy = runtime.read_json(source / "strategy.json")["strategy"]
+    lm, folder = scoring.load_lm(run), Path(cfg.output or run.path / "export" / cfg.task)
     if strategy["family"] in ("TTS", "Latent"):
-        target = make_target(run, load_tasks(run)[cfg.task], aligned=method in ALIGNED)
-        refined = load_refined(run, target, source)
+        target = policy.make_target(run, data.load_tasks(run)[cfg.task], aligned=method in config.ALIGNED)
+        refined = evaluate.load_refined(run, target, source)
     else:
-        refined = Refined([load_adapter(source, lm.layout)])
+        refined = Refined([lora.load_adapter(source, lm.layout)])
     several = len(refined.adapters) > 1
     for i, adapter in enumerate(refined.adapters):
         for to in ([folder] if i == 0 else []) + ([folder / f"adapter_{i}"] if several else []):
-            save_adapter(to, adapter, lm.layout, cfg.model.name, cfg.model.revision)
-    if refined.combine in ROUTERS:
-        save_tensors(folder / "routing.safetensors",
+            lora.save_adapter(to, adapter, lm.layout, cfg.model.name, cfg.model.revision)
+    if refined.combine in strategies.ROUTERS:
+        runtime.save_tensors(folder / "routing.safetensors",
                      {str(i): target.pooled[torch.as_tensor(p)] for i, p in enumerate(refined.prompts)})
-    write_json(folder / "strategy.json", {
+    runtime.write_json(folder / "strategy.json", {
         "task": cfg.task, "method": method, "strategy": strategy, "adapters": len(refined.adapters),
         "combine": refined.combine, "slot": refined.slot, "base_model": cfg.model.name, "format": cfg.data.format})
     print("\n".join(usage(cfg, folder, refined, lm)))
@@ -142,7 +146,7 @@ def load_exported(folder: Path, cfg: Config, run: Run) -> tuple[Target, Refined]
 
     Raises: UserError: a file is missing, damaged, or names what this code does not know.
     """
-    facts, lm = read_json(folder / "strategy.json"), load_lm(run)
+    facts, lm = runtime.read_json(folder / "strategy.json"), scoring.load_lm(run)
     try:
         count, combine, slot = int(facts["adapters"]), str(facts["combine"]), facts["slot"]
         slot = slot and (int(slot[0]), float(slot[1]))
@@ -150,7 +154,7 @@ def load_exported(folder: Path, cfg: Config, run: Run) -> tuple[Target, Refined]
         if not 1 <= count <= bounds.max_prompt_batches or \
                 (slot and not (1 <= slot[0] <= bounds.max_slot_steps and 0 < slot[1] <= bounds.max_slot_lr)):
             raise ValueError("adapters or slot lie outside strategies.* of the configuration")
-        if combine not in ("", *METHODS) or bool(combine) != (count > 1):
+        if combine not in ("", *strategies.METHODS) or bool(combine) != (count > 1):
             raise ValueError(f"combine is {combine!r} for {count} adapter(s)")
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise UserError(f"{folder}/strategy.json: {type(e).__name__} {e}; expected a folder made by stage=export") \
@@ -161,14 +165,14 @@ def load_exported(folder: Path, cfg: Config, run: Run) -> tuple[Target, Refined]
     if facts.get("format") != cfg.data.format:
         raise UserError(f"{folder}/strategy.json: adapted to data.format={facts.get('format')}, this is "
                         f"{cfg.data.format}; name the run it came from by run=")
-    adapters = [load_adapter(folder / f"adapter_{i}" if count > 1 else folder, lm.layout) for i in range(count)]
-    routing = load_tensors(folder / "routing.safetensors") if combine in ROUTERS else {}
-    if combine in ROUTERS and sorted(routing) != sorted(map(str, range(count))):
+    adapters = [lora.load_adapter(folder / f"adapter_{i}" if count > 1 else folder, lm.layout) for i in range(count)]
+    routing = runtime.load_tensors(folder / "routing.safetensors") if combine in strategies.ROUTERS else {}
+    if combine in strategies.ROUTERS and sorted(routing) != sorted(map(str, range(count))):
         raise UserError(f"{folder}/routing.safetensors: holds {sorted(routing)}, expected one entry per adapter")
     parts = [routing[str(i)] for i in range(len(routing))]
     ends = np.cumsum([0, *map(len, parts)])
     target = Target(str(facts.get("task")), lm, adapters[0], None, [], torch.cat(parts) if parts else torch.empty(0),
-                    lambda texts: encode_texts(run, texts)[1], cfg.strategies, cfg.seed)
+                    lambda texts: generator.encode_texts(run, texts)[1], cfg.strategies, cfg.seed)
     return target, Refined(adapters, combine, slot, [np.arange(a, b) for a, b in itertools.pairwise(ends)])
 
 
@@ -184,25 +188,26 @@ def predict(cfg: Config, run: Run) -> dict:
     if not (cfg.adapter or cfg.task) or not folder.is_dir():
         raise UserError(f"adapter={folder}: no such folder; stage=adapt task=… or stage=export task=… makes one")
     target, refined = load_exported(folder, cfg, run)
-    rows = read_user_file(Path(cfg.input), labels=None)
-    examples = [make_example(target.name, r, cfg.data.format) for r in rows]   # prompts as its task has them
+    rows = data.read_user_file(Path(cfg.input), labels=None)
+    examples = [data.make_example(target.name, r, cfg.data.format) for r in rows]   # prompts as its task has them
     choose, write = ([i for i, e in enumerate(examples) if bool(e.options) is b] for b in (True, False))
     out: list[dict] = [{} for _ in rows]
     if choose:
-        for i, s in zip(choose, score_refined(target, refined, [examples[i] for i in choose]), strict=True):
+        for i, s in zip(choose, strategies.score_refined(target, refined, [examples[i] for i in choose]), strict=True):
             index = s.pick(cfg.evaluate.metric)
             out[i] = {"id": rows[i]["id"], "prediction": rows[i]["choices"][index], "index": index,
                       "logprobs": [round(x, 4) for x in s.raw]}
     if write:
-        texts = generate_answers(target.lm, refined.adapters[0], [examples[i] for i in write],
+        texts = scoring.generate_answers(target.lm, refined.adapters[0], [examples[i] for i in write],
                                  cfg.evaluate.max_new_tokens)
         for i, text in zip(write, texts, strict=True):
             out[i] = {"id": rows[i]["id"], "prediction": text.strip()}
-    write_jsonl(Path(cfg.output), out)
+    runtime.write_jsonl(Path(cfg.output), out)
     print(f"{len(out)} answers -> {cfg.output}")
     known = [i for i in choose if examples[i].gold is not None]
     if known:
         right = sum(out[i]["index"] == examples[i].gold for i in known)
         print(f"{right} of {len(known)} rows with a gold answer are right ({100 * right / len(known):.1f} %)")
     return {"answers": len(out)}
+
 

@@ -13,85 +13,24 @@ import functools
 import hashlib
 import json
 import time
-from pathlib import Path
 
 import torch
 import yaml
 
-from alignment import align_adapter, load_aligner
-from config import ALIGNED, GENERATED, META_TRAINED, UserError
-from data import Task, describe_tasks, load_tasks
-from generator import (
-    adapter_hash,
-    encode_texts,
-    generate_adapter,
-    last_checkpoint,
-    left_out_for,
-    load_pooled,
-    mean_adapter,
-    save_generated,
-    task_texts,
-    training_tasks,
-)
-from lora import (
-    Adapter,
-    Layout,
-    attach_lora,
-    clear_adapters,
-    draw_adapter,
-    find_layout,
-    init_adapter,
-    load_adapter,
-    load_posterior,
-    rate,
-    save_adapter,
-    swap_adapter,
-    train_adapter,
-)
-from runtime import (
-    Run,
-    fingerprint,
-    read_json,
-    read_jsonl,
-    rng_for,
-    seed_for,
-    to_device,
-    write_json,
-    write_jsonl,
-    write_text,
-)
-from scoring import (
-    LM,
-    Row,
-    Scores,
-    accuracy,
-    branch_logprobs,
-    chat_prompt,
-    compare,
-    encode,
-    generate_answers,
-    gold_logprob,
-    hidden_states,
-    judge,
-    load_lm,
-    match_answer,
-    parse_letter,
-    score_examples,
-)
-from strategies import (
-    KEEP,
-    Refined,
-    Strategy,
-    Target,
-    check_grid,
-    execute,
-    execute_finite,
-    parse_strategy,
-    pool_scores,
-    proposal_schema,
-    score_refined,
-    train_on_support,
-)
+import alignment
+import config
+import data
+import generator
+import lora
+import runtime
+import scoring
+import strategies
+from config import UserError
+from data import Task
+from lora import Adapter, Layout
+from runtime import Run
+from scoring import Row, Scores
+from strategies import Strategy, Target
 
 FAMILIES_OF = {"degaml": lambda cfg: [f for f in cfg.policy.families if f != "SFT"],
                "degaml_plus": lambda cfg: [*(f for f in cfg.policy.families if f != "SFT"), "SFT"]}
@@ -118,14 +57,14 @@ DESCRIPTIONS = {
 
 # ---------------------------------------------------------------------------------------------------------- proposals
 
-def proposal_prompt(lm: LM, task: Task, families: list[str], support: list[Scores], metric: str) -> str:
+def proposal_prompt(lm: scoring.LM, task: Task, families: list[str], support: list[Scores], metric: str) -> str:
     """What the policy reads: task context, the state (support performance of the generated adapter), the families.
 
     Source: paper T, G.6 for structure and fields; paper D, section 2.2 for the state. The wording is ours.
     """
     right = sum(s.pick(metric) == e.gold for s, e in zip(support, task.support, strict=True))
-    log_p = sum(gold_logprob(support, list(task.support), metric)) / len(support)
-    order = rng_for("families", task.name).permutation(families)   # the first one listed is proposed too often
+    log_p = sum(scoring.gold_logprob(support, list(task.support), metric)) / len(support)
+    order = runtime.rng_for("families", task.name).permutation(families)   # the first one listed is proposed too often
     options = "\n".join(f"({i + 1}) {DESCRIPTIONS[f]}" for i, f in enumerate(order))
     user = (f"Task: {task.title}. {task.context or 'No description is available.'}\n"
             f"State: with the generated adapter the model answers {right} of {len(task.support)} labelled examples "
@@ -133,11 +72,11 @@ def proposal_prompt(lm: LM, task: Task, families: list[str], support: list[Score
             "Choose the one strategy family and the settings that should help most. Families and their JSON:\n"
             f"{options}\n"
             f"Give only the JSON object for {task.title}.")
-    return chat_prompt(lm.tokenizer, SYSTEM, user)
+    return scoring.chat_prompt(lm.tokenizer, SYSTEM, user)
 
 
 @torch.no_grad()
-def sample_proposals(lm: LM, layout: Layout, adapter: Adapter | None, prompt: str, schemas: list[dict], policy,
+def sample_proposals(lm: scoring.LM, layout: Layout, adapter: Adapter | None, prompt: str, schemas: list[dict], policy,
                      seed: int) -> list[str]:
     """One constrained sample per schema, all in one batch behind one cached prompt.
 
@@ -154,10 +93,10 @@ def sample_proposals(lm: LM, layout: Layout, adapter: Adapter | None, prompt: st
     bits, places = llnp.allocate_token_bitmask(n, vocab), torch.arange(8, device=lm.model.device)
     rng = torch.Generator().manual_seed(seed)
     out: list[list[int]] = [[] for _ in range(n)]
-    swap_adapter(lm.model, layout, adapter)
+    lora.swap_adapter(lm.model, layout, adapter)
     try:
         lm.forwards += 1
-        step = lm.model(torch.tensor([encode(lm, prompt)], device=lm.model.device), use_cache=True, logits_to_keep=1)
+        step = lm.model(torch.tensor([scoring.encode(lm, prompt)], device=lm.model.device), use_cache=True, logits_to_keep=1)
         cache, logits = step.past_key_values, step.logits[:, -1].float().expand(n, -1)
         cache.batch_repeat_interleave(n)
         for _ in range(policy.max_new_tokens):
@@ -167,7 +106,7 @@ def sample_proposals(lm: LM, layout: Layout, adapter: Adapter | None, prompt: st
             for i, m in enumerate(matchers):
                 if live[i]:
                     llnp.fill_next_token_bitmask(m, bits, i)
-            mask = to_device(torch.from_numpy(bits.view("uint8").copy()), logits.device)
+            mask = runtime.to_device(torch.from_numpy(bits.view("uint8").copy()), logits.device)
             allowed = ((mask[:, :, None] >> places) & 1).view(n, -1)[:, :vocab].bool()
             chosen = _sample(logits.masked_fill(~allowed, float("-inf")), policy, rng)
             for i, token in enumerate(chosen):
@@ -178,7 +117,7 @@ def sample_proposals(lm: LM, layout: Layout, adapter: Adapter | None, prompt: st
             logits = lm.model(torch.tensor(chosen, device=lm.model.device)[:, None], past_key_values=cache,
                               use_cache=True).logits[:, -1].float()
     finally:
-        clear_adapters(lm.model)
+        lora.clear_adapters(lm.model)
     return [lm.tokenizer.decode(o, skip_special_tokens=True) for o in out]
 
 
@@ -211,20 +150,20 @@ def make_target(run: Run, task: Task, left_out: str | None = None, aligned: bool
 
     With `aligned` every drawn adapter has passed the Fusion VAE (paper T, stage 2).
     """
-    cfg, lm = run.cfg, load_lm(run)
+    cfg, lm = run.cfg, scoring.load_lm(run)
     drawn: dict[int, tuple] = {}
 
     def draw(batch: int):
         if batch not in drawn:
-            adapter, index = generate_adapter(run, task.name, batch, left_out=left_out)
+            adapter, index = generator.generate_adapter(run, task.name, batch, left_out=left_out)
             if aligned:
-                aligner = load_aligner(run, left_out_for(cfg, task.name) if left_out is None else left_out)
-                adapter = align_adapter(run, aligner, task.name, adapter)
+                aligner = alignment.load_aligner(run, data.left_out_for(cfg, task.name) if left_out is None else left_out)
+                adapter = alignment.align_adapter(run, aligner, task.name, adapter)
             drawn[batch] = adapter, index
         return drawn[batch]
 
-    return Target(task.name, lm, draw(0)[0], draw, task_texts(run, task.name), load_pooled(run, task.name),
-                  lambda texts: encode_texts(run, texts)[1], cfg.strategies, cfg.seed)
+    return Target(task.name, lm, draw(0)[0], draw, generator.task_texts(run, task.name), generator.load_pooled(run, task.name),
+                  lambda texts: generator.encode_texts(run, texts)[1], cfg.strategies, cfg.seed)
 
 
 def evaluate_strategy(target: Target, strategy: Strategy, support: list, metric: str, folds: int,
@@ -238,24 +177,24 @@ def evaluate_strategy(target: Target, strategy: Strategy, support: list, metric:
     """
     lm, start, passes = target.lm, time.monotonic(), (target.lm.forwards, target.lm.backwards)
     if strategy.family != "SFT":
-        found = {strategy: score_refined(target, execute(target, strategy), support)}
+        found = {strategy: strategies.score_refined(target, strategies.execute(target, strategy), support)}
     else:
         steps = sorted({*(s for s in at_steps if s < strategy["sft_steps"]), strategy["sft_steps"]})
         out = {s: [None] * len(support) for s in steps}
         for held in fold_indices(target, len(support), folds):
             fit = [e for i, e in enumerate(support) if i not in held]
-            for s, adapter in train_on_support(target, strategy, fit, steps).items():
-                for i, score in zip(held, score_examples(lm, adapter, [support[i] for i in held]), strict=True):
+            for s, adapter in strategies.train_on_support(target, strategy, fit, steps).items():
+                for i, score in zip(held, scoring.score_examples(lm, adapter, [support[i] for i in held]), strict=True):
                     out[s][i] = score
         found = {strategy.but(sft_steps=s): v for s, v in out.items()}
     seconds = time.monotonic() - start
     cost = {"seconds": round(seconds, 2), "forwards": lm.forwards - passes[0], "backwards": lm.backwards - passes[1]}
-    return {str(k): judge(v, support, metric) | cost for k, v in found.items()}
+    return {str(k): scoring.judge(v, support, metric) | cost for k, v in found.items()}
 
 
 def fold_indices(target: Target, n: int, folds: int) -> list[list[int]]:
     """Seeded folds of the support set."""
-    order = rng_for(target.seed, "folds", target.name).permutation(n).tolist()
+    order = runtime.rng_for(target.seed, "folds", target.name).permutation(n).tolist()
     return [order[i::folds] for i in range(folds)]
 
 
@@ -286,7 +225,7 @@ def choose(results: dict[str, dict], policy) -> tuple[Strategy, dict]:
 
     best = max(filter(passes, results), key=rank, default=None)
     if best is None:
-        return KEEP, {"wins": 0, "losses": 0, "gold_logp_gain": 0.0}
+        return strategies.KEEP, {"wins": 0, "losses": 0, "gold_logp_gain": 0.0}
     return Strategy.from_dict(json.loads(best)), results[best]
 
 
@@ -308,10 +247,10 @@ class Rewards:
     """
 
     def __init__(self, run: Run, name: str, target: Target, support: list, reference: list[Scores]):
-        key = hashlib.sha256(json.dumps(fingerprint(run.cfg, "rewards", unit=target.name)).encode()).hexdigest()[:8]
+        key = hashlib.sha256(json.dumps(runtime.fingerprint(run.cfg, "rewards", unit=target.name)).encode()).hexdigest()[:8]
         self.folder, self.name = run.path / f"adapted/rewards-{key}", name
         self.run, self.target, self.support = run, target, support
-        self.reference = judge(reference, support, run.cfg.evaluate.metric)
+        self.reference = scoring.judge(reference, support, run.cfg.evaluate.metric)
         self.known: dict[str, dict[str, dict]] = {}   # per file
 
     def of(self, strategy: Strategy, at_steps: list[int] = ()) -> dict:
@@ -319,7 +258,7 @@ class Rewards:
         key, p = str(strategy), self.run.cfg.policy
         path = self.folder / f"{self.target.name + '.plain' if strategy.plain else self.name}.jsonl"
         if path not in self.known:
-            self.known[path] = {r["strategy"]: r for r in (read_jsonl(path) if path.exists() else [])}
+            self.known[path] = {r["strategy"]: r for r in (runtime.read_jsonl(path) if path.exists() else [])}
         known = self.known[path]
         if key not in known:
             try:
@@ -330,18 +269,18 @@ class Rewards:
                 found = {key: {"correct": [0] * n, "gold_logp": [-100.0] * n, "diverged": True}}
             path.parent.mkdir(parents=True, exist_ok=True)
             known |= {k: {"strategy": k, **r} for k, r in found.items() if k not in known}
-            write_jsonl(path, list(known.values()))
+            runtime.write_jsonl(path, list(known.values()))
         row = known[key]
-        return compare(row, self.reference) | {k: row[k] for k in row if k not in ("strategy", "correct", "gold_logp")}
+        return scoring.compare(row, self.reference) | {k: row[k] for k in row if k not in ("strategy", "correct", "gold_logp")}
 
 
 # ------------------------------------------------------------------------------------------------------------ ReST-EM
 
 def policy_layout(run: Run) -> Layout:
     """Layout of the policy's own adapter in the shared base model."""
-    p, lm = run.cfg.policy, load_lm(run)
-    layout = find_layout(lm.model, p.rank, p.alpha, 1, p.modules)
-    attach_lora(lm.model, layout)
+    p, lm = run.cfg.policy, scoring.load_lm(run)
+    layout = lora.find_layout(lm.model, p.rank, p.alpha, 1, p.modules)
+    lora.attach_lora(lm.model, layout)
     return layout
 
 
@@ -353,8 +292,8 @@ def train_policy(run: Run, layout: Layout, samples: list[tuple[str, str]], seed:
     """
     if not samples:
         return None
-    p, lm = run.cfg.policy, load_lm(run)
-    rng = rng_for(seed, "policy")
+    p, lm = run.cfg.policy, scoring.load_lm(run)
+    rng = runtime.rng_for(seed, "policy")
     eos = lm.tokenizer.eos_token_id
     by_prompt: dict[str, list[str]] = {}
     for prompt, text in samples:
@@ -366,30 +305,30 @@ def train_policy(run: Run, layout: Layout, samples: list[tuple[str, str]], seed:
             for at in range(0, len(texts), p.batch_size):
                 branches = [(*lm.tokenizer(t, add_special_tokens=False)["input_ids"], eos)
                             for t in texts[at:at + p.batch_size]]
-                rows.append(Row(tuple(encode(lm, prompt)), tuple(branches), (0,) * len(branches),
+                rows.append(Row(tuple(scoring.encode(lm, prompt)), tuple(branches), (0,) * len(branches),
                                 (1,) * len(branches)))
 
     def loss_fn(row):
-        sums = branch_logprobs(lm, [row], *hidden_states(lm, [row]))[0]
+        sums = scoring.branch_logprobs(lm, [row], *scoring.hidden_states(lm, [row]))[0]
         return -(sums / torch.tensor([len(b) for b in row.branches], device=sums.device)).mean()
 
-    return train_adapter(lm.model, layout, init_adapter(layout, seed_for(seed, "policy")), rows, loss_fn,
-                         lr=lambda s: rate(s, len(rows), p.lr, 0, "cosine"), clip=1.0)
+    return lora.train_adapter(lm.model, layout, lora.init_adapter(layout, runtime.seed_for(seed, "policy")), rows, loss_fn,
+                         lr=lambda s: lora.rate(s, len(rows), p.lr, 0, "cosine"), clip=1.0)
 
 
 def run_episodes(run: Run, task: Task, rewards: Rewards, families: list[str], prompt: str, layout: Layout,
                  policy: Adapter | None, iteration: int, label: str) -> list[dict]:
     """Sample proposals, execute each, reward it. Longer SFT trainings go first: they yield the shorter ones."""
-    cfg, lm = run.cfg, load_lm(run)
+    cfg, lm = run.cfg, scoring.load_lm(run)
     p = cfg.policy
     key = (cfg.seed, "propose", task.name, label, iteration)
-    plan, rng = plan_families(families, p.proposals, p.min_per_family), rng_for(*key, "explore")
-    schemas = [proposal_schema(cfg.strategies, f, rng if len(f) < len(families) else None) for f in plan]
-    texts = sample_proposals(lm, layout, policy, prompt, schemas, p, seed_for(*key))
+    plan, rng = plan_families(families, p.proposals, p.min_per_family), runtime.rng_for(*key, "explore")
+    schemas = [strategies.proposal_schema(cfg.strategies, f, rng if len(f) < len(families) else None) for f in plan]
+    texts = sample_proposals(lm, layout, policy, prompt, schemas, p, runtime.seed_for(*key))
     parsed = []
     for text in texts:
         try:
-            parsed.append(parse_strategy(text, cfg.strategies, families))
+            parsed.append(strategies.parse_strategy(text, cfg.strategies, families))
         except ValueError:
             parsed.append(None)   # an invalid proposal earns nothing
     at_steps = sorted({s["sft_steps"] for s in parsed if s is not None and s.family == "SFT"})
@@ -425,13 +364,13 @@ def rewarded(episodes: list[dict], prompt: str, cap: int) -> list[tuple[str, str
 
 def train_policies(cfg, run: Run) -> dict:
     """policy.mode=meta: ReST-EM over the meta-training tasks, one policy per left-out task and method."""
-    check_grid(cfg.strategies)
+    strategies.check_grid(cfg.strategies)
     if cfg.policy.mode == "per_task":
         run.log("policy.mode=per_task: the policy is trained inside stage=adapt")
         return {}
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     methods = [m for m in FAMILIES_OF if m in cfg.evaluate.methods]
-    for unit in run.deal([(left, m) for left in sorted({left_out_for(cfg, t) for t in targets}) for m in methods]):
+    for unit in run.deal([(left, m) for left in sorted({data.left_out_for(cfg, t) for t in targets}) for m in methods]):
         if not run.finished(f"policy/{unit[0]}/{unit[1]}", "policy", unit[1]):
             _meta_train(cfg, run, *unit)
     return {}
@@ -439,15 +378,15 @@ def train_policies(cfg, run: Run) -> dict:
 
 def _meta_train(cfg, run: Run, left_out: str, method: str) -> None:
     """Paper D, Algorithm 2, lines 6-17: rewards on the training tasks' support sets, gradients on the policy only."""
-    start, lm, layout = time.monotonic(), load_lm(run), policy_layout(run)
+    start, lm, layout = time.monotonic(), scoring.load_lm(run), policy_layout(run)
     root = run.path / f"policy/{left_out}"
-    tasks = load_tasks(run)
+    tasks = data.load_tasks(run)
     states = []
-    for name in training_tasks(cfg, left_out):
+    for name in data.training_tasks(cfg, left_out):
         task = tasks[name]
-        target = make_target(run, task, left_out, aligned=method in ALIGNED)
+        target = make_target(run, task, left_out, aligned=method in config.ALIGNED)
         support = list(task.support)
-        reference = score_examples(lm, target.start, support)
+        reference = scoring.score_examples(lm, target.start, support)
         rewards = Rewards(run, f"{name}.without_{left_out}{_start_name(target, method)}", target, support, reference)
         states.append((task, rewards, proposal_prompt(lm, task, FAMILIES_OF[method](cfg), reference,
                                                       cfg.evaluate.metric)))
@@ -459,9 +398,9 @@ def _meta_train(cfg, run: Run, left_out: str, method: str) -> None:
                                f"{method}-without-{left_out}")
             episodes += [{"task": task.name, **e} for e in new]
             samples += rewarded(new, prompt, cfg.policy.max_samples)
-        policy = train_policy(run, layout, samples, seed_for(cfg.seed, left_out, method, it)) or policy
-    save_adapter(root / method, policy or init_adapter(layout, 0), layout, cfg.model.name, cfg.model.revision)
-    write_jsonl(root / method / "episodes.jsonl", episodes)
+        policy = train_policy(run, layout, samples, runtime.seed_for(cfg.seed, left_out, method, it)) or policy
+    lora.save_adapter(root / method, policy or lora.init_adapter(layout, 0), layout, cfg.model.name, cfg.model.revision)
+    runtime.write_jsonl(root / method / "episodes.jsonl", episodes)
     run.finish(f"policy/{left_out}/{method}", "policy", start, method)
 
 
@@ -469,8 +408,8 @@ def _meta_train(cfg, run: Run, left_out: str, method: str) -> None:
 
 def adapt_targets(cfg, run: Run) -> dict:
     """Each target: generate, propose, execute, select. Writes adapted/<method>/<task>/ as a PEFT folder."""
-    check_grid(cfg.strategies)
-    tasks = load_tasks(run)
+    strategies.check_grid(cfg.strategies)
+    tasks = data.load_tasks(run)
     wanted = [tasks[t] for t in cfg.data.targets or tasks]
     methods = [m for m in FAMILIES_OF if m in cfg.evaluate.methods]
     for task in run.deal(sorted(wanted, key=lambda t: -sum(len(e.prompt) for e in t.support))):
@@ -480,46 +419,46 @@ def adapt_targets(cfg, run: Run) -> dict:
         for method in [m for m in ("generator", "aligned") if m == "generator" or m in cfg.evaluate.methods]:
             folder, start = f"adapted/{method}/{task.name}", time.monotonic()
             if not run.finished(folder, "adapt", method):
-                save_generated(run.path / folder, make_target(run, task, aligned=method in ALIGNED).start, run)
+                generator.save_generated(run.path / folder, make_target(run, task, aligned=method in config.ALIGNED).start, run)
                 run.finish(folder, "adapt", start, method)
     if run.rank == 0:
-        _keep_example_ids(run, wanted)
+        data.keep_example_ids(run, wanted)
     return {}
 
 
 def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
-    start, lm, folder = time.monotonic(), load_lm(run), run.path / f"adapted/{method}/{task.name}"
+    start, lm, folder = time.monotonic(), scoring.load_lm(run), run.path / f"adapted/{method}/{task.name}"
     if any(e.gold is None for e in task.support):
         raise UserError(f"task {task.name}: its support examples have no options to compare; use data.math_form=choice")
     families, layout, support = FAMILIES_OF[method](cfg), policy_layout(run), list(task.support)
-    target = make_target(run, task, aligned=method in ALIGNED)
-    reference = score_examples(lm, target.start, support)
+    target = make_target(run, task, aligned=method in config.ALIGNED)
+    reference = scoring.score_examples(lm, target.start, support)
     rewards = Rewards(run, task.name + _start_name(target, method), target, support, reference)
     prompt = proposal_prompt(lm, task, families, reference, cfg.evaluate.metric)
     policy, episodes, iterations = None, [], cfg.policy.iterations
     if cfg.policy.mode == "meta":   # the policy is ready; it proposes once
-        ready = f"policy/{left_out_for(cfg, task.name)}/{method}"
+        ready = f"policy/{data.left_out_for(cfg, task.name)}/{method}"
         if not run.finished(ready, "policy", method, redo=False):
             raise UserError(f"{run.path / ready}: not trained yet; run stage=policy")
-        policy = load_adapter(run.path / ready, layout)
+        policy = lora.load_adapter(run.path / ready, layout)
         iterations = 1
     for it in range(iterations):
         new = run_episodes(run, task, rewards, families, prompt, layout, policy, it, method)
         episodes += new
         if it + 1 < iterations:
             policy = train_policy(run, layout, rewarded(new, prompt, cfg.policy.max_samples),
-                                  seed_for(cfg.seed, task.name, method, it)) or policy
+                                  runtime.seed_for(cfg.seed, task.name, method, it)) or policy
     candidates = with_plain_twins([Strategy.from_dict(e["strategy"]) for e in episodes if e["valid"]])
     steps = sorted({s["sft_steps"] for s in candidates if s.family == "SFT"})
     strategy, result = choose({str(s): rewards.of(s, steps) for s in candidates}, cfg.policy)
-    refined = execute_finite(target, strategy, support)
-    save_generated(folder, refined.adapters[0], run)
-    write_jsonl(folder / "episodes.jsonl", episodes)
-    write_text(folder / "prompt.txt", prompt)
-    write_json(folder / "strategy.json", {
+    refined = strategies.execute_finite(target, strategy, support)
+    generator.save_generated(folder, refined.adapters[0], run)
+    runtime.write_jsonl(folder / "episodes.jsonl", episodes)
+    runtime.write_text(folder / "prompt.txt", prompt)
+    runtime.write_json(folder / "strategy.json", {
         "strategy": strategy.as_dict(), "wins": result["wins"], "losses": result["losses"],
         "gold_logp_gain": result["gold_logp_gain"], "n_support": len(support), "notes": refined.notes,
-        "support_accuracy_generated": accuracy(reference, support, cfg.evaluate.metric)})
+        "support_accuracy_generated": scoring.accuracy(reference, support, cfg.evaluate.metric)})
     run.finish(f"adapted/{method}/{task.name}", "adapt", start, method)
     run.log(f"adapt {method} {task.name}: {strategy} (+{result['wins']} -{result['losses']} of {len(support)}) in "
             f"{time.monotonic() - start:.0f} s", True)
@@ -527,138 +466,7 @@ def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
 
 def _start_name(target: Target, method: str) -> str:
     """What distinguishes the reward files of different starts on one task."""
-    return f".aligned-{adapter_hash(target.start)[:8]}" if method in ALIGNED else ""
-
-
-def _keep_example_ids(run: Run, wanted: list[Task]) -> None:
-    if not run.cfg.task:   # the report is about the run's own tasks
-        write_json(run.path / "tasks.json", describe_tasks({t.name: t for t in wanted}, run.cfg.data.prompts_from))
-
-
-def load_refined(run: Run, target: Target, folder: Path) -> Refined:
-    """What `adapt` chose for a target, ready to score: its adapter, or an ensemble or steering rebuilt from it."""
-    strategy = Strategy.from_dict(read_json(folder / "strategy.json")["strategy"])
-    if strategy.family in ("TTS", "Latent", "none"):   # made from the generator alone, exactly again
-        return execute(target, strategy)
-    return Refined([load_adapter(folder, load_lm(run).layout)])
-
-
-# ----------------------------------------------------------------------------------------------------------- evaluate
-
-def evaluate_methods(cfg, run: Run) -> dict:
-    """Score every configured method on every target's test examples. Writes scores/<method>/<task>.jsonl."""
-    tasks = load_tasks(run)
-    wanted = [tasks[t] for t in cfg.data.targets or tasks]
-    if run.rank == 0:
-        _keep_example_ids(run, wanted)
-    methods = cfg.evaluate.methods
-    groups = [[m for m in methods if m in GENERATED], *([m] for m in methods if m not in GENERATED)]
-    passes = {"generator": cfg.evaluate.prompt_batches, "abmll": cfg.baselines.abmll.test_samples}
-
-    def cost(unit):
-        task, group = unit
-        return sum(len(e.prompt + "".join(e.options)) for e in task.test) * sum(passes.get(m, 1) for m in group)
-    for task, group in run.deal(sorted(((t, g) for t in wanted for g in groups), key=cost, reverse=True)):
-        _evaluate_task(cfg, run, task, group)
-    return {}
-
-
-def _evaluate_task(cfg, run: Run, task: Task, methods: list[str]) -> None:
-    """Score methods on a task's test examples, an adapter that several of them share once."""
-    lm, todo = load_lm(run), []
-    for method in methods:
-        if method == "own" and task.domain != "id":
-            continue
-        if not run.finished(f"scores/{method}/{task.name}", "evaluate", method):
-            (run.path / f"scores/{method}/{task.name}.jsonl").unlink(missing_ok=True)   # another configuration's
-            todo.append(method)
-    drawn = {m in ALIGNED for m in todo if m in FAMILIES_OF or m in ("generator", "aligned")}
-    targets = {aligned: make_target(run, task, aligned=aligned) for aligned in drawn}
-    memo: dict = {}
-    for method in run.track(todo, f"evaluate {task.name}"):
-        start, passes = time.monotonic(), lm.forwards
-        rows = _test_rows(cfg, run, lm, task, targets.get(method in ALIGNED), method, memo)
-        folder = run.path / f"scores/{method}"
-        write_jsonl(folder / f"{task.name}.jsonl", rows)
-        write_json(folder / f"{task.name}.meta.json", {"seconds": round(time.monotonic() - start, 1),
-                                                      "forwards": lm.forwards - passes})
-        run.finish(f"scores/{method}/{task.name}", "evaluate", start, method)
-
-
-def wrong_prompts_task(cfg, name: str) -> str:
-    """Whose prompts the control `wrong_prompts` conditions on: two places on in the task list, so never a twin."""
-    names = cfg.data.train_tasks + cfg.data.test_tasks
-    return names[(names.index(name) + 2) % len(names)]
-
-
-def _variants(cfg, run: Run, lm: LM, task: Task, target: Target | None, method: str) -> list[Refined]:
-    """The adapters of a method on a task; `generator` is several, whose results are averaged.
-
-    A method that kept the adapter it started from counts as `generator` (or `aligned`), so that its difference to it is
-    zero, not the chance by which its own prompt batch was a better or a worse one.
-    """
-    if method == "base":
-        return [Refined([None])]
-    if method == "mean":
-        return [Refined([mean_adapter(run, lm, task.name)])]
-    if method == "own":
-        return [Refined([last_checkpoint(run, lm, task.name)])]
-    if method == "wrong_prompts":
-        return [Refined([generate_adapter(run, task.name, 0, wrong_prompts_task(cfg, task.name))[0]])]
-    folder = run.path / f"adapted/{method}/{task.name}"
-    if method in FAMILIES_OF and read_json(folder / "strategy.json")["strategy"] == KEEP.as_dict():
-        method = "aligned" if method in ALIGNED else "generator"
-    if method in ("generator", "aligned"):
-        return [Refined([target.draw(b)[0]]) for b in range(cfg.evaluate.prompt_batches)]
-    if method == "abmll":
-        b, rng = cfg.baselines.abmll, torch.Generator().manual_seed(seed_for(cfg.seed, "posterior"))
-        posterior = load_posterior(folder, lm.layout)
-        return [Refined([draw_adapter(posterior, lm.layout, b.space, b.init_log_sd, rng)
-                         for _ in range(b.test_samples)], "mean_probability")]
-    if method in ("no_meta", "maml_matched", *META_TRAINED):
-        return [Refined([load_adapter(folder, lm.layout)])]
-    return [load_refined(run, target, folder)]
-
-
-def _test_rows(cfg, run: Run, lm: LM, task: Task, target: Target | None, method: str, memo: dict) -> list[dict]:
-    """One row per test example; correctness is averaged over a method's variants.
-
-    Generated answers (strict, lenient) come from the first adapter of an ensemble.
-    """
-    test = list(task.test)
-    scored, written = [], []
-    for refined in _variants(cfg, run, lm, task, target, method):
-        key = (refined.combine, refined.slot, *(a and adapter_hash(a) for a in refined.adapters))
-        if key not in memo:
-            memo[key] = score_refined(target, refined, test) if target else \
-                pool_scores([score_examples(lm, a, test) for a in refined.adapters], refined.combine)
-        scored.append(memo[key])
-        if cfg.evaluate.generate or not test[0].options:
-            tokens = cfg.evaluate.max_new_tokens if test[0].options else max(256, cfg.evaluate.max_new_tokens)
-            key = ("answers", refined.adapters[0] and adapter_hash(refined.adapters[0]))
-            if key not in memo:
-                memo[key] = generate_answers(lm, refined.adapters[0], test, tokens)
-            written.append(memo[key])
-    rows = []
-    for i, e in enumerate(test):
-        row: dict = {"id": e.id, "gold": e.gold}
-        if e.options:
-            for metric in ("norm", "raw"):
-                picks = [s[i].pick(metric) for s in scored]
-                row |= {f"pred_{metric}": picks[0],
-                        f"correct_{metric}": sum(p == e.gold for p in picks) / len(picks)}
-            row["logp_gold"] = scored[0][i].raw[e.gold]
-            row["raw"] = [round(x, 4) for x in scored[0][i].raw]
-        for kind in ("strict", "lenient") if written else ():
-            right = [parse_letter(w[i], len(e.options), kind == "strict") == e.gold if e.options
-                     else match_answer(w[i], e.answer, kind == "strict") for w in written]
-            row[kind] = sum(right) / len(right)
-        if written:
-            row["text"] = written[0][i]
-        if method == "base":
-            row |= {"prompt": e.text, "options": list(e.options)}
-        rows.append(row)
-    return rows
+    return f".aligned-{lora.adapter_hash(target.start)[:8]}" if method in config.ALIGNED else ""
 
 
 # ----------------------------------------------------------------------------------------------------------- contexts
@@ -669,19 +477,21 @@ def write_contexts(cfg, run: Run) -> dict:
     Source: paper T, G.6 (there: by a larger model). Writes contexts.yaml in the run folder; use it by
     policy.contexts=<that file>.
     """
-    lm, found = load_lm(run), {}
-    for name, task in load_tasks(run).items():
+    lm, found = scoring.load_lm(run), {}
+    for name, task in data.load_tasks(run).items():
         if task.context:
             found[name] = task.context
             continue
         shown = "\n\n".join(f"{e.text} {e.options[e.gold] if e.options else e.answer}" for e in task.support[:4])
-        prompt = chat_prompt(lm.tokenizer, "You describe benchmark tasks in plain, neutral English.",
+        prompt = scoring.chat_prompt(lm.tokenizer, "You describe benchmark tasks in plain, neutral English.",
                              f"Examples of a task:\n\n{shown}\n\nIn one paragraph, say what the task asks and which "
                              "skills it tests. Do not quote the examples.")
-        ids = torch.tensor([encode(lm, prompt)], device=lm.model.device)
+        ids = torch.tensor([scoring.encode(lm, prompt)], device=lm.model.device)
         text = lm.model.generate(ids, max_new_tokens=120, do_sample=False, repetition_penalty=1.0,
                                  pad_token_id=lm.tokenizer.eos_token_id)
         found[name] = " ".join(lm.tokenizer.decode(text[0, ids.shape[1]:], skip_special_tokens=True).split())
         run.log(f"context of {name}: {found[name]}")
-    write_text(run.path / "contexts.yaml", yaml.safe_dump(found, sort_keys=False, width=100))
+    runtime.write_text(run.path / "contexts.yaml", yaml.safe_dump(found, sort_keys=False, width=100))
     return {"contexts": str(run.path / "contexts.yaml")}
+
+

@@ -33,8 +33,9 @@ import matplotlib
 import numpy as np
 import yaml
 
-from config import ALIGNED, META_TRAINED, UserError
-from runtime import read_json, read_jsonl, write_text
+import config
+import runtime
+from config import UserError
 
 matplotlib.use("Agg")  # before pyplot, which would look for a display
 from matplotlib import pyplot as plt
@@ -80,10 +81,10 @@ PAIRS = (
     ("degaml", "generator"), ("degaml_plus", "generator"), ("degaml_plus", "no_meta"),
     ("degaml_plus", "degaml"), ("no_meta", "base"), ("own", "base"),
     ("aligned", "generator"), ("tempo", "generator"), ("tempo", "degaml"), ("tempo_plus", "degaml_plus"),
-    ("maml_matched", "maml"), ("degaml", "no_meta"), *((a, b) for b in META_TRAINED for a in ("degaml", "degaml_plus")),
+    ("maml_matched", "maml"), ("degaml", "no_meta"), *((a, b) for b in config.META_TRAINED for a in ("degaml", "degaml_plus")),
 )
 SEARCHED = ("degaml", "degaml_plus", "tempo", "tempo_plus")
-BASELINES = ("no_meta", *META_TRAINED)
+BASELINES = ("no_meta", *config.META_TRAINED)
 TABLE_1 = ("no_meta", "union", "abmll", "maml")   # the rows of paper D's Table 1 above its own
 QUESTIONS = {
     "generator - base": "Generated adapters against the frozen model",
@@ -112,7 +113,7 @@ def make_report(cfg, run) -> dict:
     """
     out = Path(run.path) / "report"
     results = build_results(run.path, cfg)
-    write_text(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    runtime.write_text(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     figures = draw_figures(results, run.path, out / "figures")
     write_markdown(results, figures, out / "report.md")
     write_html(results, figures, run.path, out / "report.html")
@@ -127,7 +128,7 @@ def make_report(cfg, run) -> dict:
 
 
 def _read_json(path: Path, default):
-    return read_json(path) if path.exists() else default
+    return runtime.read_json(path) if path.exists() else default
 
 
 def load_tasks(run_path: Path) -> dict[str, dict]:
@@ -148,7 +149,7 @@ def load_scores(run_path: Path, tasks) -> dict[str, dict[str, dict[str, dict]]]:
     for method in [m for m in METHODS if m in found] + sorted(found - set(METHODS)):
         for task in tasks:
             path = folder / method / f"{task}.jsonl"
-            rows = read_jsonl(path) if path.exists() else []
+            rows = runtime.read_jsonl(path) if path.exists() else []
             by_id = {row["id"]: row for row in rows}
             if len(by_id) != len(rows):
                 raise UserError(f"{path}: an example id occurs twice; delete it and evaluate again")
@@ -164,7 +165,7 @@ def load_episodes(run_path: Path, tasks) -> dict[str, dict[str, list[dict]]]:
         for task in tasks:
             path = Path(run_path) / "adapted" / method / task / "episodes.jsonl"
             if path.exists():
-                episodes.setdefault(method, {})[task] = read_jsonl(path)
+                episodes.setdefault(method, {})[task] = runtime.read_jsonl(path)
     return episodes
 
 
@@ -377,7 +378,7 @@ def read_budget(run_path: Path) -> dict[str, dict]:
         core-seconds of adaptation over all targets, support labels per target, and where a training diverged.
     """
     def records(pattern):
-        found = [(path.parent.name, read_json(path)) for path in sorted(run_path.glob(f"{pattern}/DONE.json"))]
+        found = [(path.parent.name, runtime.read_json(path)) for path in sorted(run_path.glob(f"{pattern}/DONE.json"))]
         return [(name, record) for name, record in found if not record.get("own_task")]
 
     def total(found, key):
@@ -386,7 +387,7 @@ def read_budget(run_path: Path) -> dict[str, dict]:
 
     generated = records("adapters/*") + records("prompts/*") + records("generator/*")
     meta_of = {**dict.fromkeys(("generator", "degaml", "degaml_plus"), generated),
-               **dict.fromkeys(ALIGNED, generated + records("align/*")),
+               **dict.fromkeys(config.ALIGNED, generated + records("align/*")),
                **{m: records(f"baselines/{m}/*") for m in BASELINES}, "maml_matched": records("baselines/maml/*")}
     out = {}
     for method, meta in meta_of.items():
@@ -1143,7 +1144,7 @@ def write_markdown(results: dict, figures: list[dict], path: Path) -> None:
         for block in blocks:
             lines += ["", f"### {block['title']}", ""]
             lines += _markdown_table(block) if "rows" in block else _markdown_figure(block)
-    write_text(path, "\n".join(lines) + "\n")
+    runtime.write_text(path, "\n".join(lines) + "\n")
 
 
 def _page_title(results: dict) -> str:
@@ -1208,7 +1209,7 @@ def draw_figures(results: dict, run_path: Path, folder: Path) -> list[dict]:
             drawn["png"] = folder / f"{name}.png"
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(drawn.pop("csv"))
-            write_text(folder / f"{name}.csv", text.getvalue())
+            runtime.write_text(folder / f"{name}.csv", text.getvalue())
             save_png(drawn.pop("figure"), drawn["png"])
         done.append({"name": name, **drawn})
     return done
@@ -1542,7 +1543,7 @@ def write_html(results: dict, figures: list[dict], run_path: Path, path: Path) -
             f"<title>{_esc(_page_title(results))}</title><style>{CSS}</style></head>\n"
             "<body><main>\n" + "\n".join(body)
             + f"\n</main><script>{SCRIPT}</script></body></html>\n")
-    write_text(path, page)
+    runtime.write_text(path, page)
 
 
 def _esc(text) -> str:
@@ -1674,3 +1675,5 @@ def _html_example(base: dict, adapted: dict, field: str) -> str:
     return (f'<div class="example"><pre>{_esc(prompt)}</pre>base: {answer(base[field])}<br>'
             f"adapted: {answer(adapted[field])}<br>right: {answer(base['gold'])} "
             f'<span class="note">({_esc(base["id"])})</span></div>')
+
+

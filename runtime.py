@@ -28,7 +28,8 @@ import yaml
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from config import ALIGNED, ASIDE, META_TRAINED, STOP, Config, Stopped, UserError, differences, flatten
+import config
+from config import Config, Stopped, UserError
 
 # What a stage's output depends on. Keys that only choose *which* units are worked on are left out.
 _DATA = ["seed", "dtype", "model", "data"]
@@ -46,8 +47,8 @@ DEPENDS = {
     "evaluate": [*_DATA, "data.skip_test", "collect", "generator", "strategies", "policy", "evaluate"],
 }
 # What a method's adapters and scores depend on besides.
-METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys([*META_TRAINED, "maml_matched"], ["baselines"]),
-                  **dict.fromkeys(ALIGNED, ["align"])}
+METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys([*config.META_TRAINED, "maml_matched"], ["baselines"]),
+                  **dict.fromkeys(config.ALIGNED, ["align"])}
 _CHOICES = ("data.test_tasks", "data.targets", "data.skip_test", "evaluate.methods", "generator.save_every",
             "generator.recompute", "generator.compile", "generator.shard_optimizer")   # unless named above
 
@@ -112,8 +113,8 @@ class Run:
 
     def _asked_to_stop(self, together: bool) -> bool:
         if not together:
-            return STOP.is_set()
-        asked = torch.tensor(float(STOP.is_set()), device=self.device)
+            return config.STOP.is_set()
+        asked = torch.tensor(float(config.STOP.is_set()), device=self.device)
         self.sum_over_ranks([asked])
         return bool(asked)
 
@@ -202,7 +203,7 @@ def fingerprint(cfg: Config, stage: str, method: str = "", unit: str = "") -> di
     not told of when it began; of a user's file its content counts.
     """
     keys = DEPENDS[stage] + METHOD_DEPENDS.get(method, [])
-    out = {k: v for k, v in flatten(cfg.model_dump()).items()
+    out = {k: v for k, v in config.flatten(cfg.model_dump()).items()
            if (k not in _CHOICES or k in keys) and any(k == p or k.startswith(p + ".") for p in keys)}
     for k in out.keys() & {"data.jsonl", "data.hub", "data.columns"}:
         out[k] = {t: v if k == "data.columns" else _content(v) for t, v in out[k].items()
@@ -271,7 +272,7 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
 
 
 def _describe(run: Run, stage: str, argv: list[str]) -> None:
-    if not run.cfg.task and stage not in ASIDE:   # what made the results, not what was done with them
+    if not run.cfg.task and stage not in config.ASIDE:   # what made the results, not what was done with them
         if not (run.path / "config.yaml").exists():   # a command that is refused must not redescribe the folder
             write_config(run)
         with open(run.path / "command.txt", "a") as f:
@@ -280,7 +281,7 @@ def _describe(run: Run, stage: str, argv: list[str]) -> None:
     run.log(f"{run.cfg.name}: stage {stage} | {run.device} {str(run.dtype)[6:]} | {run.world} rank(s) x "
             f"{torch.get_num_threads()} thread(s) | run folder {run.path}")
     with open(run.path / "log.txt", "a") as f:
-        f.write("not the default: " + json.dumps(differences(run.cfg)) + "\n")
+        f.write("not the default: " + json.dumps(config.differences(run.cfg)) + "\n")
 
 
 def write_config(run: Run) -> None:
@@ -446,3 +447,5 @@ def sha256(path: Path) -> str:
         while block := f.read(1 << 20):
             h.update(block)
     return h.hexdigest()
+
+

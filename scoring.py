@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import data
+import lora
+import runtime
 from config import UserError
-from data import GENERATE_SYSTEM, LETTER_SYSTEM, Example
-from lora import Adapter, Layout, attach_lora, clear_adapters, find_layout, swap_adapter
-from runtime import Run, to_device
+from data import Example
+from lora import Adapter, Layout
+from runtime import Run
 
 
 @dataclass
@@ -79,8 +82,8 @@ def load_lm(run: Run) -> LM:
     if "lm" not in run.cache:
         cfg = run.cfg
         model, tokenizer = load_base(cfg.model.name, cfg.model.revision, run.dtype, run.device)
-        layout = find_layout(model, cfg.model.rank, cfg.model.alpha, cfg.model.token_width, cfg.model.modules)
-        attach_lora(model, layout)
+        layout = lora.find_layout(model, cfg.model.rank, cfg.model.alpha, cfg.model.token_width, cfg.model.modules)
+        lora.attach_lora(model, layout)
         run.cache["lm"] = LM(model, tokenizer, layout, cfg.data.format, cfg.data.max_tokens, cfg.evaluate.token_budget)
     return run.cache["lm"]
 
@@ -145,7 +148,7 @@ def input_text(lm: LM, example: Example) -> str:
     """The exact text the model reads before it answers."""
     if lm.form == "cloze":
         return example.text
-    return chat_prompt(lm.tokenizer, LETTER_SYSTEM if example.options else GENERATE_SYSTEM, example.prompt)
+    return chat_prompt(lm.tokenizer, data.LETTER_SYSTEM if example.options else data.GENERATE_SYSTEM, example.prompt)
 
 
 def encode(lm: LM, text: str) -> list[int]:
@@ -243,7 +246,7 @@ def pack(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor, list[int
         pos[span] = torch.tensor([*range(n), *(n + j for b in r.branches for j in range(len(b)))])
         seg[span] = torch.tensor([0] * n + [k + 1 for k, b in enumerate(r.branches) for _ in b])
         own[span] = i
-    ids, pos, seg, own = to_device(laid, device).view(4, len(used), width)   # the mask is made where it is used
+    ids, pos, seg, own = runtime.to_device(laid, device).view(4, len(used), width)   # the mask is made where it is used
     mask = (own[:, :, None] == own[:, None, :]) & ((seg[:, :, None] == seg[:, None, :]) | (seg[:, None, :] == 0))
     mask &= torch.ones(width, width, dtype=torch.bool, device=mask.device).tril()
     return ids, pos, mask[:, None], starts
@@ -304,7 +307,7 @@ def scored_positions(rows: list[Row], starts: list[int]) -> tuple[list[int], lis
 def branch_logprobs(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int]) -> list[Tensor]:
     """Summed log-probability of each branch, one (options,) tensor per row."""
     where, target, branch = scored_positions(rows, starts)
-    where, target, branch = to_device(torch.tensor([where, target, branch]), hidden.device)
+    where, target, branch = runtime.to_device(torch.tensor([where, target, branch]), hidden.device)
     picked = -F.cross_entropy(project(lm, hidden[where]), target, reduction="none")
     sums = picked.new_zeros(sum(len(r.branches) for r in rows))
     return list(sums.index_add(0, branch, picked).split([len(r.branches) for r in rows]))
@@ -318,7 +321,7 @@ def score_examples(lm: LM, adapter: Adapter | None, examples: list[Example], *, 
     """
     rows = [make_row(lm, e) for e in examples]
     batches, sums = plan_batches(rows, lm.budget), []
-    swap_adapter(lm.model, layout or lm.layout, adapter)
+    lora.swap_adapter(lm.model, layout or lm.layout, adapter)
     try:
         with torch.no_grad():
             for batch in batches:
@@ -330,7 +333,7 @@ def score_examples(lm: LM, adapter: Adapter | None, examples: list[Example], *, 
                         hidden[start:start + row.length] += delta
                 sums += branch_logprobs(lm, group, hidden, starts)
     finally:
-        clear_adapters(lm.model)
+        lora.clear_adapters(lm.model)
     out: list[Scores | None] = [None] * len(rows)
     values = iter(torch.cat(sums).tolist() if sums else [])   # one wait for the device, for all batches
     for i in (i for batch in batches for i in batch):
@@ -391,13 +394,13 @@ def lm_loss(lm: LM, rows: list[Row]) -> Tensor:
     """Mean over examples of the mean NLL of the right answer's tokens. () float32."""
     rows = [gold_row(r) for r in rows]
     sums = torch.cat(branch_logprobs(lm, rows, *hidden_states(lm, rows)))
-    lengths = to_device(torch.tensor([len(r.branches[0]) - r.starts[0] for r in rows]), sums.device)
+    lengths = runtime.to_device(torch.tensor([len(r.branches[0]) - r.starts[0] for r in rows]), sums.device)
     return -(sums / lengths).mean()
 
 
 def choice_loss(lm: LM, rows: list[Row]) -> Tensor:
     """`lm_loss` plus the cross-entropy of the right option under a softmax over the options' raw log-probabilities."""
-    total, golds = 0.0, to_device(torch.tensor([[r.gold] for r in rows]), lm.model.device)
+    total, golds = 0.0, runtime.to_device(torch.tensor([[r.gold] for r in rows]), lm.model.device)
     for sums, gold, r in zip(branch_logprobs(lm, rows, *hidden_states(lm, rows)), golds, rows, strict=True):
         nll = -sums[r.gold] / (len(r.branches[r.gold]) - r.starts[r.gold])
         total = total + nll + F.cross_entropy(sums[None], gold)
@@ -448,7 +451,7 @@ def generate_answers(lm: LM, adapter: Adapter | None, examples: list[Example], m
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     out = [""] * len(ids)
-    swap_adapter(lm.model, lm.layout, adapter)
+    lora.swap_adapter(lm.model, lm.layout, adapter)
     try:
         at = 0
         while at < len(order):
@@ -463,7 +466,7 @@ def generate_answers(lm: LM, adapter: Adapter | None, examples: list[Example], m
             for i, text in zip(batch, lm.tokenizer.batch_decode(y[:, width:], skip_special_tokens=True), strict=True):
                 out[i] = text
     finally:
-        clear_adapters(lm.model)
+        lora.clear_adapters(lm.model)
     return out
 
 
@@ -493,8 +496,7 @@ def match_answer(text: str, answer: str, strict: bool) -> bool:
         return clean(marked[1]) == clean(answer)
     if strict:
         return False
-    from assets import last_boxed
-    guess = last_boxed(text) or next(iter(re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)[::-1]), "")
+    guess = data.last_boxed(text) or next(iter(re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)[::-1]), "")
     return bool(guess) and clean(guess) == clean(answer)
 
 
@@ -525,3 +527,5 @@ def compare(new: dict[str, list], old: dict[str, list]) -> dict:
     pairs = list(zip(new["correct"], old["correct"], strict=True))
     return {"wins": sum(n > o for n, o in pairs), "losses": sum(n < o for n, o in pairs),
             "gold_logp_gain": (sum(new["gold_logp"]) - sum(old["gold_logp"])) / len(pairs)}
+
+

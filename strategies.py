@@ -20,23 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import lora
+import runtime
+import scoring
 from config import UserError
 from data import Example
-from lora import Adapter, init_adapter, train_adapter
-from runtime import rng_for
-from scoring import (
-    LM,
-    Scores,
-    choice_loss,
-    input_text,
-    lm_loss,
-    loss_in_parts,
-    make_row,
-    parts_of,
-    prompt_nll,
-    prompt_row,
-    score_examples,
-)
+from lora import Adapter
+from scoring import Scores
 
 METHODS = ("avg_sim_score", "avg_prompt_embed", "max_confidence", "majority_vote", "sum_logprobs")
 ROUTERS = METHODS[:2]
@@ -205,7 +195,7 @@ class Target:
     """
 
     name: str
-    lm: LM
+    lm: scoring.LM
     start: Adapter
     draw: Callable[[int], tuple[Adapter, np.ndarray]]
     texts: list[str]
@@ -258,15 +248,15 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
     lm, b, size = target.lm, target.bounds, strategy["batch_size"]
     order = np.arange(len(target.texts))
     if strategy["shuffle_data"]:
-        order = rng_for(target.seed, "ttt", target.name).permutation(order)
+        order = runtime.rng_for(target.seed, "ttt", target.name).permutation(order)
     index = np.resize(order, strategy["ttl_steps"] * size).reshape(-1, size)
-    row = functools.cache(lambda i: prompt_row(lm, target.texts[i]))
+    row = functools.cache(lambda i: scoring.prompt_row(lm, target.texts[i]))
     selected = []
 
     def loss_fn(batch):
-        parts = parts_of(lm, [row(i) for i in batch], all_scored=True)
+        parts = scoring.parts_of(lm, [row(i) for i in batch], all_scored=True)
         for part in parts:
-            nll = prompt_nll(lm, part)
+            nll = scoring.prompt_nll(lm, part)
             gate = nll.detach() > b.ttl_threshold if b.ttl_threshold else torch.ones_like(nll, dtype=torch.bool)
             n = int(gate.sum())
             selected.append(n)
@@ -277,7 +267,7 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
             else:
                 del nll   # its graph, before the next part's
 
-    adapter = train_adapter(lm.model, lm.layout, target.start, index, loss_fn,
+    adapter = lora.train_adapter(lm.model, lm.layout, target.start, index, loss_fn,
                             lr=lambda s: strategy["learning_rate"], clip=target.clip)
     return Refined([adapter], notes={"selected": sum(selected), "seen": index.size})
 
@@ -328,20 +318,20 @@ def train_on_support(target: Target, strategy: Strategy, labelled: list[Example]
     Returns: {steps: adapter} for `sft_steps` and `at_steps`.
     """
     lm, steps, size = target.lm, strategy["sft_steps"], min(strategy["batch_size"], len(labelled))
-    rows = [make_row(lm, e) for e in labelled]
-    rng = rng_for(target.seed, "sft", target.name, len(labelled), size)
-    share, plain = strategy["init_scale"], init_adapter(lm.layout, target.seed)
+    rows = [scoring.make_row(lm, e) for e in labelled]
+    rng = runtime.rng_for(target.seed, "sft", target.name, len(labelled), size)
+    share, plain = strategy["init_scale"], lora.init_adapter(lm.layout, target.seed)
     start = {k: share * v + (1 - share) * plain[k] for k, v in target.start.items()}
     order = np.concatenate([rng.permutation(len(rows)) for _ in range(1 + steps * size // len(rows))])
-    loss_fn = choice_loss if strategy["loss"] == "choice" else lm_loss
+    loss_fn = scoring.choice_loss if strategy["loss"] == "choice" else scoring.lm_loss
     out: dict[int, Adapter] = {}
 
     def on_step(s, loss, snapshot):
         if s + 1 == steps or s + 1 in at_steps:
             out[s + 1] = snapshot()
 
-    train_adapter(lm.model, lm.layout, start, order[:steps * size].reshape(steps, size),
-                  lambda batch: loss_in_parts(lm, [rows[i] for i in batch], loss_fn),
+    lora.train_adapter(lm.model, lm.layout, start, order[:steps * size].reshape(steps, size),
+                  lambda batch: scoring.loss_in_parts(lm, [rows[i] for i in batch], loss_fn),
                   lr=lambda s: strategy["learning_rate"] * min(1.0, (s + 1) / 3), clip=target.clip, on_step=on_step)
     return out
 
@@ -361,12 +351,12 @@ def score_refined(target: Target, refined: Refined, examples: list[Example]) -> 
     """Score examples with what a strategy made."""
     lm = target.lm
     if refined.combine in ROUTERS:
-        choice = route(target, refined, [input_text(lm, e) for e in examples])   # as the prompts it compares with
+        choice = route(target, refined, [scoring.input_text(lm, e) for e in examples])   # as the prompts it compares with
         out: list[Scores] = [None] * len(examples)
         for i, adapter in enumerate(refined.adapters):   # grouped by adapter: one swap per group
             group = [j for j, c in enumerate(choice) if c == i]
             if group:
-                for j, s in zip(group, score_examples(lm, adapter, [examples[j] for j in group]), strict=True):
+                for j, s in zip(group, scoring.score_examples(lm, adapter, [examples[j] for j in group]), strict=True):
                     out[j] = s
         return out
     return pool_scores([_score_cached(target, a, examples, refined.slot) for a in refined.adapters], refined.combine)
@@ -384,7 +374,7 @@ def _score_cached(target: Target, adapter: Adapter, examples: list[Example], slo
     """Drawn adapters are scored once per example set, however many ensembles share them."""
     key = (id(adapter), slot, tuple(e.id for e in examples))
     if key not in target.cache:
-        target.cache[key] = (adapter, score_examples(target.lm, adapter, examples, slot=slot))
+        target.cache[key] = (adapter, scoring.score_examples(target.lm, adapter, examples, slot=slot))
     return target.cache[key][1]
 
 
@@ -423,3 +413,5 @@ def combine(scores: list[tuple[float, ...]], method: str) -> tuple[float, ...]:
     winner, top = int((votes + mean / 2).argmax()), int(mean.argmax())   # ties by summed probability
     mean[[winner, top]] = mean[[top, winner]]   # still a distribution, and its largest entry is the vote's winner
     return tuple(mean.log().tolist())
+
+

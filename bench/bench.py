@@ -1,7 +1,7 @@
 """The hot paths beside what a user would pick instead: same cores, same work, interleaved repeats, medians.
 
     make bench                                          all paths
-    python bench.py paths=train_arc_e,slot repeats=5    some of them; out=folder keeps bench.json elsewhere
+    python bench/bench.py paths=train_arc_e,slot repeats=5    some of them; out=folder keeps bench.json elsewhere
 
 Ours runs one process per core with one thread each, as `make reproduce` does; a peer runs one process with all cores
 as threads, as its users start it. A worker loads its model, warms up, then reports the work done and the seconds it
@@ -24,22 +24,18 @@ from pathlib import Path
 
 import torch
 
-from config import ROOT, UserError, load_config
-from data import load_tasks
-from runtime import Run, read_json, write_json
-from scoring import (
-    LM,
-    encode,
-    gold_row,
-    hidden_states,
-    lm_loss,
-    load_lm,
-    make_row,
-    plan_batches,
-    project,
-    score_examples,
-    slot_deltas,
-)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the modules measured
+import config
+import data
+import doctor
+import generator
+import lora
+import runtime
+import scoring
+import strategies
+from config import UserError
+from generator import HyperConvDecoder
+from runtime import Run
 
 CORES = len(os.sched_getaffinity(0))
 GOALS = {"train_arc_e": 5, "train_boolq": 3, "score_arc_e": 4, "score_hellaswag": 3, "score_boolq": 2.5, "slot": 4,
@@ -51,7 +47,7 @@ DOCUMENTS = {"arc_e": 48, "hellaswag": 16, "boolq": 16}
 
 def open_bench(dtype: torch.dtype = torch.bfloat16) -> Run:
     """A run of the embedded preset that writes nothing into the repository."""
-    cfg, _ = load_config(["config=configs/smollm2.yaml", f"run={tempfile.mkdtemp()}"])
+    cfg, _ = config.load_config(["config=configs/smollm2.yaml", f"run={tempfile.mkdtemp()}"])
     return Run(Path(cfg.run), cfg, dtype=dtype, quiet=True)
 
 
@@ -87,24 +83,23 @@ BATCH, STEPS = 16, 6
 
 
 def _training_examples(run: Run, task: str) -> list:
-    return list(load_tasks(run)[task].train[:BATCH * (STEPS + 1)])
+    return list(data.load_tasks(run)[task].train[:BATCH * (STEPS + 1)])
 
 
 def train_ours(task: str) -> dict:
     """Packed rows, head on answer positions only, bf16 base, fp32 masters."""
-    from lora import init_adapter, train_adapter
     run = open_bench()
-    lm, losses, starts = load_lm(run), [], []
-    rows = [make_row(lm, e) for e in _training_examples(run, task)]
+    lm, losses, starts = scoring.load_lm(run), [], []
+    rows = [scoring.make_row(lm, e) for e in _training_examples(run, task)]
     batches = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
 
     def on_step(step, loss, _):
         losses.append(loss)
         starts.append(time.perf_counter())
     with watched():
-        train_adapter(lm.model, lm.layout, init_adapter(lm.layout, 999), batches, lambda b: lm_loss(lm, b),
+        lora.train_adapter(lm.model, lm.layout, lora.init_adapter(lm.layout, 999), batches, lambda b: scoring.lm_loss(lm, b),
                       lr=lambda s: 5e-4, clip=1.0, on_step=on_step)
-    real = sum(gold_row(r).length for b in batches[1:] for r in b)   # the first step warms up
+    real = sum(scoring.gold_row(r).length for b in batches[1:] for r in b)   # the first step warms up
     return {"work": real, "seconds": starts[-1] - starts[0], "losses": losses, "flops": 4 * real * _weights(lm)}
 
 
@@ -114,18 +109,16 @@ def train_peer(task: str) -> dict:
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
-
-    from lora import init_adapter
     run = open_bench()
-    lm, cfg = load_lm(run), run.cfg
-    rows = [gold_row(make_row(lm, e)) for e in _training_examples(run, task)]
+    lm, cfg = scoring.load_lm(run), run.cfg
+    rows = [scoring.gold_row(scoring.make_row(lm, e)) for e in _training_examples(run, task)]
     data = []
     for r in rows:
         ids, head = [*r.context, *r.branches[0]], len(r.context) + r.starts[0]
         data.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * head + ids[head:]})
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(cfg.model.name, dtype=torch.float32), LoraConfig(
         r=cfg.model.rank, lora_alpha=cfg.model.alpha, target_modules=cfg.model.modules, task_type="CAUSAL_LM"))
-    set_peft_model_state_dict(model, init_adapter(lm.layout, 999))
+    set_peft_model_state_dict(model, lora.init_adapter(lm.layout, 999))
     times, losses = [], []
 
     class Clock(TrainerCallback):
@@ -158,7 +151,7 @@ def train_peer(task: str) -> dict:
     return {"work": real, "seconds": times[-1] - times[0], "losses": losses, "flops": 4 * real * _weights(lm)}
 
 
-def _weights(lm: LM) -> int:
+def _weights(lm: scoring.LM) -> int:
     """Weights that every token is multiplied by: the decoder's matrices."""
     return sum(p.numel() for n, p in lm.model.get_decoder().named_parameters() if p.dim() == 2 and "embed" not in n)
 
@@ -168,13 +161,13 @@ def _weights(lm: LM) -> int:
 def score_ours(task: str) -> dict:
     """A context once, its options as branches, head on scored positions only."""
     run = open_bench()
-    lm, docs = load_lm(run), list(load_tasks(run)[task].test[:DOCUMENTS[task]])
-    score_examples(lm, None, docs[:4])
+    lm, docs = scoring.load_lm(run), list(data.load_tasks(run)[task].test[:DOCUMENTS[task]])
+    scoring.score_examples(lm, None, docs[:4])
     start = time.perf_counter()
     with watched():
-        found = score_examples(lm, None, docs)
+        found = scoring.score_examples(lm, None, docs)
     return {"work": len(docs), "seconds": time.perf_counter() - start, "answers": [x for s in found for x in s.raw],
-            "flops": 2 * sum(make_row(lm, e).length for e in docs) * _weights(lm)}
+            "flops": 2 * sum(scoring.make_row(lm, e).length for e in docs) * _weights(lm)}
 
 
 def score_peer(task: str) -> dict:
@@ -182,7 +175,7 @@ def score_peer(task: str) -> dict:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     run = open_bench()
-    docs = list(load_tasks(run)[task].test[:DOCUMENTS[task]])
+    docs = list(data.load_tasks(run)[task].test[:DOCUMENTS[task]])
     model = HFLM(pretrained=run.cfg.model.name, device="cpu", dtype="bfloat16", batch_size=16)
 
     def ask(examples):
@@ -203,11 +196,11 @@ SLOT_STEPS, SLOT_LR = 5, 0.01
 
 def _slot_material() -> tuple:
     run = open_bench()
-    lm = load_lm(run)
-    rows = [make_row(lm, e) for e in load_tasks(run)["arc_e"].test[:32]]
+    lm = scoring.load_lm(run)
+    rows = [scoring.make_row(lm, e) for e in data.load_tasks(run)["arc_e"].test[:32]]
     with torch.no_grad():
-        groups = [[rows[i] for i in batch] for batch in plan_batches(rows, lm.budget)]
-        return lm, [(g, *hidden_states(lm, g)) for g in groups]
+        groups = [[rows[i] for i in batch] for batch in scoring.plan_batches(rows, lm.budget)]
+        return lm, [(g, *scoring.hidden_states(lm, g)) for g in groups]
 
 
 def slot_ours() -> dict:
@@ -216,7 +209,7 @@ def slot_ours() -> dict:
 
     def work():
         with torch.no_grad():
-            return torch.cat([slot_deltas(lm, g, h, starts, SLOT_STEPS, SLOT_LR) for g, h, starts in groups])
+            return torch.cat([scoring.slot_deltas(lm, g, h, starts, SLOT_STEPS, SLOT_LR) for g, h, starts in groups])
     answers = work().norm(dim=1).tolist()   # entries with next to no gradient take Adam steps by its rounding
     words = lm.model.get_output_embeddings().weight.shape[0]   # each step reads every cached logit, float32, once
     return {"work": sum(len(g) for g, _, _ in groups), "seconds": timed(work), "answers": answers,
@@ -237,7 +230,7 @@ def slot_peer() -> dict:
                 opt = torch.optim.AdamW([delta], lr=SLOT_LR, weight_decay=1e-8, eps=1e-5)
                 for _ in range(SLOT_STEPS):
                     opt.zero_grad()
-                    logits = project(lm, states + delta.to(states.dtype))
+                    logits = scoring.project(lm, states + delta.to(states.dtype))
                     torch.nn.functional.cross_entropy(logits, target).backward()
                     opt.step()
                 out.append(delta.detach())
@@ -253,10 +246,8 @@ WIDE = ([[32, 96, 384], [32, 50, 75], [64, 25, 64], [128, 13, 50], [256, 5, 50]]
 
 def _generator(wide: bool, plain: bool) -> dict:
     """One training step of 6 pairs; plain = encoder in the loop, fp32, as a straightforward module has it."""
-    from doctor import multiplications
-    from generator import HyperConvDecoder, encode_texts
     run = open_bench()
-    g, lm = run.cfg.generator, load_lm(run)
+    g, lm = run.cfg.generator, scoring.load_lm(run)
     flow, kernel = WIDE if wide else (g.flow, g.kernel)
     n, length, _ = flow[0]
     g.max_length = length
@@ -265,11 +256,11 @@ def _generator(wide: bool, plain: bool) -> dict:
     torch.manual_seed(0)
     decoder = HyperConvDecoder([*flow, shape], kernel)
     opt = torch.optim.AdamW(decoder.parameters(), lr=1e-4)
-    texts = (list(load_tasks(run)["arc_e"].prompts) * 2)[:pairs * n]
-    target, cached = torch.randn(pairs, *shape), encode_texts(run, texts)[0]
+    texts = (list(data.load_tasks(run)["arc_e"].prompts) * 2)[:pairs * n]
+    target, cached = torch.randn(pairs, *shape), generator.encode_texts(run, texts)[0]
 
     def step():
-        states = (encode_texts(run, texts)[0] if plain else cached).float()
+        states = (generator.encode_texts(run, texts)[0] if plain else cached).float()
         with torch.autocast("cpu", torch.bfloat16, enabled=not plain):
             out = decoder(states.view(pairs, n, length, -1))
         loss = torch.nn.functional.mse_loss(out.float(), target)
@@ -279,7 +270,7 @@ def _generator(wide: bool, plain: bool) -> dict:
     import resource
     seconds = timed(step, 2)
     g.flow, g.kernel = flow, kernel
-    return {"work": pairs, "seconds": seconds, "flops": 6 * multiplications(run.cfg, shape) * pairs,
+    return {"work": pairs, "seconds": seconds, "flops": 6 * doctor.multiplications(run.cfg, shape) * pairs,
             "parameters": sum(p.numel() for p in decoder.parameters()),
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
 
@@ -292,16 +283,15 @@ def _policy(batched: bool) -> dict:
     import llguidance.hf
 
     import policy as P
-    from strategies import proposal_schema
     run = open_bench()
-    lm, cfg = load_lm(run), run.cfg
-    layout, task = P.policy_layout(run), load_tasks(run)["arc_e"]
+    lm, cfg = scoring.load_lm(run), run.cfg
+    layout, task = P.policy_layout(run), data.load_tasks(run)["arc_e"]
     families = ["TTT", "LORA", "TTS", "Latent", "SFT"]
-    support = score_examples(lm, None, list(task.support[:4]))
+    support = scoring.score_examples(lm, None, list(task.support[:4]))
     task = task.__class__(**{**task.__dict__, "support": task.support[:4]})
     prompt = P.proposal_prompt(lm, task, families, support, "norm")
     plan = P.plan_families(families, 20, 1)
-    schemas = [proposal_schema(cfg.strategies, f, None) for f in plan]
+    schemas = [strategies.proposal_schema(cfg.strategies, f, None) for f in plan]
     P.sample_proposals(lm, layout, None, prompt, schemas[:2], cfg.policy, 0)
     grammar = llguidance.hf.from_tokenizer(lm.tokenizer, n_vocab=lm.model.get_output_embeddings().weight.shape[0])
     start = time.perf_counter()
@@ -310,19 +300,19 @@ def _policy(batched: bool) -> dict:
             texts = P.sample_proposals(lm, layout, None, prompt, schemas, cfg.policy, 1)
     else:
         texts = [_sample_plainly(lm, prompt, s, cfg.policy, grammar) for s in (schemas[0], schemas[-1])]
-    lengths = [len(encode(lm, t)) for t in texts]   # a step for all of the batch reads every weight once
+    lengths = [len(scoring.encode(lm, t)) for t in texts]   # a step for all of the batch reads every weight once
     return {"work": sum(lengths), "seconds": time.perf_counter() - start, "bytes": 2 * _weights(lm) * max(lengths),
-            "prompt_tokens": len(encode(lm, prompt))}
+            "prompt_tokens": len(scoring.encode(lm, prompt))}
 
 
-def _sample_plainly(lm: LM, prompt: str, schema: dict, policy, grammar) -> str:
+def _sample_plainly(lm: scoring.LM, prompt: str, schema: dict, policy, grammar) -> str:
     """One constrained sample, the whole sequence read again for every token."""
     import llguidance.numpy as llnp
     from llguidance import LLMatcher
     vocab = lm.model.get_output_embeddings().weight.shape[0]
     matcher = LLMatcher(grammar, LLMatcher.grammar_from_json_schema(
         json.dumps(schema), overrides={"whitespace_flexible": False}))
-    bits, ids, out = llnp.allocate_token_bitmask(1, vocab), encode(lm, prompt), []
+    bits, ids, out = llnp.allocate_token_bitmask(1, vocab), scoring.encode(lm, prompt), []
     while not matcher.is_stopped() and len(out) < policy.max_new_tokens:
         with torch.no_grad():
             logits = lm.model(torch.tensor([[*ids, *out]]), use_cache=False, logits_to_keep=1).logits[0, -1].float()
@@ -339,57 +329,54 @@ def _sample_plainly(lm: LM, prompt: str, schema: dict, policy, grammar) -> str:
 
 def adapters() -> dict:
     """What a swap costs beside the scoring pass it precedes, and 20 adapters on one task beside one."""
-    from lora import init_adapter, swap_adapter
     run = open_bench()
-    lm, docs = load_lm(run), list(load_tasks(run)["arc_e"].test[:24])
-    drawn = [init_adapter(lm.layout, i) for i in range(20)]
-    swap = timed(lambda: swap_adapter(lm.model, lm.layout, drawn[0]), 20)
-    one = timed(lambda: score_examples(lm, drawn[0], docs))
+    lm, docs = scoring.load_lm(run), list(data.load_tasks(run)["arc_e"].test[:24])
+    drawn = [lora.init_adapter(lm.layout, i) for i in range(20)]
+    swap = timed(lambda: lora.swap_adapter(lm.model, lm.layout, drawn[0]), 20)
+    one = timed(lambda: scoring.score_examples(lm, drawn[0], docs))
     start = time.perf_counter()
     for a in drawn:
-        score_examples(lm, a, docs)
+        scoring.score_examples(lm, a, docs)
     return {"swap_ms": 1000 * swap, "share_of_200_documents": swap / (one * 200 / len(docs)),
             "twenty_over_one": (time.perf_counter() - start) / one}
 
 
 def scaling() -> dict:
     """Log-log slopes of seconds against size: 1 is linear, less is amortised."""
-    from lora import init_adapter, train_adapter
     run = open_bench()
-    lm, task = load_lm(run), load_tasks(run)["arc_e"]
-    rows = [make_row(lm, e) for e in task.train[:128]]
+    lm, task = scoring.load_lm(run), data.load_tasks(run)["arc_e"]
+    rows = [scoring.make_row(lm, e) for e in task.train[:128]]
 
     def train(n):
-        train_adapter(lm.model, lm.layout, init_adapter(lm.layout, 1), [rows[i:i + 8] for i in range(0, n, 8)],
-                      lambda b: lm_loss(lm, b), lr=lambda s: 1e-4, clip=1.0)
+        lora.train_adapter(lm.model, lm.layout, lora.init_adapter(lm.layout, 1), [rows[i:i + 8] for i in range(0, n, 8)],
+                      lambda b: scoring.lm_loss(lm, b), lr=lambda s: 1e-4, clip=1.0)
 
     def read(tokens):
-        long = [make_row(lm, e) for e in load_tasks(run)["boolq"].test[:40]]
+        long = [scoring.make_row(lm, e) for e in data.load_tasks(run)["boolq"].test[:40]]
         filler = [t for r in long for t in r.context]
         row = rows[0].__class__(tuple(filler[:tokens]), ((1,),), (0,), (1,), 0)
         with torch.no_grad():
-            hidden_states(lm, [row])
-    drawn = [init_adapter(lm.layout, i) for i in range(16)]
+            scoring.hidden_states(lm, [row])
+    drawn = [lora.init_adapter(lm.layout, i) for i in range(16)]
 
     def many(count):
         for a in drawn[:count]:
-            score_examples(lm, a, list(task.test[:8]))
+            scoring.score_examples(lm, a, list(task.test[:8]))
 
-    several = [list(load_tasks(run)[n].test[:8]) for n in ("arc_e", "winogrande", "arc_c", "socialiqa", "piqa", "gsm8k",
+    several = [list(data.load_tasks(run)[n].test[:8]) for n in ("arc_e", "winogrande", "arc_c", "socialiqa", "piqa", "gsm8k",
                                                            "jama", "math")]
-    tokens_of = {sum(make_row(lm, e).length for t in several[:n] for e in t): n for n in (1, 2, 4, 8)}
+    tokens_of = {sum(scoring.make_row(lm, e).length for t in several[:n] for e in t): n for n in (1, 2, 4, 8)}
 
     def tasks(tokens):   # eight documents of each; by tokens, since tasks differ in length
         for documents in several[:tokens_of[tokens]]:
-            score_examples(lm, drawn[0], documents)
+            scoring.score_examples(lm, drawn[0], documents)
 
     def decode(width):
-        from generator import HyperConvDecoder
         flow = [[16, 64, 384], [32, 32, width], [64, 16, width // 2], [128, 8, 32], [lm.layout.num_tokens, 8, 32]]
         decoder = HyperConvDecoder(flow, 3)
         with torch.autocast("cpu", torch.bfloat16):
             decoder(torch.randn(6, 16, 64, 384)).float().mean().backward()
-    sizes = {"examples scored": (lambda n: score_examples(lm, None, list(task.test[:n])), (25, 50, 100, 200)),
+    sizes = {"examples scored": (lambda n: scoring.score_examples(lm, None, list(task.test[:n])), (25, 50, 100, 200)),
              "examples trained on": (train, (16, 32, 64, 128)), "adapters scored": (many, (2, 4, 8, 16)),
              "tokens of 1, 2, 4, 8 tasks": (tasks, tuple(tokens_of)),
              "tokens of one sequence": (read, (128, 256, 512, 1024)), "generator width": (decode, (96, 192, 384, 768))}
@@ -435,7 +422,7 @@ def launch(name: str, side: str, processes: int) -> list[dict]:
         cores = sorted(os.sched_getaffinity(0))[i * threads:(i + 1) * threads]
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "BENCH_CORES": ",".join(map(str, cores))}
         jobs.append(subprocess.Popen([sys.executable, __file__, "worker", name, side], stdout=subprocess.PIPE,
-                                     stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT))
+                                     stderr=subprocess.PIPE, text=True, env=env, cwd=config.ROOT))
     out = []
     for job in jobs:
         text, errors = job.communicate()
@@ -510,7 +497,7 @@ def main(argv: list[str]) -> int:
                             f"{' '.join(argv)}")
         if not words.get("repeats", "3").isdecimal() or not int(words.get("repeats", 3)):
             raise UserError(f"bench: repeats={words['repeats']}: expected a number from 1 on")
-        measure(paths, int(words.get("repeats", 3)), Path(words.get("out", ROOT / "results/bench")))
+        measure(paths, int(words.get("repeats", 3)), Path(words.get("out", config.ROOT / "results/bench")))
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -520,7 +507,7 @@ def main(argv: list[str]) -> int:
 def measure(paths: list[str], repeats: int, out: Path) -> None:
     """Every path, each written as soon as it is known; earlier results of other paths are kept."""
     file = out / "bench.json"
-    found = read_json(file) if file.exists() else {}
+    found = runtime.read_json(file) if file.exists() else {}
     found["machine"] = {"cpu": _cpu(), "cores": CORES, "torch": torch.__version__, "repeats": repeats,
                         **launch("peak", "ours", 1)[0]}
     print(f"{found['machine']}\n{'path':16} {'ours':>10} {'peer':>10} {'ratio':>7} {'goal':>6}  of peak  largest gap")
@@ -537,15 +524,15 @@ def measure(paths: list[str], repeats: int, out: Path) -> None:
                   f"{share:7}  {gap}   ({row['unit']})", flush=True)
             if "profile" in row:
                 print(f"  goal missed; one process with {CORES} threads: {json.dumps(row['profile'])}", flush=True)
-        write_json(file, found)
-    results = ROOT / "results/smollm2/results.json"
+        runtime.write_json(file, found)
+    results = config.ROOT / "results/smollm2/results.json"
     if results.exists():
         for key in ("seconds", "seconds_critical_path"):
-            found[f"end_to_end_{key}"] = read_json(results)[key]
+            found[f"end_to_end_{key}"] = runtime.read_json(results)[key]
         path = sum(s or 0 for s in found["end_to_end_seconds_critical_path"].values())
         print(f"make reproduce-all, core-seconds per stage: {found['end_to_end_seconds']}; critical path "
               f"(however many ranks): {path:.0f} s")
-        write_json(file, found)
+        runtime.write_json(file, found)
     print(f"written: {file}")
 
 
@@ -558,3 +545,5 @@ def _cpu() -> str:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
+
+
