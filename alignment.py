@@ -162,28 +162,31 @@ def _cached_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------- training
 
-def train_aligners(cfg, run: Run) -> dict:
+def train_aligners(run: Run) -> dict:
     """One Fusion VAE per left-out set that the targets need. Writes align/<left_out>/vae.safetensors."""
+    cfg = run.cfg
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    wanted = sorted({data.left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "none", t))
-    for left_out, part, parts in run.divide(wanted, "align", "align"):
-        _train_one(cfg, run, left_out, part, parts)
+    wanted = sorted({data.left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "all", t))
+    for left_out in run.deal(wanted):
+        if not run.finished(f"align/{left_out}", "align"):
+            _train_one(run, left_out)
     gains = [runtime.read_json(run.path / f"align/{left_out}/DONE.json")["r2"] for left_out in wanted]
     return {"align/r2": sum(gains) / len(gains)}
 
 
-def collect_pairs(cfg, run: Run, left_out: str) -> tuple[dict[str, list[tuple[Tensor, Tensor, Tensor]]], dict]:
+def collect_pairs(run: Run, left_out: str) -> tuple[dict[str, list[tuple[Tensor, Tensor, Tensor]]], dict]:
     """Training material of every meta-training task, in raw weights.
 
     Returns: {task: [(input tokens, task vector, target tokens)]} by `align.pairs`, and {task: held-out checkpoint}.
         gen2ckpt maps an adapter generated from a random prompt batch to a random checkpoint, ckpt2ckpt a checkpoint to
         itself (both are mixed half and half for gen2ckpt), alg1 a generated adapter to itself: paper T, Algorithm 1.
     """
+    cfg = run.cfg
     lm, a, pairs, held = scoring.load_lm(run), cfg.align, {}, {}
     for task in data.training_tasks(cfg, left_out):
         checkpoints = collect.load_checkpoints(run, lm, task)
         held[task] = checkpoints.pop(0) if len(checkpoints) > 1 else checkpoints[0]
-        rng = runtime.rng_for(cfg.seed, "align pairs", left_out, task)
+        rng = runtime.rng_for(cfg.seed, "align pairs", data.seed_name(left_out), task)
         made = []
         for draw in range(a.draws):
             goal = checkpoints[int(rng.integers(len(checkpoints)))]
@@ -218,23 +221,16 @@ def vae_loss(vae: FusionVAE, params: dict, batch, noise: Tensor, weight: float) 
     return mse + weight * kl, mse, kl
 
 
-def fomaml_gradient(vae: FusionVAE, support, query, noises, lr: float, steps: int, weight: float,
-                    share: float = 1.0, add_up=lambda tensors: None):
+def fomaml_gradient(vae: FusionVAE, support, query, noises, lr: float, steps: int, weight: float):
     """First-order meta-gradient: inner SGD on the support pairs, then the query gradient at its end.
 
-    Args: share: of each batch that these pairs are, the rest being other ranks'; add_up: sums tensors over them.
     Returns: gradients by parameter name, query MSE, query KL.
     """
     def gradient(params: dict, batch, noise) -> tuple[dict, Tensor, Tensor]:
         params = {k: v.requires_grad_() for k, v in params.items()}
-        found = [torch.zeros_like(v) for v in params.values()] + [torch.zeros((), device=noise.device)] * 2
-        if share:
-            loss, mse, kl = vae_loss(vae, params, batch, noise, weight)
-            # contiguous, as the zeros of a rank without pairs are: a sum over ranks goes by memory
-            found = [*(g.contiguous() for g in torch.autograd.grad(share * loss, list(params.values()))),
-                     share * mse.detach(), share * kl.detach()]
-        add_up(found)
-        return dict(zip(params, found[:-2], strict=True)), found[-2], found[-1]
+        loss, mse, kl = vae_loss(vae, params, batch, noise, weight)
+        grads = torch.autograd.grad(loss, list(params.values()))
+        return dict(zip(params, grads, strict=True)), mse.detach(), kl.detach()
     params = {k: v.detach() for k, v in vae.named_parameters()}
     for _ in range(steps):
         grads, _, _ = gradient(params, support, noises[0])
@@ -243,44 +239,38 @@ def fomaml_gradient(vae: FusionVAE, support, query, noises, lr: float, steps: in
     return grads, float(mse), float(kl)
 
 
-def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> None:
-    """FOMAML over the meta-training tasks (paper T, Algorithm 1), the KL weight rising linearly.
-
-    Of `parts` ranks that train together this one takes every parts-th pair of each batch, from number `part`.
-    """
+def _train_one(run: Run, left_out: str) -> None:
+    """FOMAML over the meta-training tasks (paper T, Algorithm 1), the KL weight rising linearly."""
+    cfg = run.cfg
     a, started, lm = cfg.align, time.monotonic(), scoring.load_lm(run)
-    pairs, held = collect_pairs(cfg, run, left_out)
+    pairs, held = collect_pairs(run, left_out)
     aligner = _new_aligner(cfg, lm.layout, pairs)
     vae = aligner.vae.to(run.device).train()
     opt = torch.optim.Adam(vae.parameters(), lr=a.meta_lr)
-    label = "align on all tasks" if left_out == "none" else f"align without {left_out}"
-    for epoch in run.track(range(a.meta_epochs), label, together=parts > 1):
-        rng = runtime.rng_for(cfg.seed, "align", left_out, epoch)
-        noise = torch.Generator().manual_seed(runtime.seed_for(cfg.seed, "align noise", left_out, epoch))
+    label = "align on all tasks" if left_out == "all" else f"align without {left_out}"
+    for epoch in run.track(range(a.meta_epochs), label):
+        rng = runtime.rng_for(cfg.seed, "align", data.seed_name(left_out), epoch)
+        noise = torch.Generator().manual_seed(runtime.seed_for(cfg.seed, "align noise", data.seed_name(left_out), epoch))
         weight = a.kl_weight * epoch / max(1, a.meta_epochs - 1)
         task = str(rng.choice(list(pairs)))
         order = rng.permutation(len(pairs[task]))
         half = max(1, min(a.batch_size, len(order) // 2))
-        support, query = (_batch(run, aligner, pairs[task], index[part::parts])
-                          for index in (order[:half], order[-half:]))
-        noises = [torch.randn(half, a.latent, generator=noise)[part::parts].to(run.device) for _ in range(2)]
+        support, query = (_batch(run, aligner, pairs[task], index) for index in (order[:half], order[-half:]))
+        noises = [torch.randn(half, a.latent, generator=noise).to(run.device) for _ in range(2)]
         with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
-            grads, mse, kl = fomaml_gradient(vae, support, query, noises, a.inner_lr, a.inner_steps, weight,
-                                             len(noises[0]) / half, run.sum_over_ranks if parts > 1 else lambda _: None)
+            grads, mse, kl = fomaml_gradient(vae, support, query, noises, a.inner_lr, a.inner_steps, weight)
         if not (math.isfinite(mse) and math.isfinite(kl)):
             raise UserError(f"{label}: the loss is not finite at meta-epoch {epoch + 1}; lower align.meta_lr")
         for name, p in vae.named_parameters():
             p.grad = grads[name]
         opt.step()
-        if not part and (epoch % 10 == 9 or epoch + 1 == a.meta_epochs):
+        if epoch % 10 == 9 or epoch + 1 == a.meta_epochs:
             run.metric(stage="align", unit=left_out, step=epoch + 1, loss=round(mse, 5), kl=round(kl, 4), lr=a.meta_lr)
-    if part:
-        return
     folder = run.path / f"align/{left_out}"
     runtime.save_tensors(folder / "vae.safetensors", {f"vae.{k}": v.detach().cpu() for k, v in vae.state_dict().items()}
                  | {k: getattr(aligner, k) for k in ("mean", "std", "task_mean", "task_std")})
     facts = held_out_fit(run, aligner, left_out, held, pairs)
-    run.finish(f"align/{left_out}", "align", started, ranks=parts, **facts, kl=kl, steps=a.meta_epochs,
+    run.finish(f"align/{left_out}", "align", started, **facts, kl=kl, steps=a.meta_epochs,
                parameters=sum(p.numel() for p in vae.parameters()))
     run.log(f"{label}: R2 on held-out checkpoints {facts['r2']:.3f}, from generated adapters "
             f"{facts['r2_generated']:.3f} (unaligned {facts['r2_before']:.3f}) in "

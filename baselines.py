@@ -2,7 +2,6 @@
 
 no_meta   SFT from a plain initialisation: no meta-training at all
 union     one LoRA trained on the union of the meta-training tasks
-reptile   the mean of many short trainings, one task each               (Nichol et al. 2018, as ReptiLoRA applies it)
 maml      MAML-en-LLM: bi-level, moments shared by both levels           (docs/choices.md, 15)
 abmll     amortised Bayesian meta-learning: a Gaussian over the adapter  (docs/choices.md, 15)
 maml_matched   maml, fine-tuned with updates as long as the staged system's
@@ -25,9 +24,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import collect
-import config
 import data
 import lora
+import methods
 import policy
 import runtime
 import scoring
@@ -39,29 +38,28 @@ from runtime import Run
 from strategies import Strategy, Target
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+WEIGHT_DECAY = 0.01   # of MAML-en-LLM's shared update (TEMPO, App. H)
 
 
-def train_baselines(cfg, run: Run) -> dict:
+def train_baselines(run: Run) -> dict:
     """Every configured baseline: its meta-training per left-out set, then every target.
 
     Writes baselines/<method>/<left_out>/ and adapted/<method>/<task>/, both PEFT folders.
     """
+    cfg = run.cfg
     tasks = data.load_tasks(run)
     wanted = sorted((tasks[t] for t in cfg.data.targets or tasks), key=lambda t: -sum(len(e.prompt) for e in t.support))
-    meta = [m for m in config.META_TRAINED if m in cfg.evaluate.methods
+    meta = [m for m in methods.META_TRAINED if m in cfg.evaluate.methods
             or (m == "maml" and "maml_matched" in cfg.evaluate.methods)]
     left = sorted({data.left_out_for(cfg, t.name) for t in wanted})
-    together = [m for m in meta if cfg.data_parallel and _batch_rows(cfg, m) >= 2 * run.world]
-    for method, left_out in run.deal([(m, out) for m in meta if m not in together for out in left]):
+    for method, left_out in run.deal([(m, out) for m in meta for out in left]):
         if not run.finished(f"baselines/{method}/{left_out}", "baselines"):
-            _meta_train(cfg, run, method, left_out)
-    for unit, part, parts in run.divide([f"{m}/{out}" for m in together for out in left], "baselines", "baselines"):
-        _meta_train(cfg, run, *unit.split("/"), part, parts)
-    methods = [m for m in ("no_meta", *config.META_TRAINED, "maml_matched") if m in cfg.evaluate.methods]
+            _meta_train(run, method, left_out)
+    fine_tuned = [m for m in ("no_meta", *methods.META_TRAINED, "maml_matched") if m in cfg.evaluate.methods]
     adapt = {"abmll": _adapt_posterior, "maml_matched": _adapt_matched}
-    for method, task in run.deal([(m, t) for t in wanted for m in methods]):
+    for method, task in run.deal([(m, t) for t in wanted for m in fine_tuned]):
         if not run.finished(f"adapted/{method}/{task.name}", "adapt", method):
-            adapt.get(method, _adapt_start)(cfg, run, method, task)
+            adapt.get(method, _adapt_start)(run, method, task)
     return {}
 
 
@@ -70,8 +68,9 @@ def train_baselines(cfg, run: Run) -> dict:
 class Draws:
     """Batches of packed rows from the meta-training tasks, seeded; `tokens` counts what was drawn, for the budget."""
 
-    def __init__(self, cfg, run: Run, left_out: str, *key):
-        self.lm, self.rng, self.tokens = scoring.load_lm(run), runtime.rng_for(cfg.seed, *key, left_out), 0
+    def __init__(self, run: Run, left_out: str, *key):
+        cfg = run.cfg
+        self.lm, self.rng, self.tokens = scoring.load_lm(run), runtime.rng_for(cfg.seed, *key, data.seed_name(left_out)), 0
         self.tasks = {n: data.load_tasks(run)[n].train for n in data.training_tasks(cfg, left_out)}
 
     def task(self) -> str:
@@ -85,126 +84,49 @@ class Draws:
         return rows
 
 
-def _batch_rows(cfg, method: str) -> int:
-    """Rows of a method's batches. Ranks train it together only if each finds two in every batch: one takes as long."""
-    return cfg.collect.batch_size if method == "union" else getattr(cfg.baselines, method).batch_size
-
-
-@dataclass(frozen=True)
-class Share:
-    """Of the `parts` ranks that train together this is number `part`: each takes every parts-th row of a batch."""
-
-    run: Run | None
-    part: int = 0
-    parts: int = 1
-
-    def of(self, rows: list) -> tuple[list, float]:
-        """This rank's rows, and their weight in a mean over all; a rank beyond the batch repeats one with no weight."""
-        mine = rows[self.part::self.parts]
-        return mine or rows[:1], len(mine) / len(rows)
-
-    def loss(self, lm: scoring.LM, rows: list, loss_fn) -> Tensor:
-        """This rank's summand of the mean loss of rows."""
-        mine, weight = self.of(rows)
-        return weight * loss_fn(lm, mine)
-
-    def add_up(self, tensors: list[Tensor]) -> None:
-        """Sum over ranks, in place."""
-        if self.parts > 1:
-            self.run.sum_over_ranks(tensors)
-
-
-ALONE = Share(None)
-
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum of every rank's tensor, differentiable any number of times: the summands' gradients are the sum of all
-    ranks' gradients of it."""
-
-    @staticmethod
-    def forward(ctx, share: Share, x: Tensor) -> Tensor:
-        ctx.share, total = share, x.clone()
-        share.add_up([total])
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
-        return None, SumOverRanks.apply(ctx.share, grad)
-
-
-def _meta_train(cfg, run: Run, method: str, left_out: str, part: int = 0, parts: int = 1) -> None:
-    """Train one start, keep its loss curve and its budget. A diverged training is kept, and called so.
-
-    All ranks draw the same batches and noise, take their share of the rows, and make the same updates from summed
-    gradients.
-    """
+def _meta_train(run: Run, method: str, left_out: str) -> None:
+    """Train one start, keep its loss curve and its budget. A diverged training is kept, and called so."""
+    cfg = run.cfg
     started, lm, folder = time.monotonic(), scoring.load_lm(run), run.path / f"baselines/{method}/{left_out}"
-    draws, losses, extra = Draws(cfg, run, left_out, method), [], {}
-    passes, failed, share = lm.backwards, None, Share(run, part, parts)
-    train = {"union": _train_union, "reptile": _train_reptile, "maml": _train_maml, "abmll": _train_abmll}[method]
+    draws, losses, extra = Draws(run, left_out, method), [], {}
+    passes, failed = lm.backwards, None
+    train = {"union": _train_union, "maml": _train_maml, "abmll": _train_abmll}[method]
     try:
-        start, extra = train(cfg, run, draws, losses, share)
+        start, extra = train(run, draws, losses)
     except FloatingPointError as e:
         failed, _, start, *rest = e.args
         extra = rest[0] if rest else {}
-    passes = torch.tensor(lm.backwards - passes, device=run.device)
-    share.add_up([passes])
-    if part:
-        return
     lora.save_adapter(folder, start, lm.layout, cfg.model.name, cfg.model.revision)
     if extra:
         runtime.save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in extra.items()})
     runtime.write_json(folder / "losses.json", [round(x, 5) for x in losses])
-    run.finish(f"baselines/{method}/{left_out}", "baselines", started, ranks=parts, steps=len(losses),
-               tokens=draws.tokens, backwards=int(passes), labels=sum(map(len, draws.tasks.values())),
+    run.finish(f"baselines/{method}/{left_out}", "baselines", started, steps=len(losses),
+               tokens=draws.tokens, backwards=lm.backwards - passes, labels=sum(map(len, draws.tasks.values())),
                diverged_at=failed)
     ends = f"loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}" if losses else "no step"
     run.log(f"{method} without {left_out}: {ends if failed is None else f'diverged at step {failed + 1}'} in "
             f"{time.monotonic() - started:.0f} s", True)
 
 
-def _train_union(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
+def _train_union(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
     """One adapter on the shuffled union: `collect`'s schedule, longer by the number of tasks (`step_share` of it)."""
+    cfg = run.cfg
     c, lm = cfg.collect, scoring.load_lm(run)
     longer = cfg.baselines.union.step_share * len(draws.tasks)
     first, second = (max(1, round(s * longer)) for s in (c.pretrain_steps, c.finetune_steps))
 
     def batches():
-        for _ in run.track(range(first + second), "union", together=share.parts > 1):
+        for _ in run.track(range(first + second), "union"):
             yield [r for _ in range(c.batch_size) for r in draws.rows(draws.task(), 1)]
 
     def lr(s):
         if s < first:
-            return lora.rate(s, first, c.pretrain_lr, c.warmup_steps, c.schedule)
-        return lora.rate(s - first, second, c.finetune_lr, 0, c.schedule)
+            return lora.rate(s, first, c.pretrain_lr, c.warmup_steps, "constant")
+        return lora.rate(s - first, second, c.finetune_lr, 0, "constant")
 
-    loss_fn = {"lm": scoring.lm_loss, "choice": scoring.choice_loss}[c.loss]
-
-    def summand(rows):
-        mine, weight = share.of(rows)
-        return scoring.loss_in_parts(lm, mine, lambda lm, part: weight * loss_fn(lm, part))
-    return lora.train_adapter(lm.model, lm.layout, lora.init_adapter(lm.layout, cfg.seed), batches(), summand, lr=lr, clip=c.clip,
-                         on_step=lambda s, loss, _: losses.append(loss), add_up=share.add_up), {}
-
-
-def _train_reptile(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
-    """Move the start a share of the way to where a few steps on one task lead."""
-    b, lm = cfg.baselines.reptile, scoring.load_lm(run)
-    start = lora.init_adapter(lm.layout, cfg.seed)
-    for step in run.track(range(b.meta_steps), "reptile", together=share.parts > 1):
-        task, inner = draws.task(), []
-        try:
-            there = lora.train_adapter(lm.model, lm.layout, start, [draws.rows(task, b.batch_size)
-                                                               for _ in range(b.inner_steps)],
-                                  lambda rows: share.loss(lm, rows, scoring.lm_loss), lr=lambda s: b.inner_lr,
-                                  clip=cfg.collect.clip, add_up=share.add_up,
-                                  on_step=lambda s, loss, _, inner=inner: inner.append(loss))
-        except FloatingPointError:
-            raise FloatingPointError(step, losses[-1:], start) from None
-        losses.append(inner[-1])
-        way = b.outer_rate * (1 - step / b.meta_steps)
-        start = {k: v + way * (there[k] - v) for k, v in start.items()}
-    return start, {}
+    return lora.train_adapter(lm.model, lm.layout, lora.init_adapter(lm.layout, cfg.seed), batches(),
+                              lambda rows: scoring.loss_in_parts(lm, rows, scoring.lm_loss), lr=lr,
+                              on_step=lambda s, loss, _: losses.append(loss)), {}
 
 
 # ---------------------------------------------------------------------------------------------------------------- MAML
@@ -232,27 +154,24 @@ def shared_update(theta: Tensor, grad: Tensor, state: Moments, lr: float, decay:
     return theta - lr * (m / (v.clamp_min(1e-30).sqrt() + EPS) + decay * theta)
 
 
-def meta_gradient(theta: Tensor, state: Moments, episodes: list, lr: float, decay: float, order: int,
-                  share: Share = ALONE) -> tuple[Tensor, float]:
+def meta_gradient(theta: Tensor, state: Moments, episodes: list, lr: float, decay: float, order: int) -> tuple[Tensor, float]:
     """Gradient with respect to theta of the mean query loss after the inner steps, and that loss.
 
     Args:
         episodes: one (inner losses, query loss) per task, each a function of a (D,) vector.
         order: 2 differentiates through the inner updates; 1 takes the gradient at their end.
-        share: where ranks train together, the losses being their summands.
     """
     total, value = torch.zeros_like(theta), theta.new_zeros(())
     for inner, query in episodes:
         start = fast = theta.detach().requires_grad_()
         for loss_fn in inner:
             grad, = torch.autograd.grad(loss_fn(fast), fast, create_graph=order == 2)
-            fast = shared_update(fast, SumOverRanks.apply(share, grad), state, lr, decay)
+            fast = shared_update(fast, grad, state, lr, decay)
             if order == 1:
                 fast = fast.detach().requires_grad_()
         loss = query(fast)
         total += torch.autograd.grad(loss, start if order == 2 else fast)[0]
         value = value + loss.detach()
-    share.add_up([total, value])
     return total / len(episodes), float(value) / len(episodes)
 
 
@@ -272,25 +191,23 @@ def _clip(grad: Tensor, limit: float) -> Tensor:
     return grad * (limit / (grad.norm() + 1e-6)).clamp(max=1.0)
 
 
-def _train_maml(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
+def _train_maml(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
     """MAML-en-LLM: n tasks per step, k inner steps each, query batches that share no row with the inner ones."""
+    cfg = run.cfg
     b, lm = cfg.baselines.maml, scoring.load_lm(run)
     theta = lora.flatten_adapter(lora.init_adapter(lm.layout, cfg.seed), lm.layout).to(lm.model.device)
     state = Moments(torch.zeros_like(theta), torch.zeros_like(theta))
-
-    def summand(lm, rows):
-        return share.loss(lm, rows, scoring.lm_loss)
     try:
-        for step in run.track(range(b.meta_steps), "maml", together=share.parts > 1):
+        for step in run.track(range(b.meta_steps), "maml"):
             episodes = []
             for _ in range(b.tasks_per_step):
                 rows = draws.rows(draws.task(), b.batch_size * (b.inner_steps + 1))
-                parts = [vector_loss(lm, rows[i::b.inner_steps + 1], summand) for i in range(b.inner_steps + 1)]
+                parts = [vector_loss(lm, rows[i::b.inner_steps + 1]) for i in range(b.inner_steps + 1)]
                 episodes.append((parts[:-1], parts[-1]))
-            grad, loss = meta_gradient(theta, state, episodes, b.inner_lr, b.weight_decay, b.order, share)
+            grad, loss = meta_gradient(theta, state, episodes, b.inner_lr, WEIGHT_DECAY, b.order)
             if not (math.isfinite(loss) and torch.isfinite(grad).all()):
                 raise FloatingPointError(step, losses[-1:], lora.unflatten_adapter(theta.cpu(), lm.layout))
-            theta = shared_update(theta, _clip(grad, b.clip), state, b.outer_lr, b.weight_decay)
+            theta = shared_update(theta, _clip(grad, lora.CLIP), state, b.outer_lr, WEIGHT_DECAY)
             losses.append(loss)
     finally:
         lora.clear_adapters(lm.model)
@@ -310,15 +227,14 @@ def negative_log_prior(mean: Tensor, log_sd: Tensor) -> Tensor:
     return 0.5 * (mean ** 2).sum() + 0.01 * torch.exp(-2 * log_sd).sum()
 
 
-def infer_posterior(lm: scoring.LM, prior: Tensor, batches: list, b, rng: torch.Generator, share: Share) -> Tensor:
+def infer_posterior(lm: scoring.LM, prior: Tensor, batches: list, b, rng: torch.Generator) -> Tensor:
     """A task's (2, D) posterior: one gradient step per batch on E[NLL] + beta KL, from the prior (as ABML starts)."""
     phi = prior.detach()
     for rows in batches:
         phi = phi.detach().requires_grad_()
-        loss = expected_nll(lm, phi, rows, b, rng, share) + b.beta / share.parts * posterior_kl(lm, phi, prior, b)
+        loss = expected_nll(lm, phi, rows, b, rng) + b.beta * posterior_kl(lm, phi, prior, b)
         grad, = torch.autograd.grad(loss, phi)
-        share.add_up([grad])
-        phi = phi - b.inner_lr * _clip(grad, b.clip)
+        phi = phi - b.inner_lr * _clip(grad, lora.CLIP)
     return phi.detach()
 
 
@@ -328,13 +244,10 @@ def posterior_kl(lm: scoring.LM, phi: Tensor, prior: Tensor, b) -> Tensor:
     return sum(gaussian_kl(*q, *p) for q, p in pairs)
 
 
-def expected_nll(lm: scoring.LM, phi: Tensor, rows: list, b, rng: torch.Generator, share: Share) -> Tensor:
-    """Monte-Carlo mean of the loss over draws from phi; of several ranks, this one's summand."""
-    total = 0.0
-    for _ in range(b.train_samples):
-        lora.swap_adapter(lm.model, lm.layout, draw_adapter(phi, lm.layout, b.space, b.init_log_sd, rng))
-        total = total + share.loss(lm, rows, scoring.lm_loss)
-    return total / b.train_samples
+def expected_nll(lm: scoring.LM, phi: Tensor, rows: list, b, rng: torch.Generator) -> Tensor:
+    """The loss at one draw from phi: a Monte-Carlo estimate of its mean."""
+    lora.swap_adapter(lm.model, lm.layout, draw_adapter(phi, lm.layout, b.space, b.init_log_sd, rng))
+    return scoring.lm_loss(lm, rows)
 
 
 def initial_posterior(lm: scoring.LM, b, seed: int) -> Tensor:
@@ -350,12 +263,13 @@ def initial_posterior(lm: scoring.LM, b, seed: int) -> Tensor:
     return torch.stack([mean, lora.flatten_adapter(spread, lm.layout)])
 
 
-def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float], share: Share) -> tuple[Adapter, dict]:
+def _train_abmll(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
     """Amortised Bayesian meta-learning: a diagonal Gaussian over the entries of A and B, or of dW (`space`).
 
     Each step infers the posterior of one batch of tasks (K first-order steps), then moves theta along the gradient of
     query NLL + beta KL at that posterior, plus beta KL and prior at theta; AdamW outside.
     """
+    cfg = run.cfg
     b, lm = cfg.baselines.abmll, scoring.load_lm(run)
     theta = initial_posterior(lm, b, cfg.seed).to(lm.model.device)
     opt = torch.optim.AdamW([theta], lr=b.outer_lr, weight_decay=0.0)
@@ -365,24 +279,23 @@ def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float], share: Share)
         mean, spread = (lora.unflatten_adapter(row, lm.layout) for row in theta.detach().cpu())
         return mean, spread
     try:
-        for step in run.track(range(b.meta_steps), "abmll", together=share.parts > 1):
+        for step in run.track(range(b.meta_steps), "abmll"):
             total, value = torch.zeros_like(theta), theta.new_zeros(())
             for _ in range(b.tasks_per_step):
                 rows = draws.rows(draws.task(), b.batch_size * (b.inner_steps + 1))
                 parts = [rows[i::b.inner_steps + 1] for i in range(b.inner_steps + 1)]
                 prior = theta.detach().clone().requires_grad_()
-                phi = infer_posterior(lm, prior.detach(), parts[:-1], b, rng, share).requires_grad_()
-                nll = expected_nll(lm, phi, parts[-1], b, rng, share)
-                loss = nll + b.beta / share.parts * posterior_kl(lm, phi, prior, b)
+                phi = infer_posterior(lm, prior.detach(), parts[:-1], b, rng).requires_grad_()
+                nll = expected_nll(lm, phi, parts[-1], b, rng)
+                loss = nll + b.beta * posterior_kl(lm, phi, prior, b)
                 for moments in posterior_moments(prior, lm.layout, b.space, b.init_log_sd):
-                    loss = loss + b.beta / share.parts * negative_log_prior(*moments)
+                    loss = loss + b.beta * negative_log_prior(*moments)
                 total += sum(torch.autograd.grad(loss, (phi, prior)))
                 value += nll.detach()
-            share.add_up([total, value])
             value = float(value)
             if not (math.isfinite(value) and torch.isfinite(total).all()):
                 raise FloatingPointError(step, losses[-1:], *split())
-            theta.grad = _clip(total / b.tasks_per_step, b.clip)
+            theta.grad = _clip(total / b.tasks_per_step, lora.CLIP)
             opt.step()
             losses.append(value / b.tasks_per_step)
     finally:
@@ -390,8 +303,9 @@ def _train_abmll(cfg, run: Run, draws: Draws, losses: list[float], share: Share)
     return split()
 
 
-def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
+def _adapt_posterior(run: Run, method: str, task) -> None:
     """ABMLL on a target: the K steps of its meta-training, on the support set."""
+    cfg = run.cfg
     started, lm, b = time.monotonic(), scoring.load_lm(run), cfg.baselines.abmll
     source = run.path / f"baselines/abmll/{data.left_out_for(cfg, task.name)}"
     folder = run.path / f"adapted/abmll/{task.name}"
@@ -400,7 +314,7 @@ def _adapt_posterior(cfg, run: Run, method: str, task) -> None:
     rows = [scoring.make_row(lm, e) for e in task.support]
     try:
         mean, spread = (lora.unflatten_adapter(v.cpu(), lm.layout)
-                        for v in infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng, ALONE))
+                        for v in infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng))
     finally:
         lora.clear_adapters(lm.model)
     lora.save_adapter(folder, mean, lm.layout, cfg.model.name, cfg.model.revision)
@@ -430,8 +344,9 @@ def candidate_sft(run: Run, task: str, share: float = 1.0) -> list[Strategy]:
     return sorted({str(s): s for s in found}.values(), key=lambda s: -s["sft_steps"])
 
 
-def _adapt_start(cfg, run: Run, method: str, task) -> None:
+def _adapt_start(run: Run, method: str, task) -> None:
     """SFT from a baseline's start, its setting chosen by cross-validation on the support set."""
+    cfg = run.cfg
     started, lm, support = time.monotonic(), scoring.load_lm(run), list(task.support)
     if method == "no_meta":
         start, name, share = lora.init_adapter(lm.layout, cfg.seed), f"{task.name}.no_meta", 0.0
@@ -459,13 +374,14 @@ def _adapt_start(cfg, run: Run, method: str, task) -> None:
             f"{time.monotonic() - started:.0f} s", True)
 
 
-def _adapt_matched(cfg, run: Run, method: str, task) -> None:
+def _adapt_matched(run: Run, method: str, task) -> None:
     """MAML's start, fine-tuned at the rate that moves it as far as the generated adapter lies from the mean adapter.
 
     Ten steps at 1e-5 leave every task's adapter where the start was; this separates what coupled
     training does from how far it was allowed to move. Distance: Euclidean, over all D entries. AdamW's update is nearly
     proportional to its rate, so a few corrections match it to 5 %; both distances are kept.
     """
+    cfg = run.cfg
     started, lm, support = time.monotonic(), scoring.load_lm(run), list(task.support)
     target = policy.make_target(run, task)
     goal = _distance(target.start, collect.mean_adapter(run, lm, task.name), lm)

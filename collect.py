@@ -20,19 +20,20 @@ from runtime import Run
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
-def collect_adapters(cfg, run: Run) -> dict:
+def collect_adapters(run: Run) -> dict:
     """LoRA trajectories of the training tasks, one checkpoint per step, all from one A initialisation.
 
     Source: paper D, E.4: `pretrain_steps` at `pretrain_lr`, then `finetune_steps` at `finetune_lr`; the optimiser
     state carries over. Writes adapters/<task>/ with the last `save_last` steps and a manifest.
     Raises: UserError: a loss that is not finite; the state before it is saved.
     """
+    cfg = run.cfg
     tasks = data.load_tasks(run)
     lm = scoring.load_lm(run)
     units = sorted(cfg.data.train_tasks, key=lambda t: -_mean_length(lm, tasks[t]))
     for name in run.deal(units):
         if not run.finished(f"adapters/{name}", "collect"):
-            _collect_one(cfg, run, lm, tasks[name])
+            _collect_one(run, lm, tasks[name])
     manifests = [runtime.read_json(run.path / f"adapters/{t}/manifest.json") for t in cfg.data.train_tasks]
     if len({m["init_sha"] for m in manifests}) != 1:
         raise UserError(f"{run.path / 'adapters'}: the tasks do not share one A initialisation; delete the folder and "
@@ -44,7 +45,8 @@ def _mean_length(lm: scoring.LM, task) -> float:
     return sum(len(e.text) for e in task.train[:50])
 
 
-def _collect_one(cfg, run: Run, lm: scoring.LM, task) -> None:
+def _collect_one(run: Run, lm: scoring.LM, task) -> None:
+    cfg = run.cfg
     c, folder, start = cfg.collect, run.path / f"adapters/{task.name}", time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     steps = c.pretrain_steps + c.finetune_steps
@@ -62,8 +64,8 @@ def _collect_one(cfg, run: Run, lm: scoring.LM, task) -> None:
 
     def lr(s):
         if s < c.pretrain_steps:
-            return lora.rate(s, c.pretrain_steps, c.pretrain_lr, c.warmup_steps, c.schedule)
-        return lora.rate(s - c.pretrain_steps, c.finetune_steps, c.finetune_lr, 0, c.schedule)
+            return lora.rate(s, c.pretrain_steps, c.pretrain_lr, c.warmup_steps, "constant")
+        return lora.rate(s - c.pretrain_steps, c.finetune_steps, c.finetune_lr, 0, "constant")
 
     def on_step(s, loss, snapshot):
         losses.append(loss)
@@ -74,10 +76,9 @@ def _collect_one(cfg, run: Run, lm: scoring.LM, task) -> None:
 
     losses: list[float] = []
     first = lora.init_adapter(lm.layout, cfg.seed)
-    loss_fn = {"lm": scoring.lm_loss, "choice": scoring.choice_loss}[c.loss]
     try:
-        lora.train_adapter(lm.model, lm.layout, first, batches(), lambda b: scoring.loss_in_parts(lm, b, loss_fn), lr=lr,
-                      clip=c.clip, on_step=on_step)
+        lora.train_adapter(lm.model, lm.layout, first, batches(), lambda b: scoring.loss_in_parts(lm, b, scoring.lm_loss), lr=lr,
+                      on_step=on_step)
     except FloatingPointError as e:
         step, last, adapter = e.args
         runtime.save_tensors(folder / "before_failure.safetensors", adapter)
@@ -107,7 +108,7 @@ def load_checkpoints(run: Run, lm: scoring.LM, task: str) -> list[Adapter]:
 
 
 def last_checkpoint(run: Run, lm: scoring.LM, task: str) -> Adapter:
-    """The adapter trained on the task's own train split (method `own`)."""
+    """The adapter trained on the task's own train split (method `full_data`)."""
     name = sorted(runtime.read_json(run.path / f"adapters/{task}/manifest.json")["sha256"])[-1]
     return lora.load_adapter(run.path / f"adapters/{task}/{name}", lm.layout)
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import difflib
 import re
-import threading
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, field_validator
+
+import methods
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT = ROOT / "configs" / "default.yaml"
@@ -24,13 +25,6 @@ FREE_MAPS = ("data.jsonl", "data.hub", "data.columns", "strategies.proposal_grid
 
 class UserError(Exception):
     """A mistake the user can mend: what, where, what was expected, what to do. Shown without a traceback."""
-
-
-class Stopped(BaseException):
-    """The run was asked to stop: raised between two steps of a loop once STOP is set."""
-
-
-STOP, SAVING = threading.Event(), threading.Lock()   # who holds SAVING is not cut short
 
 
 class _Section(BaseModel):
@@ -48,10 +42,6 @@ Float = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0, le=1)]
-ALIGNED = ("aligned", "tempo", "tempo_plus")              # methods that start from the aligned adapter (paper T)
-# scored together: they often keep one and the same adapter, and need one generator
-GENERATED = ("generator", "wrong_prompts", "degaml", "degaml_plus", *ALIGNED)
-META_TRAINED = ("maml", "abmll", "union", "reptile")      # baselines with a meta-training of their own, longest first
 USER_STAGES = ("export", "predict")                       # what one does with an adapter, besides stage=adapt task=
 ASIDE = (*USER_STAGES, "config", "doctor", "check", "assets")   # stages that make no part of a run
 Family = Literal["TTT", "LORA", "TTS", "Latent", "SFT"]
@@ -92,10 +82,7 @@ class Collect(_Section):
     finetune_steps: Count
     finetune_lr: Rate
     warmup_steps: Count
-    schedule: Literal["constant", "cosine"]
     batch_size: Positive
-    loss: Literal["lm", "choice"]
-    clip: Annotated[Float, Field(gt=0)]
     save_last: Annotated[Int, Field(ge=2)]
 
 
@@ -105,21 +92,16 @@ class Generator(_Section):
     num_prompts: Positive
     flow: list[Annotated[list[Positive], Field(min_length=3, max_length=3)]]
     kernel: Positive
-    scale_code: Literal["dnd", "zlog", "fixed", "element"]
+    scale_code: Literal["dnd", "element"]
     criterion_weight: Literal["std", "none"]
     steps: Positive
     lr: Rate
     warmup_steps: Count
     weight_decay: Annotated[Float, Field(ge=0)]
-    clip: Annotated[Float, Field(gt=0)]
     batch_size: Positive
     micro_batch: Positive
     pairs_per_task: Positive
     noise: Annotated[Float, Field(ge=0)]
-    dtype: Literal["auto", "float32", "bfloat16"]
-    recompute: StrictBool
-    compile: StrictBool
-    shard_optimizer: StrictBool
     save_every: Positive
     seed: Int
 
@@ -151,7 +133,7 @@ class Strategies(_Section):
     max_ttl_lr: Rate
     ttl_threshold: Annotated[Float, Field(ge=0)]
     ttl_lambda: Annotated[Float, Field(gt=0)]
-    mix: Literal["interp", "halves", "magdir"]
+    mix: Literal["interp", "magdir"]
     max_prompt_batches: Annotated[Int, Field(ge=1, le=50)]
     max_slot_steps: Annotated[Int, Field(ge=1, le=20)]
     max_slot_lr: Rate
@@ -175,7 +157,6 @@ class Policy(_Section):
     select_by: Literal["wins", "gold_logp"]
     select_margin: Count
     sft_margin: Count
-    tie_reward: StrictBool
     folds: Annotated[Int, Field(ge=2)]
     contexts: str
     rank: Positive
@@ -184,14 +165,11 @@ class Policy(_Section):
     epochs: Positive
     batch_size: Positive
     lr: Rate
-    max_samples: Positive
 
 
 class Evaluate(_Section):
     metric: Literal["norm", "raw", "strict", "lenient"]
-    methods: Annotated[list[Literal["base", "mean", "wrong_prompts", "own", "generator", "degaml", "degaml_plus",
-                                    "no_meta", "union", "reptile", "maml", "maml_matched", "abmll",
-                                    "aligned", "tempo", "tempo_plus"]], Field(min_length=1)]
+    methods: Annotated[list[Literal[tuple(methods.METHODS)]], Field(min_length=1)]
     prompt_batches: Positive
     token_budget: Annotated[Int, Field(ge=32)]
     max_new_tokens: Positive
@@ -202,14 +180,6 @@ class Union(_Section):
     step_share: Annotated[Float, Field(gt=0)]
 
 
-class Reptile(_Section):
-    meta_steps: Positive
-    inner_steps: Positive
-    inner_lr: Rate
-    outer_rate: Rate
-    batch_size: Positive
-
-
 class Maml(_Section):
     order: Literal[1, 2]
     meta_steps: Positive
@@ -218,8 +188,6 @@ class Maml(_Section):
     batch_size: Positive
     inner_lr: Rate
     outer_lr: Rate
-    weight_decay: Annotated[Float, Field(ge=0)]
-    clip: Annotated[Float, Field(gt=0)]
 
 
 class Abmll(_Section):
@@ -232,9 +200,7 @@ class Abmll(_Section):
     outer_lr: Rate
     beta: Annotated[Float, Field(ge=0)]
     init_log_sd: Float
-    train_samples: Positive
     test_samples: Positive
-    clip: Annotated[Float, Field(gt=0)]
 
 
 class Sft(_Section):
@@ -247,7 +213,6 @@ class Sft(_Section):
 class Baselines(_Section):
     sft: list[Sft]
     union: Union
-    reptile: Reptile
     maml: Maml
     abmll: Abmll
 
@@ -263,12 +228,11 @@ class Config(_Section):
     name: str
     run: str
     task: str
-    method: Literal["auto", "generator", "degaml", "degaml_plus", "aligned", "tempo", "tempo_plus"]
+    method: Literal["auto", "generator", "aligned", *methods.PROPOSING]
     adapter: str
     input: str
     output: str
     seed: Int
-    seeds: list[Int]
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16"]
     data_parallel: StrictBool
@@ -401,9 +365,6 @@ def _recorded(path: Path, stage: str) -> dict:
     flat = _read(path)
     for key in ("task", "method", "adapter", "input", "output", "overwrite"):
         flat.pop(key, None)
-    seeds = flat.pop("seeds", [])
-    if stage == "report" and all((path.parent / f"seed_{seed}").is_dir() for seed in seeds):
-        flat["seeds"] = seeds   # a folder of seeds, pooled again
     return flat
 
 
@@ -440,7 +401,7 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
         name = source   # adapted before; its folder is asked for later
     else:
         return [f"task (command line): got {source!r}; expected a .jsonl or .csv file, hf:org/name or one of {known}"]
-    if (name in known and name != source) or name == "none":
+    if (name in known and name != source) or name == "all":
         return [f"task (command line): {source} would be called {name}, which is a name of the run's own; rename it"]
     flat["task"], flat["data.targets"] = name, [name]
     flat["data.test_tasks"] = [*flat["data.test_tasks"], *([] if name in known else [name])]
@@ -469,7 +430,7 @@ def _cross_checks(cfg: Config, where: dict, samples: bool = True) -> list[str]:
     if not g.flow or g.flow[0][:2] != [g.num_prompts, g.max_length]:
         fault("generator.flow", f"its first entry must be [num_prompts, max_length, encoder width] = "
                                 f"[{g.num_prompts}, {g.max_length}, 384], got {g.flow[:1]}")
-    sampled = sampled_families(cfg)
+    sampled = methods.sampled_families(cfg.evaluate.methods, p.families)
     if samples and p.min_per_family * len(sampled) > p.proposals:
         fault("policy.min_per_family", f"{p.min_per_family} x {len(sampled)} families exceed policy.proposals"
                                        f" = {p.proposals}: at most {p.proposals // len(sampled)}")
@@ -477,12 +438,10 @@ def _cross_checks(cfg: Config, where: dict, samples: bool = True) -> list[str]:
         fault("policy.folds", f"got {p.folds} folds of {d.num_support} support examples")
     if cfg.evaluate.metric in ("strict", "lenient") and not cfg.evaluate.generate:
         fault("evaluate.metric", f"{cfg.evaluate.metric} needs generated answers: evaluate.generate=true")
-    tuned = [m for m in ("no_meta", "maml_matched", *META_TRAINED) if m in cfg.evaluate.methods and m != "abmll"]
+    tuned = [m for m in methods.BASELINES if m in cfg.evaluate.methods and m != "abmll"]
     if tuned and not cfg.baselines.sft and "degaml_plus" not in cfg.evaluate.methods:
         fault("evaluate.methods", f"{tuned[0]} tries the SFT settings proposed for degaml_plus: add degaml_plus, "
                                   "or give settings in baselines.sft")
-    if len(set(cfg.seeds)) < len(cfg.seeds):
-        fault("seeds", f"{cfg.seeds} names a seed twice")
     if len(d.train_tasks) < 3 and set(d.targets or d.train_tasks) & set(d.train_tasks):
         fault("data.train_tasks", "leave-one-out needs at least 3 tasks (2 remain to learn from)")
     return faults
@@ -492,18 +451,3 @@ def differences(cfg: Config) -> dict:
     """Keys whose value is not the default's, for the log."""
     default = _read(DEFAULT)
     return {k: v for k, v in flatten(cfg.model_dump()).items() if v != default.get(k)}
-
-
-def sampled_families(cfg: Config) -> set[str]:
-    """The strategy families that some method of `evaluate.methods` may propose."""
-    return {*cfg.policy.families, *(["SFT"] if {"degaml_plus", "tempo_plus"} & set(cfg.evaluate.methods) else [])}
-
-
-def idle_stages(cfg: Config) -> set[str]:
-    """The stages whose results no method of `evaluate.methods` uses."""
-    methods = set(cfg.evaluate.methods)
-    if methods & {*GENERATED, "maml_matched"}:
-        return set()
-    return {"generator", "adapt"} if methods & {"own", "mean"} else {"collect", "generator", "adapt"}
-
-

@@ -628,8 +628,8 @@ def training_tasks(cfg, left_out: str) -> list[str]:
 
 
 def left_out_for(cfg, target: str) -> str:
-    """Leave-one-out name of a target: itself in-domain, `none` out of domain."""
-    return target if target in cfg.data.train_tasks else "none"
+    """Leave-one-out name of a target: itself in-domain, `all` (nothing left out) out of domain."""
+    return target if target in cfg.data.train_tasks else "all"
 
 
 def keep_example_ids(run: Run, wanted: list[Task]) -> None:
@@ -651,3 +651,8 @@ def last_boxed(solution: str) -> str:
         if depth == 0:
             return rest[1:i].strip()
     return rest[1:].strip()
+
+
+def seed_name(left_out: str) -> str:
+    """A left-out set's name in seeds: `all` was once called `none`, and the committed results were drawn under it."""
+    return "none" if left_out == "all" else left_out

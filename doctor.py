@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 
 import assets
 import config
 import data
+import generator
 import lora
+import methods
 import runtime
 import scoring
+import strategies
 from alignment import FusionVAE
 from config import UserError
 from generator import HyperConvDecoder
@@ -46,12 +50,38 @@ class Need:
     host: float = 0.0
 
 
-def examine(cfg, run: Run) -> dict:
+def show_config(run: Run) -> dict:
+    """Print the resolved configuration and what data it finds, without running anything."""
+    cfg = run.cfg
+    print(yaml.safe_dump(cfg.model_dump(), sort_keys=False))
+    for task in data.describe_tasks(data.load_tasks(run), cfg.data.prompts_from).values():
+        print(
+            f"{task['title']:13} train {task['n_train']:5} support {task['n_support']:3} "
+            f"test {task['n_test']:5} prompts {task['n_prompts']:4} | {task['source']}"
+        )
+    return {}
+
+
+def check(run: Run) -> dict:
+    """Load every split, the model and the encoder's configuration, so that a mistake shows before the work starts."""
+    generator.check_encoder(run.cfg)
+    strategies.check_grid(run.cfg.strategies)
+    tasks = data.load_tasks(run)
+    layout = scoring.load_lm(run).layout
+    print(
+        f"{len(tasks)} tasks, {layout.num_tokens} weight tokens of ({layout.rank}, {layout.width}), "
+        f"D = {layout.size:,}: ready"
+    )
+    return {}
+
+
+def examine(run: Run) -> dict:
     """Print machine, shapes and the needs of each stage; refuse what cannot fit.
 
     Raises: UserError: a stage needs more memory or disk than there is (the key to change is named), or an extracted
         file is not what it was.
     """
+    cfg = run.cfg
     if run.rank:
         return {}
     model = meta_model(cfg)
@@ -74,7 +104,7 @@ def examine(cfg, run: Run) -> dict:
     print(f"tokens     {tokens[0]:,} tokens of ({tokens[1]},{tokens[2]})")
     print(f"generator  {decoder_size:,} generator parameters, kernel {cfg.generator.kernel}, "
           f"{multiplications(cfg, tokens) / 1e12:.3g} T multiplications a forward pass")
-    needs = predict(cfg, run, model, layout, tokens, decoder_size, rate)
+    needs = predict(run, model, layout, tokens, decoder_size, rate)
     if run.device == "cpu":   # one memory for both
         needs = {k: Need(n.memory + n.host, n.disk, n.hours) for k, n in needs.items()}
     print(f"\npredicted, not measured ({run.device}; memory of one of {run.world} rank(s), hours of one rank alone at "
@@ -128,7 +158,7 @@ def meta_model(cfg):
 
 def token_shape(cfg, layout: Layout) -> tuple[int, int, int]:
     """(T, rows, columns) of the generator's output; two of the codes frame every token."""
-    frame = 2 if cfg.generator.scale_code in ("dnd", "zlog") else 0
+    frame = 2 if cfg.generator.scale_code == "dnd" else 0
     return layout.num_tokens, layout.rank + frame, layout.width + frame
 
 
@@ -150,11 +180,12 @@ def kept_values(cfg, tokens: tuple[int, int, int]) -> int:
     layers = [(n * m * c, n * m * c + n * m * c2 + n * m2 * c + 4 * n * m2 * c2 + n2 * m2 * c2)
               for (n, m, c), (n2, m2, c2) in _layers(cfg, tokens)]
     inside = [others for _, others in layers]
-    return sum(x for x, _ in layers) + (max(inside) if cfg.generator.recompute else sum(inside))
+    return sum(x for x, _ in layers) + sum(inside)
 
 
-def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rate: float) -> dict[str, Need]:
+def predict(run: Run, model, layout: Layout, tokens, decoder_size: int, rate: float) -> dict[str, Need]:
     """{stage: Need} of the stages this configuration runs."""
+    cfg = run.cfg
     c, g, p, a = cfg.collect, cfg.generator, cfg.policy, cfg.align
     wide, shapes = run.dtype.itemsize, model.config
     size = sum(x.numel() for x in model.parameters())
@@ -178,37 +209,36 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
                              hours(2 * one * tasks * steps * c.batch_size, tasks * steps))}
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))   # ranks of a node
     states = (tasks + len(set(targets) - set(cfg.data.train_tasks))) * cfg.data.num_prompts * g.max_length * 384 * 2
-    shared = run.world if cfg.data_parallel and g.shard_optimizer else 1   # ranks that share the moments out
+    shared = run.world if cfg.data_parallel else 1   # ranks that share the moments out
     weights = 8 + 8 / shared + (2 if wide == 2 else 0)   # bytes: master, gradient, moments, autocast's copy
     biggest = g.kernel ** 2 * max(max(k * k2, m * m2, n * n2) for (n, m, k), (n2, m2, k2) in _layers(cfg, tokens))
     needs["generator"] = Need(
         (base + weights * decoder_size + 6 * biggest + g.micro_batch * kept_values(cfg, tokens) * wide) / GIB,
         (states + (sets + 3) * 4 * decoder_size) / GIB,   # and one resumable state of weights and moments
-        hours((8 if g.recompute else 6) * multiplications(cfg, tokens) * g.batch_size * g.steps * sets),
+        hours(6 * multiplications(cfg, tokens) * g.batch_size * g.steps * sets),
         (beside * tasks * c.save_last * 4 * math.prod(tokens) + 24 * decoder_size) / GIB)   # targets; a saved state
-    methods, idle = set(cfg.evaluate.methods), config.idle_stages(cfg)
+    method_ids, idle = set(cfg.evaluate.methods), methods.idle_stages(cfg.evaluate.methods)
     drawing = 0.0 if "generator" in idle else 4 * decoder_size / GIB   # the generator beside the model
-    if methods & set(config.ALIGNED):
+    if method_ids & set(methods.ALIGNED):
         with torch.device("meta"):
             vae = FusionVAE(layout.size, shapes.hidden_size, a.latent, a.pos_table, a.residual)
         count = sum(x.numel() for x in vae.parameters())
         needs["align"] = Need(drawing + (20 * count + a.batch_size * 28 * layout.size * 4 + base) / GIB,
                               sets * 4 * count / GIB, hours(2 * a.meta_epochs * a.batch_size * sets * 6 * 4300
                                                            * layout.size), beside * 4 * a.draws * tasks * saved / GIB)
-    tried = p.proposals * p.iterations * len(targets) * len(methods & {"degaml", "degaml_plus", "tempo", "tempo_plus"})
+    tried = p.proposals * p.iterations * len(targets) * len(method_ids & {"degaml", "degaml_plus", "tempo", "tempo_plus"})
     # steering keeps float32 logits of every context token
     scored_at_once = (base + budget * per_token / shapes.num_hidden_layers + 4 * budget * shapes.vocab_size) / GIB
     prompts = scoring.part_tokens(budget, all_scored=True) if gpu else \
         row * max(_offered(cfg, "TTT.batch_size", "max_batch_size"))
     testing = (base + prompts * (per_token + 12 * shapes.vocab_size)) / GIB   # test-time training: logits everywhere
     rows, updates = _trained(cfg)
-    needs["adapt"] = Need(drawing + max(scored_at_once, testing, training(16)), len(targets) * len(methods) * saved / GIB,
+    needs["adapt"] = Need(drawing + max(scored_at_once, testing, training(16)), len(targets) * len(method_ids) * saved / GIB,
                           hours(one * tried * (cfg.data.num_support + 2 * rows), tried * updates))
-    baselines = methods & set(config.META_TRAINED)
+    baselines = method_ids & set(methods.META_TRAINED)
     if baselines:
         b = cfg.baselines
         passes = {"union": (steps * tasks * b.union.step_share, c),
-                  "reptile": (b.reptile.meta_steps * b.reptile.inner_steps, b.reptile),
                   # second order: three passes for one
                   "maml": (3 * b.maml.meta_steps * b.maml.tasks_per_step * (b.maml.inner_steps + 1), b.maml),
                   "abmll": (b.abmll.meta_steps * b.abmll.tasks_per_step * (b.abmll.inner_steps + 1), b.abmll)}
@@ -217,7 +247,7 @@ def predict(cfg, run: Run, model, layout: Layout, tokens, decoder_size: int, rat
         needs["baselines"] = Need(max(training(c.batch_size), whole * (base + 112 * matrices) / GIB),
                                   sets * len(baselines) * saved / GIB,
                                   hours(2 * one * sum(n * size for n, size in made), sum(n for n, _ in made)))
-    scored = cfg.data.num_test * len(targets) * (len(methods) + cfg.evaluate.prompt_batches)
+    scored = cfg.data.num_test * len(targets) * (len(method_ids) + cfg.evaluate.prompt_batches)
     needs["evaluate"] = Need(drawing + scored_at_once, 200 * scored / GIB, hours(one * scored))
     return {name: need for name, need in needs.items() if name not in idle}
 
@@ -232,7 +262,7 @@ def _trained(cfg) -> tuple[float, float]:
     def mean(field, most):
         values = _offered(cfg, field, most)
         return sum(values) / len(values)
-    families = config.sampled_families(cfg)
+    families = methods.sampled_families(cfg.evaluate.methods, cfg.policy.families)
     steps = {"TTT": mean("TTT.ttl_steps", "max_ttl_steps"),
              "SFT": cfg.policy.folds * mean("SFT.sft_steps", "max_sft_steps")}
     steps = {f: n for f, n in steps.items() if f in families}

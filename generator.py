@@ -17,15 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import collect
-import config
 import data
 import lora
 import runtime
 import scoring
-from config import Stopped, UserError
+from config import UserError
 from data import Example
 from fastconv import SameConv2d
 from lora import Adapter, Layout
@@ -33,7 +31,7 @@ from runtime import Run
 
 # ------------------------------------------------------------------------------------------------------ prompt states
 
-def encode_prompts(cfg, run: Run) -> None:
+def encode_prompts(run: Run) -> None:
     """Cache the frozen encoder's token states of every task's prompts, once per prompt.
 
     Writes prompts/<task>/states.npy, (prompts, L, d) float16, and pooled.npy, (prompts, d) float32.
@@ -152,19 +150,10 @@ class HyperConvLayer(nn.Module):
 
 
 class HyperConvDecoder(nn.Sequential):
-    """The whole flow of (N, L, C) shapes; the last one is the weight tokens' (T, r[+2], k[+2]).
+    """The whole flow of (N, L, C) shapes; the last one is the weight tokens' (T, r[+2], k[+2])."""
 
-    With `recompute` a layer keeps its input alone and computes the rest again for its gradient.
-    """
-
-    def __init__(self, flow: list[list[int]], kernel: int, recompute: bool = False):
+    def __init__(self, flow: list[list[int]], kernel: int):
         super().__init__(*(HyperConvLayer(a, b, kernel) for a, b in zip(flow, flow[1:], strict=False)))
-        self.recompute = recompute
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = checkpoint(layer, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer(x)
-        return x
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -178,23 +167,22 @@ class Generator:
     left_out: str
 
 
-def train_generators(cfg, run: Run) -> dict:
+def train_generators(run: Run) -> dict:
     """One generator per left-out task that the targets need. Writes generator/<left out>/generator.safetensors."""
-    encode_prompts(cfg, run)
+    cfg = run.cfg
+    encode_prompts(run)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    wanted = sorted({data.left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "none", t))   # the same on every rank
-    for left_out, part, parts in run.divide(wanted, "generator", "generator"):
-        _train_one(cfg, run, left_out, part, parts)
+    wanted = sorted({data.left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "all", t))   # the same on every rank
+    for left_out in run.deal(wanted):
+        if not run.finished(f"generator/{left_out}", "generator"):
+            _train_one(run, left_out)
     losses = [runtime.read_json(run.path / f"generator/{left_out}/DONE.json")["recon_mse"] for left_out in wanted]
     return {"generator/recon_mse": sum(losses) / len(losses)}
 
 
-def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> None:
-    """MSE regression from prompt batches to checkpoints (paper D, eq. 10).
-
-    Of `parts` ranks that train together this is number `part`: it takes every parts-th micro-batch, gradients are
-    summed over ranks, and every rank makes the same update. The global batch does not depend on their number.
-    """
+def _train_one(run: Run, left_out: str) -> None:
+    """MSE regression from prompt batches to checkpoints (paper D, eq. 10)."""
+    cfg = run.cfg
     g, start, lm = cfg.generator, time.monotonic(), scoring.load_lm(run)
     tasks = data.training_tasks(cfg, left_out)
     states = {t: load_states(run, t) for t in tasks}
@@ -204,128 +192,48 @@ def _train_one(cfg, run: Run, left_out: str, part: int = 0, parts: int = 1) -> N
     weight = token_weights(targets).to(run.device) if g.criterion_weight == "std" else None
     folder = run.path / f"generator/{left_out}"
     torch.manual_seed(runtime.seed_for(g.seed, "generator"))
-    decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel, g.recompute).to(run.device)
-    opt = SharedAdamW(run, decoder, *((part, parts) if g.shard_optimizer else (0, 1)), lr=g.lr,
-                      weight_decay=g.weight_decay, fused=run.device == "cuda")
+    decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel).to(run.device)
+    opt = torch.optim.AdamW(decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay, fused=run.device == "cuda")
     made_with = runtime.seed_for(runtime.fingerprint(cfg, "generator"))
     done, last, spent = _resume(folder / "state.safetensors", decoder, opt, made_with)
     start -= spent   # by the attempts before this one
-    if parts > 1:
-        run.barrier()   # all have read the same state before any writes a new one
-    forward = _compiled(g, run, decoder) if g.compile else decoder
-    label = "generator on all tasks" if left_out == "none" else f"generator without {left_out}"
+    label = "generator on all tasks" if left_out == "all" else f"generator without {left_out}"
 
-    def save() -> None:   # every rank that trains has to call
-        with config.SAVING:
-            moments = opt.moments(keep=not part)
-            if not part:
-                _save_state(folder / "state.safetensors", decoder, moments, step=done, last=last, made_with=made_with,
-                            spent=time.monotonic() - start)
-            if parts > 1:
-                run.barrier()   # none leaves, and has torchrun end the others, before rank 0 has written
-    try:
-        for step in run.track(range(done, g.steps), label, together=parts > 1):
-            opt.param_groups[0]["lr"] = lora.rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
-            pairs = draw_pairs(cfg, states, targets, step)
-            loss = _accumulate(cfg, run, forward, pairs, states, targets, weight, step, part, parts)
-            norm = nn.utils.clip_grad_norm_(decoder.parameters(), g.clip)
-            value = float(loss)
-            if not (math.isfinite(value) and torch.isfinite(norm)):   # on every rank
-                save()
-                raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
-                                f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
-            opt.step()
-            decoder.zero_grad(set_to_none=True)
-            last, done = value, step + 1
-            if not part and (step % 10 == 9 or done == g.steps):
-                run.metric(stage="generator", unit=left_out, step=done, loss=round(value, 5),
-                           lr=opt.param_groups[0]["lr"])
-            if done % g.save_every == 0 and done < g.steps:
-                save()
-    except Stopped:
-        save()
-        raise
-    if part:
-        return
+    def save() -> None:
+        _save_state(folder / "state.safetensors", decoder, opt, step=done, last=last, made_with=made_with,
+                    spent=time.monotonic() - start)
+
+    for step in run.track(range(done, g.steps), label):
+        opt.param_groups[0]["lr"] = lora.rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
+        pairs = draw_pairs(cfg, states, targets, step)
+        loss = _accumulate(run, decoder, pairs, states, targets, weight, step)
+        norm = nn.utils.clip_grad_norm_(decoder.parameters(), lora.CLIP)
+        value = float(loss)
+        if not (math.isfinite(value) and torch.isfinite(norm)):
+            save()
+            raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
+                            f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
+        opt.step()
+        decoder.zero_grad(set_to_none=True)
+        last, done = value, step + 1
+        if step % 10 == 9 or done == g.steps:
+            run.metric(stage="generator", unit=left_out, step=done, loss=round(value, 5),
+                       lr=opt.param_groups[0]["lr"])
+        if done % g.save_every == 0 and done < g.steps:
+            save()
     runtime.save_tensors(folder / "generator.safetensors", {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}
                  | {f"code.{k}": v for k, v in code.constants.items()})
     (folder / "state.safetensors").unlink(missing_ok=True)
-    run.finish(f"generator/{left_out}", "generator", start, ranks=parts, tasks=tasks, recon_mse=last, steps=g.steps,
+    run.finish(f"generator/{left_out}", "generator", start, tasks=tasks, recon_mse=last, steps=g.steps,
                parameters=sum(p.numel() for p in decoder.parameters()))
     run.log(f"{label}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
 
 
-class SharedAdamW(torch.optim.AdamW):
-    """AdamW whose moments the ranks that train together share out (ZeRO-1; Rajbhandari et al. 2020).
-
-    Each keeps and updates its part of every weight's elements and sends the others what came out. Whole tensors would
-    not do: one of the papers' generator holds two thirds of its weights. Every element sees the same numbers as without
-    sharing.
-    """
-
-    def __init__(self, run: Run, network: nn.Module, part: int, parts: int, **options):
-        self.run, self.weights, self.part, self.parts = run, list(network.parameters()), part, parts
-        super().__init__([nn.Parameter(self._share(p.data)) for p in self.weights], **options)   # views of the weights
-        self.shares = self.param_groups[0]["params"]
-
-    def _share(self, x: Tensor, part: int | None = None) -> Tensor:
-        """This rank's run of a tensor's elements, or another's, as a view."""
-        n, i = x.numel(), self.part if part is None else part
-        return x.reshape(-1)[n * i // self.parts:n * (i + 1) // self.parts]
-
-    def step(self) -> None:
-        """Update every weight of the network, on every rank, from gradients that are the same on all."""
-        for p, share in zip(self.weights, self.shares, strict=True):
-            share.grad = self._share(p.grad)
-        super().step()
-        for share in self.shares:   # a view that would keep the gradients alive into the next step
-            share.grad = None
-        for rank in range(self.parts if self.parts > 1 else 0):
-            self.run.spread([self._share(p.data, rank) for p in self.weights], rank)
-
-    def moments(self, keep: bool) -> dict[str, Tensor]:
-        """{m.<i>, v.<i>: whole moments on the CPU}, gathered from every rank for those that `keep` them; empty before
-        the first step."""
-        out = {}
-        for i, (p, share) in enumerate(zip(self.weights, self.shares, strict=True)):
-            for name, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
-                if key in self.state[share]:
-                    whole = torch.zeros_like(p)
-                    self._share(whole).copy_(self.state[share][key])
-                    if self.parts > 1:
-                        self.run.sum_over_ranks([whole])   # the others' shares are zero here
-                    if keep:
-                        out[f"{name}.{i}"] = whole.cpu()
-        return out
-
-    def load(self, moments: dict[str, Tensor], step: int) -> None:
-        """Go on from gathered moments after this many steps; the number of ranks may have changed."""
-        for i, share in enumerate(self.shares):
-            if f"m.{i}" in moments:
-                at = share.device if self.defaults["fused"] else "cpu"   # where AdamW keeps its count
-                m, v = (self._share(moments[f"{k}.{i}"]).to(share.device, copy=True) for k in "mv")
-                self.state[share] = {"step": torch.tensor(float(step), device=at), "exp_avg": m, "exp_avg_sq": v}
-
-
-def _compiled(g, run: Run, decoder: nn.Module):
-    """The decoder through torch.compile, tried forward and backward; where that fails, as it is, with a message."""
-    try:
-        fast = torch.compile(decoder)
-        with _autocast(run):
-            fast(torch.zeros(g.micro_batch, *g.flow[0], device=run.device)).sum().backward()
-    except Exception as e:   # a missing C++ compiler, an unsupported device: it raises many types of its own
-        run.log(f"generator.compile: not possible here ({type(e).__name__}: {str(e).splitlines()[0][:120]}); going on "
-                "without it", True)
-        fast = decoder
-    decoder.zero_grad(set_to_none=True)
-    return fast
-
-
-def _accumulate(cfg, run: Run, decoder, pairs: list, states: dict, targets: dict, weight: Tensor | None, step: int,
-                part: int, parts: int) -> Tensor:
-    """Leave the gradient of one global batch on the decoder's parameters, and return its loss; both over all ranks."""
+def _accumulate(run: Run, decoder, pairs: list, states: dict, targets: dict, weight: Tensor | None, step: int) -> Tensor:
+    """Leave the gradient of one global batch on the decoder's parameters, and return its loss."""
+    cfg = run.cfg
     g, total = cfg.generator, torch.zeros((), device=run.device)
-    for at in range(part * g.micro_batch, len(pairs), parts * g.micro_batch):
+    for at in range(0, len(pairs), g.micro_batch):
         condition, target = _load_pairs(run, pairs[at:at + g.micro_batch], states, targets, step, at)
         with _autocast(run):
             out = decoder(condition)
@@ -333,18 +241,12 @@ def _accumulate(cfg, run: Run, decoder, pairs: list, states: dict, targets: dict
         loss = F.mse_loss(out.float(), target, weight=each) * (len(condition) / len(pairs))
         loss.backward()
         total += loss.detach()
-    if parts > 1:
-        for p in decoder.parameters():   # a rank may have had no micro-batch
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        run.sum_over_ranks([*(p.grad for p in decoder.parameters()), total])
     return total
 
 
 def _autocast(run: Run):
-    """bf16 convolutions in training and generation alike, by `generator.dtype`."""
-    wish = run.cfg.generator.dtype
-    bf16 = wish == "bfloat16" or (wish == "auto" and run.dtype == torch.bfloat16)
-    return torch.autocast(run.device, torch.bfloat16, enabled=bf16)
+    """Convolutions in the base model's dtype, in training and generation alike."""
+    return torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
 def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple[str, np.ndarray, int]]:
@@ -388,14 +290,17 @@ def token_weights(targets: dict[str, Tensor]) -> Tensor:
     return torch.stack(per_task).mean(0).view(1, -1, 1, 1)
 
 
-def _save_state(path: Path, decoder: nn.Module, moments: dict[str, Tensor], **numbers: float) -> None:
+def _save_state(path: Path, decoder: nn.Module, opt: torch.optim.AdamW, **numbers: float) -> None:
     for torn in path.parent.glob(f".{path.name}.*.tmp"):   # of a process killed while it saved
         torn.unlink(missing_ok=True)
-    runtime.save_tensors(path, {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()} | moments
-                 | {k: torch.tensor(v) for k, v in numbers.items()})
+    state = {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()}
+    for i, p in enumerate(decoder.parameters()):
+        if p in opt.state:
+            state |= {f"m.{i}": opt.state[p]["exp_avg"].cpu(), f"v.{i}": opt.state[p]["exp_avg_sq"].cpu()}
+    runtime.save_tensors(path, state | {k: torch.tensor(v) for k, v in numbers.items()})
 
 
-def _resume(path: Path, decoder: nn.Module, opt: SharedAdamW, made_with: int) -> tuple[int, float, float]:
+def _resume(path: Path, decoder: nn.Module, opt: torch.optim.AdamW, made_with: int) -> tuple[int, float, float]:
     """Load weights and moments if an interrupted training of this configuration left them.
 
     Returns: steps done, the last loss, seconds spent. Randomness depends on the step alone: nothing else is needed.
@@ -403,8 +308,12 @@ def _resume(path: Path, decoder: nn.Module, opt: SharedAdamW, made_with: int) ->
     state = runtime.load_tensors(path) if path.is_file() else {}
     if int(state.get("made_with", -1)) != made_with:   # none, or another configuration's: start afresh
         return 0, float("nan"), 0.0
-    decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})   # shares are views of it
-    opt.load(state, int(state["step"]))
+    decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})
+    for i, p in enumerate(decoder.parameters()):
+        if f"m.{i}" in state:
+            at = p.device if opt.defaults["fused"] else "cpu"   # where AdamW keeps its count
+            opt.state[p] = {"step": torch.tensor(float(state["step"]), device=at),
+                            "exp_avg": state[f"m.{i}"].to(p.device), "exp_avg_sq": state[f"v.{i}"].to(p.device)}
     return int(state["step"]), float(state["last"]), float(state.get("spent", 0.0))
 
 
@@ -503,10 +412,10 @@ def unframe_tokens(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class TokenCode:
-    """How weight tokens become regression targets: `dnd | zlog | fixed | element` (docs/choices.md, 2).
+    """How weight tokens become regression targets: `dnd | element` (docs/choices.md, 2).
 
-    dnd, zlog: per-token mean and standard deviation travel in a frame and are predicted. fixed, element: they are
-    constants over the training checkpoints (per parameter tensor, per element), stored with the generator.
+    dnd: per-token mean and standard deviation travel in a frame and are predicted. element: they are constants over
+    the training checkpoints, per element, stored with the generator.
     """
 
     def __init__(self, kind: str, layout: Layout, constants: dict[str, Tensor]):
@@ -517,52 +426,30 @@ class TokenCode:
         """Constants from training checkpoints: (C, T, r, k) tokens."""
         if kind == "dnd":
             return cls(kind, layout, {})
-        if kind == "element":
-            return cls(kind, layout, {"mean": tokens.mean(0), "std": tokens.std(0) + 1e-10})
-        if kind == "fixed":
-            owner = _owners(layout)
-            flat = tokens.transpose(0, 1).reshape(tokens.shape[1], -1)
-            mean = torch.stack([flat[owner == i].mean() for i in range(int(owner.max()) + 1)])[owner]
-            std = torch.stack([flat[owner == i].std() for i in range(int(owner.max()) + 1)])[owner]
-            return cls(kind, layout, {"mean": mean[:, None, None], "std": std[:, None, None] + 1e-10})
-        mu, sd = tokens.mean((-1, -2)), tokens.std((-1, -2))
-        log = torch.log(sd + 1e-8)
-        return cls(kind, layout, {"mu_mean": mu.mean(0), "mu_std": mu.std(0) + 1e-12,
-                                  "log_mean": log.mean(0), "log_std": log.std(0) + 1e-6})
+        return cls(kind, layout, {"mean": tokens.mean(0), "std": tokens.std(0) + 1e-10})
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        extra = 2 if self.kind in ("dnd", "zlog") else 0
+        extra = 2 if self.kind == "dnd" else 0
         return self.layout.num_tokens, self.layout.rank + extra, self.layout.width + extra
 
     def encode(self, tokens: Tensor) -> Tensor:
         """(…, T, r, k) -> (…, *shape), float32. A constant block has content zero, not 0/0."""
         c = self.constants
-        if self.kind in ("fixed", "element"):
+        if self.kind == "element":
             return (tokens - c["mean"]) / c["std"]
         mu, sd = tokens.mean((-1, -2)), tokens.std((-1, -2))
         content = (tokens - mu[..., None, None]) / sd.clamp_min(1e-30)[..., None, None]
         content = torch.where((sd < 1e-12)[..., None, None], 0.0, content)
-        if self.kind == "dnd":
-            return frame_tokens(content, 8 * mu, torch.log(0.9 * sd + 0.1) + 1.6)
-        return frame_tokens(content, (mu - c["mu_mean"]) / c["mu_std"],
-                            (torch.log(sd + 1e-8) - c["log_mean"]) / c["log_std"])
+        return frame_tokens(content, 8 * mu, torch.log(0.9 * sd + 0.1) + 1.6)
 
     def decode(self, coded: Tensor) -> Tensor:
         """The inverse of `encode`; a predicted standard deviation below zero counts as zero, not as a flipped sign."""
         c, coded = self.constants, coded.float()
-        if self.kind in ("fixed", "element"):
+        if self.kind == "element":
             return coded * c["std"] + c["mean"]
         content, m, s = unframe_tokens(coded)
-        if self.kind == "dnd":
-            mu, sd = m / 8, (torch.exp(s - 1.6) - 0.1) / 0.9
-        else:
-            mu = m * c["mu_std"] + c["mu_mean"]
-            sd = torch.exp(s * c["log_std"] + c["log_mean"]) - 1e-8
+        mu, sd = m / 8, (torch.exp(s - 1.6) - 0.1) / 0.9
         return content * sd.clamp_min(0)[..., None, None] + mu[..., None, None]
 
 
-def _owners(layout: Layout) -> Tensor:
-    """(T,) index of the parameter tensor each token belongs to."""
-    counts = [n for _, _, d_in, d_out in layout.modules for n in (d_in // layout.width, d_out // layout.width)]
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))

@@ -22,6 +22,7 @@ from config import UserError
 
 Adapter = dict[str, Tensor]
 PREFIX = "base_model.model."
+CLIP = 1.0   # of the gradient's global norm, in every training (both papers)
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,7 @@ def average_adapters(adapters: list[Adapter]) -> Adapter:
 
 # ------------------------------------------------------------------------------------------------------- fine-tuning
 
-def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: Iterable, loss_fn, *, lr, clip: float,
-                  on_step=None, add_up=None) -> Adapter:
+def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: Iterable, loss_fn, *, lr, on_step=None) -> Adapter:
     """Gradient steps on an adapter: AdamW without decay, fp32 masters, gradients clipped by their global norm.
 
     The base stays in its own dtype; the model sees copies of the masters in that dtype, so bf16 rounding never
@@ -199,7 +199,6 @@ def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: I
             parts of the batch, whose graphs are not held at once: the loss is the sums over the counts. Nothing: no
             step.
         lr: step (from 0) -> learning rate. on_step: called as on_step(step, loss, adapter()) after each update.
-        add_up: where ranks train together on shares of a batch, what sums the gradient and the loss over them.
     Returns: the trained adapter; the model is left bare.
     Raises: FloatingPointError: a loss that is not finite; its args are (step, last finite loss, adapter before it).
     """
@@ -227,15 +226,13 @@ def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: I
             if not count:
                 continue
             master.grad, value = grad / count, value / count
-            if add_up is not None:
-                add_up([master.grad, value])
             value = float(value)
             if not math.isfinite(value):
                 raise FloatingPointError(step, last, snapshot())
             norm = master.grad.norm()
             if not torch.isfinite(norm):
                 raise FloatingPointError(step, last, snapshot())
-            master.grad.mul_((clip / (norm + 1e-6)).clamp(max=1.0))
+            master.grad.mul_((CLIP / (norm + 1e-6)).clamp(max=1.0))
             opt.param_groups[0]["lr"] = lr(step)
             opt.step()
             last = value

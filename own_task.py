@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 import baselines
-import config
 import data
 import evaluate
 import generator
 import lora
+import methods
 import policy
 import report
 import runtime
@@ -29,11 +29,10 @@ from config import Config, UserError
 from runtime import Run
 from strategies import Refined, Target
 
-NEEDS_NO_LABELS = ("base", "wrong_prompts", "generator", "aligned", "mean")
 
-
-def adapt_own(cfg: Config, run: Run) -> dict:
+def adapt_own(run: Run) -> dict:
     """Generate, refine where labels allow, measure on held-out rows, export. Prints what came out."""
+    cfg = run.cfg
     name, task = cfg.task, data.load_tasks(run)[cfg.task]
     left_out = data.left_out_for(cfg, name)
     if not run.finished(f"generator/{left_out}", "generator", redo=False):
@@ -41,13 +40,13 @@ def adapt_own(cfg: Config, run: Run) -> dict:
                         "stage=all (stage=collect and stage=generator, where its methods need none), or name a "
                         "finished one by run=")
     if not task.support:
-        cfg.evaluate.methods = [m for m in cfg.evaluate.methods if m in NEEDS_NO_LABELS]
-    generator.encode_prompts(cfg, run)
-    policy.adapt_targets(cfg, run)
+        cfg.evaluate.methods = [m for m in cfg.evaluate.methods if m in methods.LABEL_FREE_METHODS]
+    generator.encode_prompts(run)
+    policy.adapt_targets(run)
     if task.support:
-        baselines.train_baselines(cfg, run)
+        baselines.train_baselines(run)
     if task.test:
-        evaluate.evaluate_methods(cfg, run)
+        evaluate.evaluate_methods(run)
     run.barrier()
     if run.rank:
         return {}
@@ -55,12 +54,13 @@ def adapt_own(cfg: Config, run: Run) -> dict:
           "held-out examples")
     if not task.support:
         print(f"fewer than data.num_support={cfg.data.num_support} labelled rows: the generated adapter, not refined")
-    print("\n".join(held_out_table(cfg, run)))
-    return export_adapter(cfg, run)
+    print("\n".join(held_out_table(run)))
+    return export_adapter(run)
 
 
-def held_out_table(cfg: Config, run: Run) -> list[str]:
+def held_out_table(run: Run) -> list[str]:
     """Accuracy of each method on the held-out rows and its paired gain over base and over a wrong task's adapter."""
+    cfg = run.cfg
     name, metric = cfg.task, cfg.evaluate.metric
     scores = [report.load_scores(run.path, [name])]
     lines = []
@@ -81,13 +81,16 @@ def _points(mean: float, se: float | None, form: str = "5.1f") -> str:
 
 # ------------------------------------------------------------------------------------------------------------- export
 
-def export_adapter(cfg: Config, run: Run) -> dict:
+def export_adapter(run: Run) -> dict:
     """What a method made of a task, as a folder: PEFT adapters and strategy.json. Prints how to use it.
 
     Layout: the (first) adapter at the top; those of an ensemble also in adapter_0/, adapter_1/, …; routing.safetensors,
     the embeddings of each adapter's prompts (prompts, d), where a router chooses between them.
     Raises: UserError: the task has no adapter in this run.
     """
+    cfg = run.cfg
+    if run.rank:
+        return {}
     if not cfg.task:
         raise UserError("stage=export needs task=: a task of the run, such as "
                         f"task={(cfg.data.test_tasks or cfg.data.train_tasks)[0]}")
@@ -101,11 +104,11 @@ def export_adapter(cfg: Config, run: Run) -> dict:
         raise UserError(f"task={cfg.task}: {method or 'nothing'} was not adapted in {run.path}"
                         + (f"; method= may be {', '.join(have)}" if have else "; run stage=adapt task=your_file.jsonl"))
     strategy, refined, target = strategies.KEEP.as_dict(), None, None
-    if method in policy.FAMILIES_OF:
+    if method in methods.PROPOSING:
         strategy = runtime.read_json(source / "strategy.json")["strategy"]
     lm, folder = scoring.load_lm(run), Path(cfg.output or run.path / "export" / cfg.task)
     if strategy["family"] in ("TTS", "Latent"):
-        target = policy.make_target(run, data.load_tasks(run)[cfg.task], aligned=method in config.ALIGNED)
+        target = policy.make_target(run, data.load_tasks(run)[cfg.task], aligned=method in methods.ALIGNED)
         refined = evaluate.load_refined(run, target, source)
     else:
         refined = Refined([lora.load_adapter(source, lm.layout)])
@@ -141,11 +144,12 @@ def usage(cfg: Config, folder: Path, refined: Refined, lm) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------ predict
 
-def load_exported(folder: Path, cfg: Config, run: Run) -> tuple[Target, Refined]:
+def load_exported(folder: Path, run: Run) -> tuple[Target, Refined]:
     """An exported folder, ready to score: what it holds, and a target that can route and knows of its task the name.
 
     Raises: UserError: a file is missing, damaged, or names what this code does not know.
     """
+    cfg = run.cfg
     facts, lm = runtime.read_json(folder / "strategy.json"), scoring.load_lm(run)
     try:
         count, combine, slot = int(facts["adapters"]), str(facts["combine"]), facts["slot"]
@@ -176,18 +180,21 @@ def load_exported(folder: Path, cfg: Config, run: Run) -> tuple[Target, Refined]
     return target, Refined(adapters, combine, slot, [np.arange(a, b) for a, b in itertools.pairwise(ends)])
 
 
-def predict(cfg: Config, run: Run) -> dict:
+def predict(run: Run) -> dict:
     """Answer new inputs with an exported adapter or strategy: JSON lines or CSV in, JSON lines out, in the same order.
 
     Rows with `choices` get {"id", "prediction", "index", "logprobs"}, the others {"id", "prediction"} by greedy
     generation (with the first adapter of an ensemble). With `gold` given, the accuracy is printed.
     """
+    cfg = run.cfg
+    if run.rank:
+        return {}
     if not cfg.input or not cfg.output:
         raise UserError("stage=predict needs input=new.jsonl and output=answers.jsonl")
     folder = Path(cfg.adapter or run.path / "export" / cfg.task)
     if not (cfg.adapter or cfg.task) or not folder.is_dir():
         raise UserError(f"adapter={folder}: no such folder; stage=adapt task=… or stage=export task=… makes one")
-    target, refined = load_exported(folder, cfg, run)
+    target, refined = load_exported(folder, run)
     rows = data.read_user_file(Path(cfg.input), labels=None)
     examples = [data.make_example(target.name, r, cfg.data.format) for r in rows]   # prompts as its task has them
     choose, write = ([i for i, e in enumerate(examples) if bool(e.options) is b] for b in (True, False))

@@ -18,10 +18,10 @@ import torch
 import yaml
 
 import alignment
-import config
 import data
 import generator
 import lora
+import methods
 import runtime
 import scoring
 import strategies
@@ -32,10 +32,7 @@ from runtime import Run
 from scoring import Row, Scores
 from strategies import Strategy, Target
 
-FAMILIES_OF = {"degaml": lambda cfg: [f for f in cfg.policy.families if f != "SFT"],
-               "degaml_plus": lambda cfg: [*(f for f in cfg.policy.families if f != "SFT"), "SFT"]}
-FAMILIES_OF |= {"tempo": FAMILIES_OF["degaml"], "tempo_plus": FAMILIES_OF["degaml_plus"]}   # from the aligned adapter
-
+MAX_SAMPLES = 10   # rewarded proposals per task, at most (ReST-EM)
 SYSTEM = ("You are a specialist in adapting language models. You choose how a model's adapter is refined for a task "
           "it has not seen, and you answer with one JSON object and nothing else.")
 DESCRIPTIONS = {
@@ -201,7 +198,7 @@ def fold_indices(target: Target, n: int, folds: int) -> list[list[int]]:
 def reward_of(result: dict, policy) -> int:
     """Binary reward: strictly better than the generated adapter by the paired margin (docs/choices.md, 9)."""
     net = result["wins"] - result["losses"]
-    return int(net >= policy.reward_margin or (policy.tie_reward and net == 0))
+    return int(net >= policy.reward_margin)
 
 
 def choose(results: dict[str, dict], policy) -> tuple[Strategy, dict]:
@@ -313,7 +310,7 @@ def train_policy(run: Run, layout: Layout, samples: list[tuple[str, str]], seed:
         return -(sums / torch.tensor([len(b) for b in row.branches], device=sums.device)).mean()
 
     return lora.train_adapter(lm.model, layout, lora.init_adapter(layout, runtime.seed_for(seed, "policy")), rows, loss_fn,
-                         lr=lambda s: lora.rate(s, len(rows), p.lr, 0, "cosine"), clip=1.0)
+                         lr=lambda s: lora.rate(s, len(rows), p.lr, 0, "cosine"))
 
 
 def run_episodes(run: Run, task: Task, rewards: Rewards, families: list[str], prompt: str, layout: Layout,
@@ -362,43 +359,45 @@ def rewarded(episodes: list[dict], prompt: str, cap: int) -> list[tuple[str, str
 
 # -------------------------------------------------------------------------------------------------- meta-training (D)
 
-def train_policies(cfg, run: Run) -> dict:
+def train_policies(run: Run) -> dict:
     """policy.mode=meta: ReST-EM over the meta-training tasks, one policy per left-out task and method."""
+    cfg = run.cfg
     strategies.check_grid(cfg.strategies)
     if cfg.policy.mode == "per_task":
         run.log("policy.mode=per_task: the policy is trained inside stage=adapt")
         return {}
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    methods = [m for m in FAMILIES_OF if m in cfg.evaluate.methods]
-    for unit in run.deal([(left, m) for left in sorted({data.left_out_for(cfg, t) for t in targets}) for m in methods]):
+    wanted_methods = [m for m in methods.PROPOSING if m in cfg.evaluate.methods]
+    for unit in run.deal([(left, m) for left in sorted({data.left_out_for(cfg, t) for t in targets}) for m in wanted_methods]):
         if not run.finished(f"policy/{unit[0]}/{unit[1]}", "policy", unit[1]):
-            _meta_train(cfg, run, *unit)
+            _meta_train(run, *unit)
     return {}
 
 
-def _meta_train(cfg, run: Run, left_out: str, method: str) -> None:
+def _meta_train(run: Run, left_out: str, method: str) -> None:
     """Paper D, Algorithm 2, lines 6-17: rewards on the training tasks' support sets, gradients on the policy only."""
+    cfg = run.cfg
     start, lm, layout = time.monotonic(), scoring.load_lm(run), policy_layout(run)
     root = run.path / f"policy/{left_out}"
     tasks = data.load_tasks(run)
     states = []
     for name in data.training_tasks(cfg, left_out):
         task = tasks[name]
-        target = make_target(run, task, left_out, aligned=method in config.ALIGNED)
+        target = make_target(run, task, left_out, aligned=method in methods.ALIGNED)
         support = list(task.support)
         reference = scoring.score_examples(lm, target.start, support)
         rewards = Rewards(run, f"{name}.without_{left_out}{_start_name(target, method)}", target, support, reference)
-        states.append((task, rewards, proposal_prompt(lm, task, FAMILIES_OF[method](cfg), reference,
+        states.append((task, rewards, proposal_prompt(lm, task, methods.families_of(method, cfg.policy.families), reference,
                                                       cfg.evaluate.metric)))
     policy, episodes = None, []
     for it in range(cfg.policy.iterations):
         samples = []
         for task, rewards, prompt in states:
-            new = run_episodes(run, task, rewards, FAMILIES_OF[method](cfg), prompt, layout, policy, it,
+            new = run_episodes(run, task, rewards, methods.families_of(method, cfg.policy.families), prompt, layout, policy, it,
                                f"{method}-without-{left_out}")
             episodes += [{"task": task.name, **e} for e in new]
-            samples += rewarded(new, prompt, cfg.policy.max_samples)
-        policy = train_policy(run, layout, samples, runtime.seed_for(cfg.seed, left_out, method, it)) or policy
+            samples += rewarded(new, prompt, MAX_SAMPLES)
+        policy = train_policy(run, layout, samples, runtime.seed_for(cfg.seed, data.seed_name(left_out), method, it)) or policy
     lora.save_adapter(root / method, policy or lora.init_adapter(layout, 0), layout, cfg.model.name, cfg.model.revision)
     runtime.write_jsonl(root / method / "episodes.jsonl", episodes)
     run.finish(f"policy/{left_out}/{method}", "policy", start, method)
@@ -406,32 +405,34 @@ def _meta_train(cfg, run: Run, left_out: str, method: str) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- adapt
 
-def adapt_targets(cfg, run: Run) -> dict:
+def adapt_targets(run: Run) -> dict:
     """Each target: generate, propose, execute, select. Writes adapted/<method>/<task>/ as a PEFT folder."""
+    cfg = run.cfg
     strategies.check_grid(cfg.strategies)
     tasks = data.load_tasks(run)
     wanted = [tasks[t] for t in cfg.data.targets or tasks]
-    methods = [m for m in FAMILIES_OF if m in cfg.evaluate.methods]
+    wanted_methods = [m for m in methods.PROPOSING if m in cfg.evaluate.methods]
     for task in run.deal(sorted(wanted, key=lambda t: -sum(len(e.prompt) for e in t.support))):
-        for method in methods:
+        for method in wanted_methods:
             if not run.finished(f"adapted/{method}/{task.name}", "adapt", method):
-                _adapt_one(cfg, run, task, method)
+                _adapt_one(run, task, method)
         for method in [m for m in ("generator", "aligned") if m == "generator" or m in cfg.evaluate.methods]:
             folder, start = f"adapted/{method}/{task.name}", time.monotonic()
             if not run.finished(folder, "adapt", method):
-                generator.save_generated(run.path / folder, make_target(run, task, aligned=method in config.ALIGNED).start, run)
+                generator.save_generated(run.path / folder, make_target(run, task, aligned=method in methods.ALIGNED).start, run)
                 run.finish(folder, "adapt", start, method)
     if run.rank == 0:
         data.keep_example_ids(run, wanted)
     return {}
 
 
-def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
+def _adapt_one(run: Run, task: Task, method: str) -> None:
+    cfg = run.cfg
     start, lm, folder = time.monotonic(), scoring.load_lm(run), run.path / f"adapted/{method}/{task.name}"
     if any(e.gold is None for e in task.support):
         raise UserError(f"task {task.name}: its support examples have no options to compare; use data.math_form=choice")
-    families, layout, support = FAMILIES_OF[method](cfg), policy_layout(run), list(task.support)
-    target = make_target(run, task, aligned=method in config.ALIGNED)
+    families, layout, support = methods.families_of(method, cfg.policy.families), policy_layout(run), list(task.support)
+    target = make_target(run, task, aligned=method in methods.ALIGNED)
     reference = scoring.score_examples(lm, target.start, support)
     rewards = Rewards(run, task.name + _start_name(target, method), target, support, reference)
     prompt = proposal_prompt(lm, task, families, reference, cfg.evaluate.metric)
@@ -446,7 +447,7 @@ def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
         new = run_episodes(run, task, rewards, families, prompt, layout, policy, it, method)
         episodes += new
         if it + 1 < iterations:
-            policy = train_policy(run, layout, rewarded(new, prompt, cfg.policy.max_samples),
+            policy = train_policy(run, layout, rewarded(new, prompt, MAX_SAMPLES),
                                   runtime.seed_for(cfg.seed, task.name, method, it)) or policy
     candidates = with_plain_twins([Strategy.from_dict(e["strategy"]) for e in episodes if e["valid"]])
     steps = sorted({s["sft_steps"] for s in candidates if s.family == "SFT"})
@@ -466,12 +467,12 @@ def _adapt_one(cfg, run: Run, task: Task, method: str) -> None:
 
 def _start_name(target: Target, method: str) -> str:
     """What distinguishes the reward files of different starts on one task."""
-    return f".aligned-{lora.adapter_hash(target.start)[:8]}" if method in config.ALIGNED else ""
+    return f".aligned-{lora.adapter_hash(target.start)[:8]}" if method in methods.ALIGNED else ""
 
 
 # ----------------------------------------------------------------------------------------------------------- contexts
 
-def write_contexts(cfg, run: Run) -> dict:
+def write_contexts(run: Run) -> dict:
     """A task context per target without one, written by the base model from support inputs and answers.
 
     Source: paper T, G.6 (there: by a larger model). Writes contexts.yaml in the run folder; use it by

@@ -33,7 +33,7 @@ import matplotlib
 import numpy as np
 import yaml
 
-import config
+import methods
 import runtime
 from config import UserError
 
@@ -53,38 +53,19 @@ DOMAINS = {"id": "In-domain", "ood": "Out-of-domain"}
 TASK_ORDER = ("arc_c", "arc_e", "hellaswag", "boolq", "piqa", "winogrande",
               "gsm8k", "math", "divlogic", "socialiqa", "codemmlu", "jama")
 
-# Order, label, colour (Okabe-Ito) and marker of a method are the same wherever it appears.
-METHODS = {
-    "base": ("Base model", "#000000", "o"),
-    "generator": ("Generalization (generator)", "#0072B2", "s"),
-    "degaml": ("Adaptation (DeGAML)", "#D55E00", "D"),
-    "degaml_plus": ("Adaptation, SFT allowed", "#CC79A7", "D"),
-    "mean": ("Mean adapter (control)", "#56B4E9", "v"),
-    "wrong_prompts": ("Wrong prompts (control)", "#E69F00", "^"),
-    "no_meta": ("No Meta-Train LoRA", "#009E73", "P"),
-    "own": ("Own LoRA (full data)", "#7F7F7F", "*"),
-    "aligned": ("Aligned (+ Fusion VAE)", "#56B4E9", "X"),
-    "tempo": ("TEMPO", "#E69F00", "D"),
-    "tempo_plus": ("TEMPO, SFT allowed", "#CC79A7", "X"),
-    "union": ("Union Train LoRA", "#009E73", "p"),
-    "reptile": ("Reptile LoRA", "#56B4E9", "p"),
-    "maml": ("MAML-en-LLM", "#0072B2", "p"),
-    "maml_matched": ("MAML-en-LLM, matched update norm", "#0072B2", "h"),
-    "abmll": ("ABMLL", "#D55E00", "p"),
-}
-# Shown as "not run" where absent; the other methods appear only when they have scores.
-ALWAYS_SHOWN = tuple(METHODS)[:8]
+METHODS = {m.id: (m.label, m.color, m.marker) for m in methods.TABLE}
+ALWAYS_SHOWN = methods.ALWAYS_SHOWN
 # The paper's Table 2 prints each row's relative change over the row before it.
 RELATIVE_TO = {"generator": "base", "degaml": "generator"}
 PAIRS = (
     ("generator", "base"), ("generator", "mean"), ("generator", "wrong_prompts"), ("mean", "base"),
     ("degaml", "generator"), ("degaml_plus", "generator"), ("degaml_plus", "no_meta"),
-    ("degaml_plus", "degaml"), ("no_meta", "base"), ("own", "base"),
+    ("degaml_plus", "degaml"), ("no_meta", "base"), ("full_data", "base"),
     ("aligned", "generator"), ("tempo", "generator"), ("tempo", "degaml"), ("tempo_plus", "degaml_plus"),
-    ("maml_matched", "maml"), ("degaml", "no_meta"), *((a, b) for b in config.META_TRAINED for a in ("degaml", "degaml_plus")),
+    ("maml_matched", "maml"), ("degaml", "no_meta"), *((a, b) for b in methods.META_TRAINED for a in ("degaml", "degaml_plus")),
 )
 SEARCHED = ("degaml", "degaml_plus", "tempo", "tempo_plus")
-BASELINES = ("no_meta", *config.META_TRAINED)
+BASELINES = ("no_meta", *methods.META_TRAINED)
 TABLE_1 = ("no_meta", "union", "abmll", "maml")   # the rows of paper D's Table 1 above its own
 QUESTIONS = {
     "generator - base": "Generated adapters against the frozen model",
@@ -103,25 +84,27 @@ FAMILIES = {
 }
 
 
-def make_report(cfg, run) -> dict:
-    """Write results.json, the figures, report.md and report.html of a run folder.
+def make_report(run) -> dict:
+    """Tables, figures and the HTML page, from stored files only. Rank 0 works.
 
-    Args:
-        cfg: configuration; see `build_results` for the keys that are read.
-        run: the run; only `run.path` (pathlib.Path) is used.
-    Returns: paths of the report and the results, and the average accuracies as fractions.
+    Writes report/results.json, report.md, report.html and figures/; prints the console tables.
     """
+    if run.rank:
+        return {}
     out = Path(run.path) / "report"
-    results = build_results(run.path, cfg)
+    results = build_results(run.path, run.cfg)
     runtime.write_text(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     figures = draw_figures(results, run.path, out / "figures")
     write_markdown(results, figures, out / "report.md")
     write_html(results, figures, run.path, out / "report.html")
-    summary = {"report": str(out / "report.html"), "results": str(out / "results.json")}
-    for domain, averages in results["averages"].items():
-        for method, entry in averages.items():
-            summary[f"{domain}_{method}"] = round(entry["acc"], 4)
-    return summary
+    print(format_console_table(results))
+    print(f"\nreport:  {out / 'report.html'}")
+    for method in ("degaml_plus", "degaml", "generator"):
+        adapters = sorted((run.path / "adapted" / method).glob("*/adapter_model.safetensors"))
+        if adapters:
+            print(f"adapter: {adapters[0].parent}   (PeftModel.from_pretrained(base_model, this folder))")
+            break
+    return {}
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -387,7 +370,7 @@ def read_budget(run_path: Path) -> dict[str, dict]:
 
     generated = records("adapters/*") + records("prompts/*") + records("generator/*")
     meta_of = {**dict.fromkeys(("generator", "degaml", "degaml_plus"), generated),
-               **dict.fromkeys(config.ALIGNED, generated + records("align/*")),
+               **dict.fromkeys(methods.ALIGNED, generated + records("align/*")),
                **{m: records(f"baselines/{m}/*") for m in BASELINES}, "maml_matched": records("baselines/maml/*")}
     out = {}
     for method, meta in meta_of.items():

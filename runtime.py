@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import functools
 import hashlib
 import json
@@ -25,11 +24,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import config
-from config import Config, Stopped, UserError
+import methods
+from config import Config, UserError
 
 # What a stage's output depends on. Keys that only choose *which* units are worked on are left out.
 _DATA = ["seed", "dtype", "model", "data"]
@@ -47,10 +48,10 @@ DEPENDS = {
     "evaluate": [*_DATA, "data.skip_test", "collect", "generator", "strategies", "policy", "evaluate"],
 }
 # What a method's adapters and scores depend on besides.
-METHOD_DEPENDS = {"no_meta": ["baselines.sft"], **dict.fromkeys([*config.META_TRAINED, "maml_matched"], ["baselines"]),
-                  **dict.fromkeys(config.ALIGNED, ["align"])}
-_CHOICES = ("data.test_tasks", "data.targets", "data.skip_test", "evaluate.methods", "generator.save_every",
-            "generator.recompute", "generator.compile", "generator.shard_optimizer")   # unless named above
+METHOD_DEPENDS = {**dict.fromkeys(methods.BASELINES, ["baselines"]), "no_meta": ["baselines.sft"],
+                  **dict.fromkeys(methods.ALIGNED, ["align"])}
+# Keys that choose which units are worked on; they change no unit, unless named above.
+_CHOICES = ("data.test_tasks", "data.targets", "data.skip_test", "evaluate.methods", "generator.save_every")
 
 
 @dataclass
@@ -91,18 +92,13 @@ class Run:
         with open(self.path / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
 
-    def track(self, items, label: str, total: int | None = None, together: bool = False):
-        """Iterate with a progress bar on a terminal, or a line with an ETA every 15 s in a log.
-
-        Raises: Stopped: between two items, when asked to stop; ranks that work `together` after the same item.
-        """
+    def track(self, items, label: str, total: int | None = None):
+        """Iterate with a progress bar on a terminal, or a line with an ETA every 15 s in a log."""
         total = len(items) if total is None else total
         bar = sys.stderr.isatty() and self.rank == 0
         start = last = time.monotonic()
         for i, item in enumerate(tqdm(items, desc=label, total=total, leave=False) if bar else items):
             yield item
-            if self._asked_to_stop(together):
-                raise Stopped
             if bar:
                 continue
             now = time.monotonic()
@@ -110,13 +106,6 @@ class Run:
                 last = now
                 eta = (now - start) / (i + 1) * (total - i - 1)
                 self.log(f"{label} {i + 1}/{total} {100 * (i + 1) / total:.0f}% | eta {eta / 60:.1f}m", True)
-
-    def _asked_to_stop(self, together: bool) -> bool:
-        if not together:
-            return config.STOP.is_set()
-        asked = torch.tensor(float(config.STOP.is_set()), device=self.device)
-        self.sum_over_ranks([asked])
-        return bool(asked)
 
     def deal(self, units: list):
         """Yield the units this rank should do. Units are given longest first; every rank passes the same list."""
@@ -127,39 +116,6 @@ class Run:
         while (i := self.store.add(f"deal/{self._deals}", 1) - 1) < len(units):
             yield units[i]
         self.barrier()
-
-    def divide(self, units: list[str], stage: str, folder: str):
-        """Trainings not yet done, each as (unit, part, parts); `folder` is where a unit's own lies.
-
-        With `data_parallel` every rank gets every training, as part `part` of `parts` that sum their gradients; else
-        ranks take whole ones.
-        """
-        if not (self.cfg.data_parallel and self.world > 1):
-            for unit in self.deal(units):
-                if not self.finished(f"{folder}/{unit}", stage):
-                    yield unit, 0, 1
-            return
-        for unit in units:
-            if self.rank:   # rank 0 looks first: it may have to clear what another configuration left
-                self.barrier()
-            done = self.finished(f"{folder}/{unit}", stage)
-            if not self.rank:
-                self.barrier()
-            if not done:
-                yield unit, self.rank, self.world
-                self.barrier()
-
-    def sum_over_ranks(self, tensors) -> None:
-        """Add up every rank's tensors in place; all ranks get the same sums."""
-        if self.world > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
-
-    def spread(self, tensors, rank: int) -> None:
-        """Overwrite the tensors of every other rank with this rank's."""
-        for tensor in tensors:
-            if tensor.numel():
-                dist.broadcast(tensor, rank)
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -235,15 +191,14 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
     device = _pick_device(cfg.device)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "w")
+        lock = FileLock(path / ".lock")
+        if rank == 0:
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"run={path}: another process is working in this folder; wait for it, or use run=...") \
+            from None
     except OSError as e:
         raise UserError(f"run={path}: cannot write there ({e.strerror}); name a writable folder") from None
-    if rank == 0:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"run={path}: another process is working in this folder; wait for it, or use run=...") \
-                from None
     local = int(os.environ.get("LOCAL_RANK", rank))
     if device == "cuda" and local >= torch.cuda.device_count():
         raise UserError(f"rank {local} finds {torch.cuda.device_count()} GPU(s): start one rank per GPU (make … NPROC="
@@ -282,6 +237,25 @@ def _describe(run: Run, stage: str, argv: list[str]) -> None:
             f"{torch.get_num_threads()} thread(s) | run folder {run.path}")
     with open(run.path / "log.txt", "a") as f:
         f.write("not the default: " + json.dumps(config.differences(run.cfg)) + "\n")
+
+
+def record_stage(run: Run, name: str, took: float, summary: dict) -> None:
+    """Keep what a stage took in stages/<name>.json, and say it.
+
+    Seconds are the sum over the records of its finished units, on all ranks, so that neither a rerun nor an
+    interruption changes them; `took` counts where a stage has no units.
+    """
+    seconds = 0.0
+    for done in run.path.glob("**/DONE.json"):
+        record = read_json(done)
+        if record["stage"] == name and not record.get("own_task"):
+            seconds += record["seconds"]
+    path = run.path / f"stages/{name}.json"
+    before = read_json(path)["memory_gib"] if path.is_file() and not run.cfg.overwrite else 0.0
+    memory = max(before, peak_memory(run.device))
+    write_json(path, {"seconds": round(seconds or took, 1), "memory_gib": memory, **summary})
+    shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()]
+    run.log(f"stage {name}: {took:.0f} s, {memory:.1f} GiB " + " ".join(shown))
 
 
 def write_config(run: Run) -> None:

@@ -203,7 +203,6 @@ class Target:
     embed: Callable[[list[str]], Tensor]
     bounds: object
     seed: int
-    clip: float = 1.0
     cache: dict = field(default_factory=dict)
 
 
@@ -268,7 +267,7 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
                 del nll   # its graph, before the next part's
 
     adapter = lora.train_adapter(lm.model, lm.layout, target.start, index, loss_fn,
-                            lr=lambda s: strategy["learning_rate"], clip=target.clip)
+                            lr=lambda s: strategy["learning_rate"])
     return Refined([adapter], notes={"selected": sum(selected), "seen": index.size})
 
 
@@ -276,7 +275,6 @@ def mix_subspaces(adapter: Adapter, lam: float, mode: str) -> Adapter:
     """Two-subspace mixing of halves A = [A1; A2], B = [B1, B2], by A' = M A, so that it stays a LoRA of rank r.
 
     interp   M = (1 - lam) I + lam [[I, I], [I, I]]: paper T, eq. 11 at lam = 1, the plain adapter at 0.
-    halves   both halves of A become lam A1 + (1 - lam) A2 (the authors' release).
     magdir   Frobenius norm and direction of plain and full mixing interpolated separately (paper D, F.1).
     An odd last row is not mixed.
     """
@@ -287,10 +285,7 @@ def mix_subspaces(adapter: Adapter, lam: float, mode: str) -> Adapter:
         b = adapter[key_a.replace("lora_A", "lora_B")]
         h = a.shape[0] // 2
         swapped = torch.cat([a[h:2 * h], a[:h], torch.zeros_like(a[2 * h:])])   # (butterfly - I) A
-        if mode == "halves":
-            mixed = lam * a[:h] + (1 - lam) * a[h:2 * h]
-            out[key_a] = torch.cat([mixed, mixed, a[2 * h:]])
-        elif mode == "interp" or lam == 0:
+        if mode == "interp" or lam == 0:
             out[key_a] = a + lam * swapped
         else:
             plain, full = _update_norm(a, b), _update_norm(a + swapped, b)
@@ -332,7 +327,7 @@ def train_on_support(target: Target, strategy: Strategy, labelled: list[Example]
 
     lora.train_adapter(lm.model, lm.layout, start, order[:steps * size].reshape(steps, size),
                   lambda batch: scoring.loss_in_parts(lm, [rows[i] for i in batch], loss_fn),
-                  lr=lambda s: strategy["learning_rate"] * min(1.0, (s + 1) / 3), clip=target.clip, on_step=on_step)
+                  lr=lambda s: strategy["learning_rate"] * min(1.0, (s + 1) / 3), on_step=on_step)
     return out
 
 

@@ -19,11 +19,13 @@ from alignment import (
     train_aligners,
     vae_loss,
 )
+from collect import collect_adapters, load_checkpoints
 from config import load_config
 from data import load_tasks
-from generator import collect_adapters, generate_adapter, load_checkpoints, train_generators
-from lora import from_tokens, init_adapter, swap_adapter, to_tokens
-from policy import adapt_targets, evaluate_methods, make_target
+from evaluate import evaluate_methods
+from generator import from_tokens, generate_adapter, to_tokens, train_generators
+from lora import init_adapter, swap_adapter
+from policy import adapt_targets, make_target
 from runtime import Run, read_json, read_jsonl
 from scoring import load_lm, score_examples
 
@@ -140,8 +142,8 @@ def test_standardisation_is_per_parameter_tensor(tiny_lm):
 def trained(tiny_args) -> Run:
     run = make_run(tiny_args, *FAST,
                    "evaluate.methods=[base, generator, degaml, degaml_plus, aligned, tempo, tempo_plus]")
-    collect_adapters(run.cfg, run)
-    train_generators(run.cfg, run)
+    collect_adapters(run)
+    train_generators(run)
     return run
 
 
@@ -167,7 +169,7 @@ def test_pairs_are_what_their_name_says(trained, kind, kinds):
     """Inputs and targets are generated adapters (g) or checkpoints (c); the held-out checkpoint is in none."""
     run, lm = trained, load_lm(trained)
     run.cfg.align.pairs = kind
-    pairs, held = collect_pairs(run.cfg, run, "alpha")
+    pairs, held = collect_pairs(run, "alpha")
     assert set(pairs) == set(held) == {"beta", "gamma"}
     for task, made in pairs.items():
         stored = load_checkpoints(run, lm, task)
@@ -185,9 +187,9 @@ def test_pairs_are_what_their_name_says(trained, kind, kinds):
 def test_aligned_and_tempo_go_through_every_stage(trained):
     """VAEs leave the target out, aligned adapters are what is refined and scored, results are stored."""
     run = trained
-    train_aligners(run.cfg, run)
-    adapt_targets(run.cfg, run)
-    evaluate_methods(run.cfg, run)
+    train_aligners(run)
+    adapt_targets(run)
+    evaluate_methods(run)
     lm = load_lm(run)
     for left_out in ("alpha", "none"):
         done = read_json(run.path / f"align/{left_out}/DONE.json")
@@ -214,12 +216,12 @@ def test_aligned_and_tempo_go_through_every_stage(trained):
 def test_training_is_the_same_each_time_and_resumes(trained, monkeypatch):
     """Two trainings give equal bits; what is done is not done again."""
     run = trained
-    train_aligners(run.cfg, run)
+    train_aligners(run)
     first = {p: p.read_bytes() for p in run.path.glob("align/*/vae.safetensors")}
     monkeypatch.setattr(alignment, "_train_one", lambda *a: pytest.fail("trained again"))
-    train_aligners(run.cfg, run)
+    train_aligners(run)
     monkeypatch.undo()
     for p in first:
         (p.parent / "DONE.json").unlink()
-    train_aligners(run.cfg, run)
+    train_aligners(run)
     assert first == {p: p.read_bytes() for p in first}

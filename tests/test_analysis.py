@@ -17,9 +17,9 @@ from analysis import (
     signature,
     weight_statistics,
 )
+from collect import collect_adapters
 from config import load_config
 from data import load_tasks
-from generator import collect_adapters
 from lora import flatten_adapter, init_adapter, save_adapter, unflatten_adapter
 from runtime import Run, read_json
 from scoring import lm_loss, load_lm, make_row
@@ -119,12 +119,12 @@ def test_gradient_is_the_mean_over_examples(tiny_args):
 def test_the_stage_writes_what_it_says(tiny_args):
     """Methods without adapters are called not run; matrices, arrays and figures are there and agree."""
     run = make_run(tiny_args)
-    collect_adapters(run.cfg, run)
+    collect_adapters(run)
     lm, g = load_lm(run), torch.Generator().manual_seed(0)
     for task in ("delta", "epsilon"):
         adapter = {k: v + 0.1 * torch.randn(v.shape, generator=g) for k, v in init_adapter(lm.layout, 1).items()}
         save_adapter(run.path / f"adapted/maml/{task}", adapter, lm.layout, "x")
-    analyze(run.cfg, run)
+    analyze(run)
     folder = run.path / "analysis"
     found, text = read_json(folder / "analysis.json"), (folder / "analysis.md").read_text()
     assert found["tasks"] == ["delta", "epsilon"] and set(found["gradients"]) == {"common point", "maml"}

@@ -13,31 +13,25 @@ from baselines import (
     Draws,
     Moments,
     Share,
+    draw_adapter,
     gaussian_kl,
     infer_posterior,
     initial_posterior,
+    load_posterior,
     meta_gradient,
     negative_log_prior,
+    posterior_moments,
     shared_update,
     train_baselines,
     vector_loss,
 )
+from collect import collect_adapters
 from config import META_TRAINED, load_config
 from data import load_tasks
-from generator import collect_adapters, train_generators
-from lora import (
-    clear_adapters,
-    dense_key,
-    draw_adapter,
-    flatten_adapter,
-    init_adapter,
-    load_adapter,
-    load_posterior,
-    posterior_moments,
-    swap_adapter,
-    unflatten_adapter,
-)
-from policy import adapt_targets, evaluate_methods
+from evaluate import evaluate_methods
+from generator import train_generators
+from lora import clear_adapters, dense_key, flatten_adapter, init_adapter, load_adapter, swap_adapter, unflatten_adapter
+from policy import adapt_targets
 from runtime import Run, read_json, read_jsonl, seed_for
 from scoring import lm_loss, load_lm, make_row, score_examples
 from strategies import Refined, combine
@@ -228,7 +222,7 @@ def test_inner_and_query_rows_are_distinct(tiny_args):
 def test_the_left_out_task_is_never_drawn(tiny_args):
     """Leave-one-out holds for every meta-trained baseline, since all draw here."""
     run = make_run(tiny_args)
-    draws = Draws(run.cfg, run, "beta", "x")
+    draws = Draws(run, "beta", "x")
     assert set(draws.tasks) == {"alpha", "gamma"} and {draws.task() for _ in range(50)} == {"alpha", "gamma"}
     assert not {e.id for rows in draws.tasks.values() for e in rows} & {e.id for e in load_tasks(run)["beta"].test}
 
@@ -343,7 +337,7 @@ def test_product_space_end_to_end(tiny_args):
     run = make_run(tiny_args, *FAST, "evaluate.methods=[base, degaml_plus, abmll]", "data.targets=[delta]",
                    "baselines.abmll.space=product")
     for stage in (collect_adapters, train_generators, adapt_targets, train_baselines, evaluate_methods):
-        stage(run.cfg, run)
+        stage(run)
     lm = load_lm(run)
     learned = load_posterior(run.path / "baselines/abmll/none", lm.layout)
     moved = (learned - initial_posterior(lm, run.cfg.baselines.abmll, run.cfg.seed)).norm(dim=1)
@@ -358,7 +352,7 @@ def test_every_baseline_is_trained_adapted_and_scored(tiny_args):
     methods = f"evaluate.methods=[base, degaml_plus, no_meta, {', '.join(META_TRAINED)}]"
     run = make_run(tiny_args, *FAST, methods)
     for stage in (collect_adapters, train_generators, adapt_targets, train_baselines, evaluate_methods):
-        stage(run.cfg, run)
+        stage(run)
     lm, plain = load_lm(run), init_adapter(load_lm(run).layout, run.cfg.seed)
     for method in META_TRAINED:
         for left_out in ("alpha", "none"):
@@ -379,7 +373,7 @@ def test_every_baseline_is_trained_adapted_and_scored(tiny_args):
             for i, e in enumerate(test)]
     assert [r["pred_norm"] for r in read_jsonl(run.path / "scores/abmll/delta.jsonl")] == want
     before = {p: p.stat().st_mtime_ns for p in run.path.glob("**/*.safetensors")}
-    train_baselines(run.cfg, run)
+    train_baselines(run)
     assert {p: p.stat().st_mtime_ns for p in run.path.glob("**/*.safetensors")} == before
 
 
@@ -388,9 +382,9 @@ def test_a_fixed_setting_needs_no_policy(tiny_args):
     sft = {"sft_steps": 2, "learning_rate": 1e-3, "batch_size": 4, "loss": "lm"}
     run = make_run(tiny_args, *FAST, f"baselines.sft={json.dumps([sft])}", "evaluate.methods=[base, maml]",
                    "data.targets=[delta]")
-    collect_adapters(run.cfg, run)
-    train_generators(run.cfg, run)
-    train_baselines(run.cfg, run)
+    collect_adapters(run)
+    train_generators(run)
+    train_baselines(run)
     kept = read_json(run.path / "adapted/maml/delta/strategy.json")["strategy"]
     assert kept == {"family": "SFT", **sft, "init_scale": 1.0} and not list(run.path.glob("adapted/rewards*"))
     lm = load_lm(run)
@@ -413,7 +407,7 @@ def test_matched_update_norm(tiny_args):
     """MAML's start moves as far as the generated adapter lies from the mean adapter, by its rate alone."""
     run = make_run(tiny_args, *FAST, "evaluate.methods=[base, degaml_plus, maml_matched]", "data.targets=[delta]")
     for stage in (collect_adapters, train_generators, adapt_targets, train_baselines, evaluate_methods):
-        stage(run.cfg, run)
+        stage(run)
     lm = load_lm(run)
     kept = read_json(run.path / "adapted/maml_matched/delta/strategy.json")
     start = load_adapter(run.path / "baselines/maml/none", lm.layout)
@@ -436,7 +430,7 @@ def test_a_diverged_training_is_reported_not_dropped(tiny_args, monkeypatch, met
         loss = real(lm, rows)
         return loss * float("nan") if len(calls) > 4 else loss
     monkeypatch.setattr(baselines, "lm_loss", breaks)
-    baselines._meta_train(run.cfg, run, method, "none")
+    baselines._meta_train(run, method, "none")
     done = read_json(run.path / f"baselines/{method}/none/DONE.json")
     losses = read_json(run.path / f"baselines/{method}/none/losses.json")
     assert done["diverged_at"] == len(losses) and all(x == x for x in losses)

@@ -12,7 +12,6 @@ import pytest
 
 import assets as assets_module
 import data
-from assets import last_boxed
 from config import DEFAULT, UserError, load_config
 from data import (
     GENERATED,
@@ -21,6 +20,7 @@ from data import (
     _key,
     add_distractors,
     describe_tasks,
+    last_boxed,
     load_task,
     load_tasks,
     make_example,

@@ -78,7 +78,7 @@ def test_four_ranks_share_a_nodes_main_memory(tmp_path, monkeypatch):
     found = {}
     for beside in (1, 4):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
-        found[beside] = doctor.predict(cfg, run, model, layout, tokens, 1_152_535_192, 1e14)["generator"]
+        found[beside] = doctor.predict(run, model, layout, tokens, 1_152_535_192, 1e14)["generator"]
     targets = 6 * 50 * 4 * 4508 * 18 * 258 / 2 ** 30   # tasks, checkpoints, float32, tokens
     assert found[4].host - found[1].host == pytest.approx(3 * targets) and found[4].memory < 40
     monkeypatch.setattr(doctor, "host_memory", lambda: 64.0)

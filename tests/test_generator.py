@@ -11,25 +11,24 @@ import torch.nn.functional as F
 from torch import nn
 
 import generator
+from collect import collect_adapters, load_checkpoints
 from config import UserError, load_config
+from data import training_tasks
+from fastconv import SameConv2d, _GPUConv2d
 from generator import (
     HyperConvDecoder,
     HyperConvLayer,
-    SameConv2d,
-    _GPUConv2d,
-    adapter_hash,
-    collect_adapters,
+    TokenCode,
     draw_pairs,
     draw_prompts,
     encode_prompts,
     generate_adapter,
-    load_checkpoints,
     load_generator,
+    to_tokens,
     token_weights,
     train_generators,
-    training_tasks,
 )
-from lora import TokenCode, average_adapters, load_adapter, to_tokens
+from lora import adapter_hash, average_adapters, load_adapter
 from runtime import Run, load_tensors, read_json, save_tensors, seed_for, sha256, write_json
 from scoring import load_lm
 
@@ -52,8 +51,8 @@ def collected(tiny_args, tmp_path, tmp_path_factory) -> list[str]:
     if "collected" not in _READY:
         folder = tmp_path_factory.mktemp("collected") / "run"
         run = make_run(tiny_args, f"run={folder}")
-        collect_adapters(run.cfg, run)
-        encode_prompts(run.cfg, run)
+        collect_adapters(run)
+        encode_prompts(run)
         _READY["collected"] = folder
     shutil.copytree(_READY["collected"], tmp_path / "run")
     return tiny_args
@@ -61,7 +60,7 @@ def collected(tiny_args, tmp_path, tmp_path_factory) -> list[str]:
 
 def train(args: list[str], *more: str) -> Path:
     run = make_run(args, *more)
-    train_generators(run.cfg, run)
+    train_generators(run)
     return run.path
 
 
@@ -240,7 +239,7 @@ def test_damaged_checkpoint_is_named(collected, damage):
     else:
         file.unlink()
     with pytest.raises(UserError) as e:
-        train_generators(run.cfg, run)
+        train_generators(run)
     assert str(file) in str(e.value) and "stage=collect" in str(e.value) and "delete" in str(e.value)
 
 
@@ -253,12 +252,12 @@ def test_collect_names_the_step_of_a_non_finite_loss(tiny_args, monkeypatch):
         return real(lm, rows) * (float("nan") if len(calls) == 3 else 1)
     monkeypatch.setattr(generator, "lm_loss", poisoned)
     with pytest.raises(UserError, match=r"step 3 .*last finite") as e:
-        collect_adapters(run.cfg, run)
+        collect_adapters(run)
     saved = Path(re.search(r"\S+before_failure\.safetensors", str(e.value))[0])
     assert load_adapter(saved, load_lm(run).layout)
     assert not (saved.parent / "DONE.json").exists()
     monkeypatch.undo()
-    collect_adapters(run.cfg, run)
+    collect_adapters(run)
     assert not saved.exists() and (saved.parent / "DONE.json").exists()
 
 
@@ -295,7 +294,7 @@ def test_encode_prompts_runs_the_encoder_once(collected, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("encoded again")
     monkeypatch.setattr(generator, "encode_texts", never)
-    encode_prompts(run.cfg, run)
+    encode_prompts(run)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -327,7 +326,7 @@ def test_first_loss_by_hand(collected, kind):
         for task, index, checkpoint in draw_pairs(cfg, states, targets, 0):
             out = decoder(torch.from_numpy(states[task][index]).float()[None])
             losses.append((weight * (out - targets[task][checkpoint]) ** 2).mean())
-    train_generators(cfg, run)
+    train_generators(run)
     done = read_json(run.path / "generator/none/DONE.json")
     assert done["recon_mse"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
     assert done["parameters"] == sum(p.numel() for p in decoder.parameters())
@@ -371,7 +370,7 @@ def test_training_tasks_never_hold_the_left_out_one(tiny_args):
     cfg, _ = load_config(tiny_args)
     assert training_tasks(cfg, "beta") == ["alpha", "gamma"]
     assert training_tasks(cfg, "none") == ["alpha", "beta", "gamma"]
-    assert [generator.left_out_for(cfg, t) for t in ("beta", "delta")] == ["beta", "none"]
+    assert [data.left_out_for(cfg, t) for t in ("beta", "delta")] == ["beta", "none"]
 
 
 def test_same_seed_same_bytes(collected, tmp_path):
@@ -462,14 +461,14 @@ class Salted(str):
 
 def test_every_rank_is_dealt_generators_in_one_order(collected, monkeypatch):
     """Ranks take units by number from their own list, so it must not depend on how a process hashes text."""
-    names, lists, real = ("alpha", "beta", "gamma", "none"), [], generator.left_out_for
+    names, lists, real = ("alpha", "beta", "gamma", "none"), [], data.left_out_for
     monkeypatch.setattr(generator, "left_out_for", lambda cfg, t: Salted(real(cfg, t)))
     monkeypatch.setattr(Run, "deal", lambda self, units: lists.append([str(u) for u in units]) or [])
     for order in (names, names[::-1], ("gamma", "none", "alpha", "beta")):
         monkeypatch.setattr(Salted, "order", order)
         run = make_run(collected)
         with pytest.raises(UserError, match="DONE.json"):   # dealt to nobody, nothing is trained
-            train_generators(run.cfg, run)
+            train_generators(run)
     wanted = [u for u in lists if "none" in u]
     assert len(wanted) == 3 and sorted(wanted[0]) == sorted(names)
     assert wanted[0] == wanted[1] == wanted[2]
@@ -480,7 +479,7 @@ def test_every_rank_is_dealt_generators_in_one_order(collected, monkeypatch):
 def test_generated_adapter_carries_no_gradient(collected):
     """Generation ends the graph, even where gradients are on; the same batch gives the same adapter."""
     run = make_run(collected, "data.targets=[delta]")
-    train_generators(run.cfg, run)
+    train_generators(run)
     with torch.enable_grad():
         adapter, index = generate_adapter(run, "delta", 0)
     assert not any(v.requires_grad for v in adapter.values())
@@ -496,7 +495,7 @@ def test_generated_adapter_carries_no_gradient(collected):
 def test_zero_prediction_is_the_mean_adapter(collected):
     """With the element code a decoder that predicts zero yields the mean training checkpoint."""
     run = make_run(collected, "data.targets=[alpha]")
-    train_generators(run.cfg, run)
+    train_generators(run)
     for p in load_generator(run, "alpha").decoder[-1].out.parameters():
         p.zero_()
     adapter, _ = generate_adapter(run, "alpha", 0)
@@ -526,8 +525,8 @@ def test_compiled_training_or_a_message(tiny_args, tmp_path, monkeypatch, works)
     states = {}
     for name, more in (("plain", []), ("compiled", ["generator.compile=true"])):
         run = make_run(tiny_args, f"run={tmp_path / name}", "data.targets=[delta]", *more)
-        collect_adapters(run.cfg, run)
-        train_generators(run.cfg, run)
+        collect_adapters(run)
+        train_generators(run)
         states[name] = load_tensors(run.path / "generator/none/generator.safetensors")
         said = (run.path / "log.txt").read_text()
     assert all(torch.equal(v, states["compiled"][k]) for k, v in states["plain"].items())

@@ -12,25 +12,21 @@ from torch import Tensor
 
 from config import UserError
 from data import make_example
+from generator import TokenCode, frame_tokens, from_tokens, to_tokens, unframe_tokens
 from lora import (
     Layout,
     LoraLinear,
-    TokenCode,
     attach_lora,
     average_adapters,
     clear_adapters,
     find_layout,
-    frame_tokens,
-    from_tokens,
     init_adapter,
     load_adapter,
     position_code,
     rate,
     save_adapter,
     swap_adapter,
-    to_tokens,
     train_adapter,
-    unframe_tokens,
 )
 from scoring import gold_row, lm_loss, make_row
 

@@ -256,7 +256,7 @@ def test_predict_executes_what_is_no_adapter(copy, tmp_path, capsys, chosen):
     task = load_task(cfg, "delta")
     target = make_target(run, task)
     want = score_refined(target, execute(target, Strategy.from_dict(chosen)), list(task.test))
-    got = score_refined(*load_exported(out, cfg, run), list(task.test))
+    got = score_refined(*load_exported(out, run), list(task.test))
     for a, b in zip(want, got, strict=True):
         np.testing.assert_allclose(a.raw, b.raw, atol=1e-5)
     plain = score_examples(load_lm(run), load_adapter(out, load_lm(run).layout), list(task.test))

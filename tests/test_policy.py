@@ -12,16 +12,17 @@ import torch
 
 import policy
 from baselines import candidate_sft, train_baselines
+from collect import collect_adapters
 from config import UserError, load_config
 from data import load_tasks
-from generator import adapter_hash, collect_adapters, load_generator, train_generators
-from lora import init_adapter, swap_adapter
+from evaluate import evaluate_methods
+from generator import load_generator, train_generators
+from lora import adapter_hash, init_adapter, swap_adapter
 from policy import (
     FAMILIES_OF,
     Rewards,
     adapt_targets,
     choose,
-    evaluate_methods,
     evaluate_strategy,
     fold_indices,
     make_target,
@@ -64,8 +65,8 @@ def trained(tiny_args, tmp_path, tmp_path_factory) -> list[str]:
     if "trained" not in _READY:
         folder = tmp_path_factory.mktemp("trained") / "run"
         run = make_run(tiny_args, f"run={folder}")
-        collect_adapters(run.cfg, run)
-        train_generators(run.cfg, run)
+        collect_adapters(run)
+        train_generators(run)
         _READY["trained"] = folder
     shutil.copytree(_READY["trained"], tmp_path / "run")
     return tiny_args
@@ -297,7 +298,7 @@ def test_no_strategy_is_evaluated_twice_by_two_methods(run, monkeypatch):
         asked.append((target.name, str(s)))
         return real(target, s, *args, **kwargs)
     monkeypatch.setattr(policy, "evaluate_strategy", evaluate)
-    adapt_targets(run.cfg, run)
+    adapt_targets(run)
     assert asked and len(asked) == len(set(asked))
     for task in load_tasks(run):
         told = [read_jsonl(run.path / f"adapted/{m}/{task}/episodes.jsonl") for m in ("degaml", "degaml_plus")]
@@ -369,7 +370,7 @@ def test_each_improve_step_restarts_from_the_base(run, monkeypatch):
     monkeypatch.setattr(policy, "train_adapter", train)
     run.cfg.policy.iterations, run.cfg.policy.tie_reward = 3, True
     run.cfg.data.targets, run.cfg.evaluate.methods = ["delta"], ["degaml_plus"]
-    adapt_targets(run.cfg, run)
+    adapt_targets(run)
     assert used[0] is None and None not in used[1:] and len(used) == 3
     assert len(starts) == 2 and all(not v.any() for a in starts for k, v in a.items() if "lora_B" in k)
 
@@ -391,7 +392,7 @@ def test_meta_policy_never_touches_the_left_out_task(trained, monkeypatch):
         return real_score(lm, adapter, examples, **kwargs)
     monkeypatch.setattr(policy, "generate_adapter", generate)
     monkeypatch.setattr(policy, "score_examples", score)
-    policy._meta_train(run.cfg, run, "alpha", "degaml_plus")
+    policy._meta_train(run, "alpha", "degaml_plus")
     tasks = load_tasks(run)
     assert {n for n, _ in touched} == {"beta", "gamma"} and {left for _, left in touched} == {"alpha"}
     assert scored == {e.id for t in ("beta", "gamma") for e in tasks[t].support}
@@ -403,11 +404,11 @@ def test_meta_mode_end_to_end(trained):
     """One policy per left-out set and method; each target is then adapted with a single proposal round."""
     run = make_run(trained, "policy.mode=meta", "policy.iterations=1", "policy.tie_reward=true",
                    "data.targets=[alpha, delta]", "evaluate.methods=[base, degaml, degaml_plus]")
-    train_policies(run.cfg, run)
+    train_policies(run)
     made = {p.parent.parts[-2:] for p in run.path.glob("policy/*/*/DONE.json")}
     assert made == {(left, method) for left in ("alpha", "none") for method in ("degaml", "degaml_plus")}
-    adapt_targets(run.cfg, run)
-    evaluate_methods(run.cfg, run)
+    adapt_targets(run)
+    evaluate_methods(run)
     for task in ("alpha", "delta"):
         for method in ("degaml", "degaml_plus"):
             episodes = read_jsonl(run.path / f"adapted/{method}/{task}/episodes.jsonl")
@@ -419,7 +420,7 @@ def test_meta_mode_asks_for_its_policy(trained):
     """Adapting before stage=policy says what is missing."""
     run = make_run(trained, "policy.mode=meta", "data.targets=[delta]")
     with pytest.raises(UserError, match="policy/none/degaml.*stage"):
-        adapt_targets(run.cfg, run)
+        adapt_targets(run)
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -460,7 +461,7 @@ def test_test_labels_reach_evaluation_only(tiny_args, tiny_jsonl, tmp_path):
         assert all(a.gold != b.gold for a, b in zip(task.test, same.test, strict=True))
     for run in (clean, wrong):
         for stage in (collect_adapters, train_generators, adapt_targets, train_baselines, evaluate_methods):
-            stage(run.cfg, run)
+            stage(run)
     found = adapted_files(clean.path)
     assert len([k for k in found if k.endswith(".safetensors")]) == 3 * 4
     assert {v["strategy"]["family"] for k, v in found.items() if k.endswith("strategy.json")} > {"none"}
@@ -481,8 +482,8 @@ def test_ensembles_are_never_taken_for_one_another(run):
              for m in (1, 2, 3, 4)]
     for m, method in kinds:
         adapted_by_hand(run, "degaml", "delta", strategy("TTS", num_prompt_batches=m, method=method))
-        shared = policy._test_rows(cfg, run, lm, task, target, "degaml", memo)
-        assert shared == policy._test_rows(cfg, run, lm, task, target, "degaml", {}), (m, method)
+        shared = evaluate._test_rows(run, lm, task, target, "degaml", memo)
+        assert shared == evaluate._test_rows(run, lm, task, target, "degaml", {}), (m, method)
 
 
 def test_what_was_chosen_is_what_is_evaluated(run):
@@ -492,7 +493,7 @@ def test_what_was_chosen_is_what_is_evaluated(run):
     for s in (strategy("Latent", slot_steps=2, slot_lr=0.1),
               strategy("TTS", num_prompt_batches=2, method="max_confidence")):
         adapted_by_hand(run, "degaml", "delta", s)
-        rows = policy._test_rows(cfg, run, lm, task, target, "degaml", {})
+        rows = evaluate._test_rows(run, lm, task, target, "degaml", {})
         want = policy.score_refined(target, policy.execute(target, s), list(task.test))
         assert [r["raw"] for r in rows] == [[round(x, 4) for x in w.raw] for w in want]
         assert [r["pred_norm"] for r in rows] == [w.pick("norm") for w in want]
@@ -504,12 +505,12 @@ def test_generator_is_averaged_over_prompt_batches(run):
     """Correctness of method `generator` is the mean over its prompt batches."""
     cfg, lm, task = run.cfg, load_lm(run), load_tasks(run)["beta"]
     target, test = make_target(run, task), list(task.test)
-    rows = policy._test_rows(cfg, run, lm, task, target, "generator", {})
+    rows = evaluate._test_rows(run, lm, task, target, "generator", {})
     picks = [[s.pick("norm") for s in score_examples(lm, target.draw(b)[0], test)] for b in range(2)]
     for i, (row, e) in enumerate(zip(rows, test, strict=True)):
         assert row["correct_norm"] == sum(p[i] == e.gold for p in picks) / 2
     adapted_by_hand(run, "degaml", "beta", KEEP)
-    assert policy._test_rows(cfg, run, lm, task, target, "degaml", {}) == rows, "kept: scored as the generator is"
+    assert evaluate._test_rows(run, lm, task, target, "degaml", {}) == rows, "kept: scored as the generator is"
 
 
 # ---------------------------------------------------------------------------------------------- stale results
@@ -527,7 +528,7 @@ def test_redone_adaptation_uses_no_old_rewards(trained, tmp_path):
     """overwrite=true under another configuration measures every strategy again."""
     shutil.copytree(tmp_path / "run", tmp_path / "fresh")
     run = make_run(trained, *FEW)
-    adapt_targets(run.cfg, run)
+    adapt_targets(run)
     change = [*FEW, "generator.seed=2", "overwrite=true"]
     again, fresh = make_run(trained, *change), make_run(trained, *change, f"run={tmp_path / 'fresh'}")
     for r in (again, fresh):
@@ -542,7 +543,7 @@ def test_interrupted_adaptation_is_not_mixed_with_another_configuration(trained,
     run = make_run(trained, *FEW)
     monkeypatch.setattr(policy, "choose", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        adapt_targets(run.cfg, run)
+        adapt_targets(run)
     monkeypatch.undo()
     assert next(run.path.glob("adapted/rewards*/delta.jsonl"))
     change = [*FEW, "policy.folds=4", "strategies.ttl_threshold=0"]
@@ -571,7 +572,7 @@ def test_plain_twins_join_the_proposals():
 def test_no_meta_starts_plain_with_the_proposed_settings(run, monkeypatch):
     """Its candidates are degaml_plus' SFT proposals from a plain start: measured already, and the same training."""
     run.cfg.data.targets = ["delta"]
-    adapt_targets(run.cfg, run)
+    adapt_targets(run)
     told = read_jsonl(run.path / "adapted/degaml_plus/delta/episodes.jsonl")
     proposed = {json.dumps(e["strategy"] | {"init_scale": 0.0}, sort_keys=True) for e in told
                 if e["strategy"].get("family") == "SFT"}
@@ -580,7 +581,7 @@ def test_no_meta_starts_plain_with_the_proposed_settings(run, monkeypatch):
     assert all(json.loads(k)["init_scale"] == 0 for k in rows), "nothing of a generated adapter is shared"
     real = policy.evaluate_strategy
     monkeypatch.setattr(policy, "evaluate_strategy", None)
-    train_baselines(run.cfg, run)   # measures nothing again
+    train_baselines(run)   # measures nothing again
     assert {str(s) for s in candidate_sft(run, "delta", 0.0)} == proposed
     target, support, _ = ready(run)
     target.start = init_adapter(target.lm.layout, run.cfg.seed)
@@ -593,7 +594,7 @@ def test_no_meta_without_proposals_is_refused(trained):
     """With nothing proposed there is nothing to choose from: say so, do not store the base as a baseline."""
     with pytest.raises(UserError, match="degaml_plus"):
         run = make_run(trained, "evaluate.methods=[base, no_meta]", "data.targets=[delta]")
-        train_baselines(run.cfg, run)
+        train_baselines(run)
 
 
 def test_families_of_the_two_methods(run):

@@ -91,7 +91,7 @@ def test_full_disk_ends_with_a_message(tmp_path, tiny_args, monkeypatch, capsys)
 
 def test_other_system_errors_are_not_hidden(tmp_path, tiny_args, monkeypatch):
     """Only errors a user can mend are shortened; a programming error keeps its traceback."""
-    def wrong(cfg, run):
+    def wrong(run):
         raise FileNotFoundError(errno.ENOENT, "No such file", "x")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(degaml.STAGES, "collect", wrong)
