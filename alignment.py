@@ -32,7 +32,7 @@ from runtime import Run
 CHANNELS = (1, 32, 64, 128, 256, 512)
 POOLED = 32
 STRIDE = 4
-BLOCK = STRIDE ** (len(CHANNELS) - 1)   # weights that share one position after the encoder: 1,024
+BLOCK = STRIDE ** (len(CHANNELS) - 1)  # weights that share one position after the encoder: 1,024
 
 
 class FusionVAE(nn.Module):
@@ -55,12 +55,16 @@ class FusionVAE(nn.Module):
         self.log_var = nn.Linear(features + CHANNELS[-1], latent)
         self.expand = nn.Linear(latent + CHANNELS[-1], features)
         self.position = nn.Parameter(torch.zeros(CHANNELS[-1], self.blocks)) if pos_table else None
-        self.decoder = nn.ModuleList(nn.ConvTranspose1d(b, a, STRIDE, STRIDE) for a, b in reversed(pairs))
+        self.decoder = nn.ModuleList(
+            nn.ConvTranspose1d(b, a, STRIDE, STRIDE) for a, b in reversed(pairs)
+        )
         if residual:
             nn.init.zeros_(self.decoder[-1].weight)
             nn.init.zeros_(self.decoder[-1].bias)
 
-    def forward(self, x: Tensor, task: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, task: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (aligned, mean, log variance); `noise` (B, latent) draws the latent, None takes its mean."""
         y = F.pad(x, (0, self.blocks * BLOCK - self.size))[..., None]
         for conv in self.encoder:
@@ -77,25 +81,25 @@ class FusionVAE(nn.Module):
         y = y.transpose(1, 2)
         for conv in self.decoder:
             y = lengthen(F.leaky_relu(y), conv)
-        y = y[:, :self.size, 0]
+        y = y[:, : self.size, 0]
         return (x + y if self.residual else y), mean, log_var
 
 
 def shorten(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """The convolution on (B, L, C), channels last. Kernel and stride are equal, so it is one matrix product."""
-    weight = conv.weight.transpose(1, 2).flatten(1)                       # (C', 4 C)
+    weight = conv.weight.transpose(1, 2).flatten(1)  # (C', 4 C)
     return F.linear(x.reshape(len(x), -1, weight.shape[1]), weight, conv.bias)
 
 
 def lengthen(x: Tensor, conv: nn.ConvTranspose1d) -> Tensor:
     """The transposed convolution on (B, L, C), channels last: (B, 4 L, C')."""
-    weight = conv.weight.transpose(1, 2).flatten(1)                       # (C, 4 C')
+    weight = conv.weight.transpose(1, 2).flatten(1)  # (C, 4 C')
     return (x @ weight).view(len(x), -1, conv.out_channels) + conv.bias
 
 
 def kl_to_standard_normal(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(N(mean, exp(log_var)) || N(0, 1)): summed over the latent, averaged over the batch."""
-    return 0.5 * (mean ** 2 + log_var.exp() - 1 - log_var).sum(1).mean()
+    return 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(1).mean()
 
 
 @dataclass
@@ -123,6 +127,7 @@ class Aligner:
 
 # ----------------------------------------------------------------------------------------------------- task vectors
 
+
 @torch.no_grad()
 def task_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
     """(d,) what an adapter does to a task: mean over prompts of its change to the last prompt token's hidden state.
@@ -130,7 +135,9 @@ def task_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
     One definition for training and inference; docs/choices.md, 16.
     """
     lm = scoring.load_lm(run)
-    rows = [scoring.prompt_row(lm, t) for t in generator.task_texts(run, task)[:run.cfg.align.prompts]]
+    rows = [
+        scoring.prompt_row(lm, t) for t in generator.task_texts(run, task)[: run.cfg.align.prompts]
+    ]
     key = f"base states/{task}"
     if key not in run.cache:
         run.cache[key] = _last_states(lm, rows, None)
@@ -153,7 +160,7 @@ def _last_states(lm: scoring.LM, rows: list, adapter: Adapter | None) -> Tensor:
 
 def _cached_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
     """A checkpoint's task vector is the same for every left-out set: kept in align/vectors/."""
-    prompts = runtime.seed_for(*generator.task_texts(run, task)[:run.cfg.align.prompts])
+    prompts = runtime.seed_for(*generator.task_texts(run, task)[: run.cfg.align.prompts])
     path = run.path / f"align/vectors/{task}.{lora.adapter_hash(adapter)}.{prompts:x}.safetensors"
     if not path.exists():
         runtime.save_tensors(path, {"v": task_vector(run, task, adapter)})
@@ -161,6 +168,7 @@ def _cached_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------- training
+
 
 def train_aligners(run: Run) -> dict:
     """One Fusion VAE per left-out set that the targets need. Writes align/<left_out>/vae.safetensors."""
@@ -170,11 +178,15 @@ def train_aligners(run: Run) -> dict:
     for left_out in run.deal(wanted):
         if not run.finished(f"align/{left_out}", "align"):
             _train_one(run, left_out)
-    gains = [runtime.read_json(run.path / f"align/{left_out}/DONE.json")["r2"] for left_out in wanted]
+    gains = [
+        runtime.read_json(run.path / f"align/{left_out}/DONE.json")["r2"] for left_out in wanted
+    ]
     return {"align/r2": sum(gains) / len(gains)}
 
 
-def collect_pairs(run: Run, left_out: str) -> tuple[dict[str, list[tuple[Tensor, Tensor, Tensor]]], dict]:
+def collect_pairs(
+    run: Run, left_out: str
+) -> tuple[dict[str, list[tuple[Tensor, Tensor, Tensor]]], dict]:
     """Training material of every meta-training task, in raw weights.
 
     Returns: {task: [(input tokens, task vector, target tokens)]} by `align.pairs`, and {task: held-out checkpoint}.
@@ -196,8 +208,14 @@ def collect_pairs(run: Run, left_out: str) -> tuple[dict[str, list[tuple[Tensor,
                 made.append((generated, vector, goal if a.pairs == "gen2ckpt" else generated))
             if a.pairs in ("gen2ckpt", "ckpt2ckpt"):
                 made.append((goal, _cached_vector(run, task, goal), goal))
-        flat = {id(x): generator.to_tokens(x, lm.layout).reshape(-1) for start, _, goal in made for x in (start, goal)}
-        pairs[task] = [(flat[id(x)], v, flat[id(y)]) for x, v, y in made]   # a checkpoint serves many pairs
+        flat = {
+            id(x): generator.to_tokens(x, lm.layout).reshape(-1)
+            for start, _, goal in made
+            for x in (start, goal)
+        }
+        pairs[task] = [
+            (flat[id(x)], v, flat[id(y)]) for x, v, y in made
+        ]  # a checkpoint serves many pairs
     return pairs, held
 
 
@@ -207,13 +225,18 @@ def standardisation(layout: Layout, vectors: Tensor) -> tuple[Tensor, Tensor]:
     at = 0
     for _, _, d_in, d_out in layout.modules:
         for width in (d_in, d_out):
-            part = vectors[:, at:at + layout.rank * width]
-            mean[at:at + part.shape[1]], std[at:at + part.shape[1]] = part.mean(), part.std() + 1e-10
+            part = vectors[:, at : at + layout.rank * width]
+            mean[at : at + part.shape[1]], std[at : at + part.shape[1]] = (
+                part.mean(),
+                part.std() + 1e-10,
+            )
             at += part.shape[1]
     return mean, std
 
 
-def vae_loss(vae: FusionVAE, params: dict, batch, noise: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+def vae_loss(
+    vae: FusionVAE, params: dict, batch, noise: Tensor, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, reconstruction MSE, KL) of the VAE with the given parameters."""
     x, task, target = batch
     out, mean, log_var = (part.float() for part in functional_call(vae, params, (x, task, noise)))
@@ -226,11 +249,13 @@ def fomaml_gradient(vae: FusionVAE, support, query, noises, lr: float, steps: in
 
     Returns: gradients by parameter name, query MSE, query KL.
     """
+
     def gradient(params: dict, batch, noise) -> tuple[dict, Tensor, Tensor]:
         params = {k: v.requires_grad_() for k, v in params.items()}
         loss, mse, kl = vae_loss(vae, params, batch, noise, weight)
         grads = torch.autograd.grad(loss, list(params.values()))
         return dict(zip(params, grads, strict=True)), mse.detach(), kl.detach()
+
     params = {k: v.detach() for k, v in vae.named_parameters()}
     for _ in range(steps):
         grads, _, _ = gradient(params, support, noises[0])
@@ -250,40 +275,74 @@ def _train_one(run: Run, left_out: str) -> None:
     label = "align on all tasks" if left_out == "all" else f"align without {left_out}"
     for epoch in run.track(range(a.meta_epochs), label):
         rng = runtime.rng_for(cfg.seed, "align", data.seed_name(left_out), epoch)
-        noise = torch.Generator().manual_seed(runtime.seed_for(cfg.seed, "align noise", data.seed_name(left_out), epoch))
+        noise = torch.Generator().manual_seed(
+            runtime.seed_for(cfg.seed, "align noise", data.seed_name(left_out), epoch)
+        )
         weight = a.kl_weight * epoch / max(1, a.meta_epochs - 1)
         task = str(rng.choice(list(pairs)))
         order = rng.permutation(len(pairs[task]))
         half = max(1, min(a.batch_size, len(order) // 2))
-        support, query = (_batch(run, aligner, pairs[task], index) for index in (order[:half], order[-half:]))
+        support, query = (
+            _batch(run, aligner, pairs[task], index) for index in (order[:half], order[-half:])
+        )
         noises = [torch.randn(half, a.latent, generator=noise).to(run.device) for _ in range(2)]
         with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
-            grads, mse, kl = fomaml_gradient(vae, support, query, noises, a.inner_lr, a.inner_steps, weight)
+            grads, mse, kl = fomaml_gradient(
+                vae, support, query, noises, a.inner_lr, a.inner_steps, weight
+            )
         if not (math.isfinite(mse) and math.isfinite(kl)):
-            raise UserError(f"{label}: the loss is not finite at meta-epoch {epoch + 1}; lower align.meta_lr")
+            raise UserError(
+                f"{label}: the loss is not finite at meta-epoch {epoch + 1}; lower align.meta_lr"
+            )
         for name, p in vae.named_parameters():
             p.grad = grads[name]
         opt.step()
         if epoch % 10 == 9 or epoch + 1 == a.meta_epochs:
-            run.metric(stage="align", unit=left_out, step=epoch + 1, loss=round(mse, 5), kl=round(kl, 4), lr=a.meta_lr)
+            run.metric(
+                stage="align",
+                unit=left_out,
+                step=epoch + 1,
+                loss=round(mse, 5),
+                kl=round(kl, 4),
+                lr=a.meta_lr,
+            )
     folder = run.path / f"align/{left_out}"
-    runtime.save_tensors(folder / "vae.safetensors", {f"vae.{k}": v.detach().cpu() for k, v in vae.state_dict().items()}
-                 | {k: getattr(aligner, k) for k in ("mean", "std", "task_mean", "task_std")})
+    runtime.save_tensors(
+        folder / "vae.safetensors",
+        {f"vae.{k}": v.detach().cpu() for k, v in vae.state_dict().items()}
+        | {k: getattr(aligner, k) for k in ("mean", "std", "task_mean", "task_std")},
+    )
     facts = held_out_fit(run, aligner, left_out, held, pairs)
-    run.finish(f"align/{left_out}", "align", started, **facts, kl=kl, steps=a.meta_epochs,
-               parameters=sum(p.numel() for p in vae.parameters()))
-    run.log(f"{label}: R2 on held-out checkpoints {facts['r2']:.3f}, from generated adapters "
-            f"{facts['r2_generated']:.3f} (unaligned {facts['r2_before']:.3f}) in "
-            f"{time.monotonic() - started:.0f} s", True)
+    run.finish(
+        f"align/{left_out}",
+        "align",
+        started,
+        **facts,
+        kl=kl,
+        steps=a.meta_epochs,
+        parameters=sum(p.numel() for p in vae.parameters()),
+    )
+    run.log(
+        f"{label}: R2 on held-out checkpoints {facts['r2']:.3f}, from generated adapters "
+        f"{facts['r2_generated']:.3f} (unaligned {facts['r2_before']:.3f}) in "
+        f"{time.monotonic() - started:.0f} s",
+        True,
+    )
 
 
 def _batch(run: Run, aligner: Aligner, pairs: list, index: np.ndarray) -> tuple[Tensor, ...]:
     """(inputs, task vectors, targets) of some pairs, standardised; empty where there are none."""
     if not len(index):
         return ()
-    scales = (aligner.mean, aligner.std), (aligner.task_mean, aligner.task_std), (aligner.mean, aligner.std)
-    return tuple(((torch.stack([pairs[i][k] for i in index]) - mean) / std).to(run.device)
-                 for k, (mean, std) in enumerate(scales))
+    scales = (
+        (aligner.mean, aligner.std),
+        (aligner.task_mean, aligner.task_std),
+        (aligner.mean, aligner.std),
+    )
+    return tuple(
+        ((torch.stack([pairs[i][k] for i in index]) - mean) / std).to(run.device)
+        for k, (mean, std) in enumerate(scales)
+    )
 
 
 def _new_aligner(cfg, layout: Layout, pairs: dict) -> Aligner:
@@ -297,7 +356,9 @@ def _new_aligner(cfg, layout: Layout, pairs: dict) -> Aligner:
 
 
 @torch.no_grad()
-def held_out_fit(run: Run, aligner: Aligner, left_out: str, held: dict[str, Adapter], pairs: dict) -> dict[str, float]:
+def held_out_fit(
+    run: Run, aligner: Aligner, left_out: str, held: dict[str, Adapter], pairs: dict
+) -> dict[str, float]:
     """R² on each task's held-out checkpoint against the mean predictor (0 = the mean of the training targets).
 
     r2: from the checkpoint itself. r2_generated: from the first generated adapter. r2_before: that adapter unaligned.
@@ -311,13 +372,16 @@ def held_out_fit(run: Run, aligner: Aligner, left_out: str, held: dict[str, Adap
         generated, _ = generator.generate_adapter(run, task, 0, left_out=left_out)
         before = generator.to_tokens(generated, aligner.layout).reshape(-1)
         for key, source in (("r2", adapter), ("r2_generated", generated)):
-            out = generator.to_tokens(align_adapter(run, aligner, task, source), aligner.layout).reshape(-1)
+            out = generator.to_tokens(
+                align_adapter(run, aligner, task, source), aligner.layout
+            ).reshape(-1)
             errors[key] += float(((out - goal) ** 2).sum())
         errors["r2_before"] += float(((before - goal) ** 2).sum())
     return {k: 1 - v / total for k, v in errors.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- alignment
+
 
 def load_aligner(run: Run, left_out: str) -> Aligner:
     """The trained VAE of a left-out set, kept for the process. Raises: UserError."""
@@ -329,8 +393,11 @@ def load_aligner(run: Run, left_out: str) -> Aligner:
         state = runtime.load_tensors(run.path / key / "vae.safetensors")
         vae = FusionVAE(lm.layout.size, len(state["task_mean"]), a.latent, a.pos_table, a.residual)
         vae.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("vae.")})
-        run.cache[key] = Aligner(vae.to(run.device).eval().requires_grad_(False), lm.layout,
-                                 *(state[k] for k in ("mean", "std", "task_mean", "task_std")))
+        run.cache[key] = Aligner(
+            vae.to(run.device).eval().requires_grad_(False),
+            lm.layout,
+            *(state[k] for k in ("mean", "std", "task_mean", "task_std")),
+        )
     return run.cache[key]
 
 
@@ -339,7 +406,7 @@ def align_adapter(run: Run, aligner: Aligner, task: str, adapter: Adapter) -> Ad
     """Move an adapter of a task through the VAE; the latent is its mean, so the result is a function of the input."""
     vector = (task_vector(run, task, adapter) - aligner.task_mean) / aligner.task_std
     with torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
-        out, _, _ = aligner.vae(aligner.encode(adapter)[None].to(run.device), vector[None].to(run.device))
+        out, _, _ = aligner.vae(
+            aligner.encode(adapter)[None].to(run.device), vector[None].to(run.device)
+        )
     return aligner.decode(out[0].float().cpu())
-
-

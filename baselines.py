@@ -38,7 +38,7 @@ from runtime import Run
 from strategies import Strategy, Target
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-WEIGHT_DECAY = 0.01   # of MAML-en-LLM's shared update (TEMPO, App. H)
+WEIGHT_DECAY = 0.01  # of MAML-en-LLM's shared update (TEMPO, App. H)
 
 
 def train_baselines(run: Run) -> dict:
@@ -48,14 +48,22 @@ def train_baselines(run: Run) -> dict:
     """
     cfg = run.cfg
     tasks = data.load_tasks(run)
-    wanted = sorted((tasks[t] for t in cfg.data.targets or tasks), key=lambda t: -sum(len(e.prompt) for e in t.support))
-    meta = [m for m in methods.META_TRAINED if m in cfg.evaluate.methods
-            or (m == "maml" and "maml_matched" in cfg.evaluate.methods)]
+    wanted = sorted(
+        (tasks[t] for t in cfg.data.targets or tasks),
+        key=lambda t: -sum(len(e.prompt) for e in t.support),
+    )
+    meta = [
+        m
+        for m in methods.META_TRAINED
+        if m in cfg.evaluate.methods or (m == "maml" and "maml_matched" in cfg.evaluate.methods)
+    ]
     left = sorted({data.left_out_for(cfg, t.name) for t in wanted})
     for method, left_out in run.deal([(m, out) for m in meta for out in left]):
         if not run.finished(f"baselines/{method}/{left_out}", "baselines"):
             _meta_train(run, method, left_out)
-    fine_tuned = [m for m in ("no_meta", *methods.META_TRAINED, "maml_matched") if m in cfg.evaluate.methods]
+    fine_tuned = [
+        m for m in ("no_meta", *methods.META_TRAINED, "maml_matched") if m in cfg.evaluate.methods
+    ]
     adapt = {"abmll": _adapt_posterior, "maml_matched": _adapt_matched}
     for method, task in run.deal([(m, t) for t in wanted for m in fine_tuned]):
         if not run.finished(f"adapted/{method}/{task.name}", "adapt", method):
@@ -65,12 +73,17 @@ def train_baselines(run: Run) -> dict:
 
 # ------------------------------------------------------------------------------------------------------- meta-training
 
+
 class Draws:
     """Batches of packed rows from the meta-training tasks, seeded; `tokens` counts what was drawn, for the budget."""
 
     def __init__(self, run: Run, left_out: str, *key):
         cfg = run.cfg
-        self.lm, self.rng, self.tokens = scoring.load_lm(run), runtime.rng_for(cfg.seed, *key, data.seed_name(left_out)), 0
+        self.lm, self.rng, self.tokens = (
+            scoring.load_lm(run),
+            runtime.rng_for(cfg.seed, *key, data.seed_name(left_out)),
+            0,
+        )
         self.tasks = {n: data.load_tasks(run)[n].train for n in data.training_tasks(cfg, left_out)}
 
     def task(self) -> str:
@@ -79,7 +92,10 @@ class Draws:
     def rows(self, task: str, size: int) -> list:
         """`size` distinct examples of a task."""
         train = self.tasks[task]
-        rows = [scoring.make_row(self.lm, train[i]) for i in self.rng.choice(len(train), min(size, len(train)), replace=False)]
+        rows = [
+            scoring.make_row(self.lm, train[i])
+            for i in self.rng.choice(len(train), min(size, len(train)), replace=False)
+        ]
         self.tokens += sum(r.length for r in rows)
         return rows
 
@@ -87,7 +103,11 @@ class Draws:
 def _meta_train(run: Run, method: str, left_out: str) -> None:
     """Train one start, keep its loss curve and its budget. A diverged training is kept, and called so."""
     cfg = run.cfg
-    started, lm, folder = time.monotonic(), scoring.load_lm(run), run.path / f"baselines/{method}/{left_out}"
+    started, lm, folder = (
+        time.monotonic(),
+        scoring.load_lm(run),
+        run.path / f"baselines/{method}/{left_out}",
+    )
     draws, losses, extra = Draws(run, left_out, method), [], {}
     passes, failed = lm.backwards, None
     train = {"union": _train_union, "maml": _train_maml, "abmll": _train_abmll}[method]
@@ -98,14 +118,26 @@ def _meta_train(run: Run, method: str, left_out: str) -> None:
         extra = rest[0] if rest else {}
     lora.save_adapter(folder, start, lm.layout, cfg.model.name, cfg.model.revision)
     if extra:
-        runtime.save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in extra.items()})
+        runtime.save_tensors(
+            folder / "spread.safetensors", {k: v.contiguous() for k, v in extra.items()}
+        )
     runtime.write_json(folder / "losses.json", [round(x, 5) for x in losses])
-    run.finish(f"baselines/{method}/{left_out}", "baselines", started, steps=len(losses),
-               tokens=draws.tokens, backwards=lm.backwards - passes, labels=sum(map(len, draws.tasks.values())),
-               diverged_at=failed)
+    run.finish(
+        f"baselines/{method}/{left_out}",
+        "baselines",
+        started,
+        steps=len(losses),
+        tokens=draws.tokens,
+        backwards=lm.backwards - passes,
+        labels=sum(map(len, draws.tasks.values())),
+        diverged_at=failed,
+    )
     ends = f"loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}" if losses else "no step"
-    run.log(f"{method} without {left_out}: {ends if failed is None else f'diverged at step {failed + 1}'} in "
-            f"{time.monotonic() - started:.0f} s", True)
+    run.log(
+        f"{method} without {left_out}: {ends if failed is None else f'diverged at step {failed + 1}'} in "
+        f"{time.monotonic() - started:.0f} s",
+        True,
+    )
 
 
 def _train_union(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
@@ -124,12 +156,19 @@ def _train_union(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, 
             return lora.rate(s, first, c.pretrain_lr, c.warmup_steps, "constant")
         return lora.rate(s - first, second, c.finetune_lr, 0, "constant")
 
-    return lora.train_adapter(lm.model, lm.layout, lora.init_adapter(lm.layout, cfg.seed), batches(),
-                              lambda rows: scoring.loss_in_parts(lm, rows, scoring.lm_loss), lr=lr,
-                              on_step=lambda s, loss, _: losses.append(loss)), {}
+    return lora.train_adapter(
+        lm.model,
+        lm.layout,
+        lora.init_adapter(lm.layout, cfg.seed),
+        batches(),
+        lambda rows: scoring.loss_in_parts(lm, rows, scoring.lm_loss),
+        lr=lr,
+        on_step=lambda s, loss, _: losses.append(loss),
+    ), {}
 
 
 # ---------------------------------------------------------------------------------------------------------------- MAML
+
 
 @dataclass
 class Moments:
@@ -147,14 +186,19 @@ def shared_update(theta: Tensor, grad: Tensor, state: Moments, lr: float, decay:
     second-order step runs through the present gradient alone.
     """
     state.t += 1
-    m, v = BETAS[0] * state.m + (1 - BETAS[0]) * grad, BETAS[1] * state.v + (1 - BETAS[1]) * grad * grad
+    m, v = (
+        BETAS[0] * state.m + (1 - BETAS[0]) * grad,
+        BETAS[1] * state.v + (1 - BETAS[1]) * grad * grad,
+    )
     state.m, state.v = m.detach(), v.detach()
     m, v = m / (1 - BETAS[0] ** state.t), v / (1 - BETAS[1] ** state.t)
     # A's gradient is exactly zero while B is: the clamp keeps the root's infinite slope there out of the graph
     return theta - lr * (m / (v.clamp_min(1e-30).sqrt() + EPS) + decay * theta)
 
 
-def meta_gradient(theta: Tensor, state: Moments, episodes: list, lr: float, decay: float, order: int) -> tuple[Tensor, float]:
+def meta_gradient(
+    theta: Tensor, state: Moments, episodes: list, lr: float, decay: float, order: int
+) -> tuple[Tensor, float]:
     """Gradient with respect to theta of the mean query loss after the inner steps, and that loss.
 
     Args:
@@ -165,7 +209,7 @@ def meta_gradient(theta: Tensor, state: Moments, episodes: list, lr: float, deca
     for inner, query in episodes:
         start = fast = theta.detach().requires_grad_()
         for loss_fn in inner:
-            grad, = torch.autograd.grad(loss_fn(fast), fast, create_graph=order == 2)
+            (grad,) = torch.autograd.grad(loss_fn(fast), fast, create_graph=order == 2)
             fast = shared_update(fast, grad, state, lr, decay)
             if order == 1:
                 fast = fast.detach().requires_grad_()
@@ -180,10 +224,12 @@ def vector_loss(lm: scoring.LM, rows: list, loss_fn=scoring.lm_loss):
 
     Double backward needs plain attention: fused kernels have none.
     """
+
     def loss(vector: Tensor) -> Tensor:
         lora.swap_adapter(lm.model, lm.layout, lora.unflatten_adapter(vector, lm.layout))
         with sdpa_kernel(SDPBackend.MATH):
             return loss_fn(lm, rows)
+
     return loss
 
 
@@ -195,18 +241,24 @@ def _train_maml(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, d
     """MAML-en-LLM: n tasks per step, k inner steps each, query batches that share no row with the inner ones."""
     cfg = run.cfg
     b, lm = cfg.baselines.maml, scoring.load_lm(run)
-    theta = lora.flatten_adapter(lora.init_adapter(lm.layout, cfg.seed), lm.layout).to(lm.model.device)
+    theta = lora.flatten_adapter(lora.init_adapter(lm.layout, cfg.seed), lm.layout).to(
+        lm.model.device
+    )
     state = Moments(torch.zeros_like(theta), torch.zeros_like(theta))
     try:
         for step in run.track(range(b.meta_steps), "maml"):
             episodes = []
             for _ in range(b.tasks_per_step):
                 rows = draws.rows(draws.task(), b.batch_size * (b.inner_steps + 1))
-                parts = [vector_loss(lm, rows[i::b.inner_steps + 1]) for i in range(b.inner_steps + 1)]
+                parts = [
+                    vector_loss(lm, rows[i :: b.inner_steps + 1]) for i in range(b.inner_steps + 1)
+                ]
                 episodes.append((parts[:-1], parts[-1]))
             grad, loss = meta_gradient(theta, state, episodes, b.inner_lr, WEIGHT_DECAY, b.order)
             if not (math.isfinite(loss) and torch.isfinite(grad).all()):
-                raise FloatingPointError(step, losses[-1:], lora.unflatten_adapter(theta.cpu(), lm.layout))
+                raise FloatingPointError(
+                    step, losses[-1:], lora.unflatten_adapter(theta.cpu(), lm.layout)
+                )
             theta = shared_update(theta, _clip(grad, lora.CLIP), state, b.outer_lr, WEIGHT_DECAY)
             losses.append(loss)
     finally:
@@ -216,6 +268,7 @@ def _train_maml(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, d
 
 # --------------------------------------------------------------------------------------------------------------- ABMLL
 
+
 def gaussian_kl(mean: Tensor, log_sd: Tensor, mean0: Tensor, log_sd0: Tensor) -> Tensor:
     """KL(N(mean, sd²) || N(mean0, sd0²)) of diagonal Gaussians, summed."""
     spread = (torch.exp(2 * log_sd) + (mean - mean0) ** 2) / (2 * torch.exp(2 * log_sd0))
@@ -224,29 +277,36 @@ def gaussian_kl(mean: Tensor, log_sd: Tensor, mean0: Tensor, log_sd0: Tensor) ->
 
 def negative_log_prior(mean: Tensor, log_sd: Tensor) -> Tensor:
     """-log p(theta) without constants: mean ~ N(0, 1), precision exp(-2 log_sd) ~ Gamma(1, 0.01) (ABML's release)."""
-    return 0.5 * (mean ** 2).sum() + 0.01 * torch.exp(-2 * log_sd).sum()
+    return 0.5 * (mean**2).sum() + 0.01 * torch.exp(-2 * log_sd).sum()
 
 
-def infer_posterior(lm: scoring.LM, prior: Tensor, batches: list, b, rng: torch.Generator) -> Tensor:
+def infer_posterior(
+    lm: scoring.LM, prior: Tensor, batches: list, b, rng: torch.Generator
+) -> Tensor:
     """A task's (2, D) posterior: one gradient step per batch on E[NLL] + beta KL, from the prior (as ABML starts)."""
     phi = prior.detach()
     for rows in batches:
         phi = phi.detach().requires_grad_()
         loss = expected_nll(lm, phi, rows, b, rng) + b.beta * posterior_kl(lm, phi, prior, b)
-        grad, = torch.autograd.grad(loss, phi)
+        (grad,) = torch.autograd.grad(loss, phi)
         phi = phi - b.inner_lr * _clip(grad, lora.CLIP)
     return phi.detach()
 
 
 def posterior_kl(lm: scoring.LM, phi: Tensor, prior: Tensor, b) -> Tensor:
     """KL between two (2, D) posteriors, over the entries their space is about."""
-    pairs = zip(*(posterior_moments(x, lm.layout, b.space, b.init_log_sd) for x in (phi, prior)), strict=True)
+    pairs = zip(
+        *(posterior_moments(x, lm.layout, b.space, b.init_log_sd) for x in (phi, prior)),
+        strict=True,
+    )
     return sum(gaussian_kl(*q, *p) for q, p in pairs)
 
 
 def expected_nll(lm: scoring.LM, phi: Tensor, rows: list, b, rng: torch.Generator) -> Tensor:
     """The loss at one draw from phi: a Monte-Carlo estimate of its mean."""
-    lora.swap_adapter(lm.model, lm.layout, draw_adapter(phi, lm.layout, b.space, b.init_log_sd, rng))
+    lora.swap_adapter(
+        lm.model, lm.layout, draw_adapter(phi, lm.layout, b.space, b.init_log_sd, rng)
+    )
     return scoring.lm_loss(lm, rows)
 
 
@@ -258,7 +318,9 @@ def initial_posterior(lm: scoring.LM, b, seed: int) -> Tensor:
     spread = lora.init_adapter(lm.layout, runtime.seed_for(seed, "spread"))
     rng = torch.Generator().manual_seed(runtime.seed_for(seed, "spread B"))
     for a, _, key, _ in lm.layout.keys():
-        size = math.exp(b.init_log_sd) / (lm.layout.scale * float(spread[a].std()) * math.sqrt(lm.layout.rank))
+        size = math.exp(b.init_log_sd) / (
+            lm.layout.scale * float(spread[a].std()) * math.sqrt(lm.layout.rank)
+        )
         spread[key] = size * torch.randn(spread[key].shape, generator=rng)
     return torch.stack([mean, lora.flatten_adapter(spread, lm.layout)])
 
@@ -278,12 +340,13 @@ def _train_abmll(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, 
     def split() -> tuple[Adapter, Adapter]:
         mean, spread = (lora.unflatten_adapter(row, lm.layout) for row in theta.detach().cpu())
         return mean, spread
+
     try:
         for step in run.track(range(b.meta_steps), "abmll"):
             total, value = torch.zeros_like(theta), theta.new_zeros(())
             for _ in range(b.tasks_per_step):
                 rows = draws.rows(draws.task(), b.batch_size * (b.inner_steps + 1))
-                parts = [rows[i::b.inner_steps + 1] for i in range(b.inner_steps + 1)]
+                parts = [rows[i :: b.inner_steps + 1] for i in range(b.inner_steps + 1)]
                 prior = theta.detach().clone().requires_grad_()
                 phi = infer_posterior(lm, prior.detach(), parts[:-1], b, rng).requires_grad_()
                 nll = expected_nll(lm, phi, parts[-1], b, rng)
@@ -313,18 +376,25 @@ def _adapt_posterior(run: Run, method: str, task) -> None:
     rng = torch.Generator(run.device).manual_seed(runtime.seed_for(cfg.seed, "abmll", task.name))
     rows = [scoring.make_row(lm, e) for e in task.support]
     try:
-        mean, spread = (lora.unflatten_adapter(v.cpu(), lm.layout)
-                        for v in infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng))
+        mean, spread = (
+            lora.unflatten_adapter(v.cpu(), lm.layout)
+            for v in infer_posterior(lm, prior, [rows] * b.inner_steps, b, rng)
+        )
     finally:
         lora.clear_adapters(lm.model)
     lora.save_adapter(folder, mean, lm.layout, cfg.model.name, cfg.model.revision)
-    runtime.save_tensors(folder / "spread.safetensors", {k: v.contiguous() for k, v in spread.items()})
-    runtime.write_json(folder / "strategy.json", {"n_support": len(rows), "inner_steps": b.inner_steps})
+    runtime.save_tensors(
+        folder / "spread.safetensors", {k: v.contiguous() for k, v in spread.items()}
+    )
+    runtime.write_json(
+        folder / "strategy.json", {"n_support": len(rows), "inner_steps": b.inner_steps}
+    )
     run.finish(f"adapted/abmll/{task.name}", "adapt", started, method)
     run.log(f"abmll {task.name}: {b.inner_steps} steps in {time.monotonic() - started:.0f} s", True)
 
 
 # ------------------------------------------------------------------------------------------------------------- targets
+
 
 def candidate_sft(run: Run, task: str, share: float = 1.0) -> list[Strategy]:
     """The SFT settings a baseline may use on a task, longest first: those of `baselines.sft`, else what the policy
@@ -336,10 +406,15 @@ def candidate_sft(run: Run, task: str, share: float = 1.0) -> list[Strategy]:
     if not settings:
         source = f"adapted/degaml_plus/{task}"
         if not run.finished(source, "adapt", "degaml_plus", redo=False):
-            raise UserError(f"{run.path / source}: not adapted yet, and the SFT settings of the baselines are those "
-                            "proposed there; run stage=adapt first, or give baselines.sft")
-        settings = [e["strategy"] for e in runtime.read_jsonl(run.path / source / "episodes.jsonl")
-                    if e["valid"] and e["strategy"]["family"] == "SFT"]
+            raise UserError(
+                f"{run.path / source}: not adapted yet, and the SFT settings of the baselines are those "
+                "proposed there; run stage=adapt first, or give baselines.sft"
+            )
+        settings = [
+            e["strategy"]
+            for e in runtime.read_jsonl(run.path / source / "episodes.jsonl")
+            if e["valid"] and e["strategy"]["family"] == "SFT"
+        ]
     found = [Strategy.from_dict(s | {"init_scale": share}) for s in settings]
     return sorted({str(s): s for s in found}.values(), key=lambda s: -s["sft_steps"])
 
@@ -351,27 +426,46 @@ def _adapt_start(run: Run, method: str, task) -> None:
     if method == "no_meta":
         start, name, share = lora.init_adapter(lm.layout, cfg.seed), f"{task.name}.no_meta", 0.0
     else:
-        start, share = lora.load_adapter(run.path / f"baselines/{method}/{data.left_out_for(cfg, task.name)}", lm.layout), 1.0
-        name = f"{task.name}.{method}-{lora.adapter_hash(start)[:8]}"   # rewards know nothing of cfg.baselines
-    target = Target(task.name, lm, start, None, [], None, None, cfg.strategies, cfg.seed)   # SFT needs no generator
+        start, share = (
+            lora.load_adapter(
+                run.path / f"baselines/{method}/{data.left_out_for(cfg, task.name)}", lm.layout
+            ),
+            1.0,
+        )
+        name = f"{task.name}.{method}-{lora.adapter_hash(start)[:8]}"  # rewards know nothing of cfg.baselines
+    target = Target(
+        task.name, lm, start, None, [], None, None, cfg.strategies, cfg.seed
+    )  # SFT needs no generator
     candidates = candidate_sft(run, task.name, share)
-    if len(cfg.baselines.sft) == 1:   # nothing to choose: fine-tune as told
+    if len(cfg.baselines.sft) == 1:  # nothing to choose: fine-tune as told
         strategy, result = candidates[0], {"wins": None, "losses": None, "gold_logp_gain": None}
     else:
         reference = scoring.score_examples(lm, target.start, support)
         rewards = Rewards(run, name, target, support, reference)
         steps = sorted({s["sft_steps"] for s in candidates})
-        results = {str(s): rewards.of(s, steps) for s in run.track(candidates, f"{method} {task.name}")}
+        results = {
+            str(s): rewards.of(s, steps) for s in run.track(candidates, f"{method} {task.name}")
+        }
         strategy, result = policy.choose(results, cfg.policy)
     folder = run.path / f"adapted/{method}/{task.name}"
     adapter = strategies.execute_finite(target, strategy, support).adapters[0]
     lora.save_adapter(folder, adapter, lm.layout, cfg.model.name, cfg.model.revision)
-    runtime.write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "wins": result["wins"],
-                                          "losses": result["losses"], "n_support": len(support),
-                                          "gold_logp_gain": result["gold_logp_gain"]})
+    runtime.write_json(
+        folder / "strategy.json",
+        {
+            "strategy": strategy.as_dict(),
+            "wins": result["wins"],
+            "losses": result["losses"],
+            "n_support": len(support),
+            "gold_logp_gain": result["gold_logp_gain"],
+        },
+    )
     run.finish(f"adapted/{method}/{task.name}", "adapt", started, method)
-    run.log(f"{method} {task.name}: {strategy} (+{result['wins']} -{result['losses']} of {len(support)}) in "
-            f"{time.monotonic() - started:.0f} s", True)
+    run.log(
+        f"{method} {task.name}: {strategy} (+{result['wins']} -{result['losses']} of {len(support)}) in "
+        f"{time.monotonic() - started:.0f} s",
+        True,
+    )
 
 
 def _adapt_matched(run: Run, method: str, task) -> None:
@@ -385,10 +479,14 @@ def _adapt_matched(run: Run, method: str, task) -> None:
     started, lm, support = time.monotonic(), scoring.load_lm(run), list(task.support)
     target = policy.make_target(run, task)
     goal = _distance(target.start, collect.mean_adapter(run, lm, task.name), lm)
-    target.start = lora.load_adapter(run.path / f"baselines/maml/{data.left_out_for(cfg, task.name)}", lm.layout)
+    target.start = lora.load_adapter(
+        run.path / f"baselines/maml/{data.left_out_for(cfg, task.name)}", lm.layout
+    )
     strategy = next(iter(candidate_sft(run, task.name)), None)
     if strategy is None:
-        raise UserError(f"maml_matched {task.name}: the policy proposed no SFT setting; give one in baselines.sft")
+        raise UserError(
+            f"maml_matched {task.name}: the policy proposed no SFT setting; give one in baselines.sft"
+        )
     rate_ = strategy["learning_rate"]
     for _ in range(5):
         strategy = strategy.but(learning_rate=rate_)
@@ -400,21 +498,28 @@ def _adapt_matched(run: Run, method: str, task) -> None:
     folder = run.path / f"adapted/{method}/{task.name}"
     lora.save_adapter(folder, adapter, lm.layout, cfg.model.name, cfg.model.revision)
     facts = {"update_norm": moved, "matched_to": goal}
-    runtime.write_json(folder / "strategy.json", {"strategy": strategy.as_dict(), "n_support": len(support), **facts})
+    runtime.write_json(
+        folder / "strategy.json",
+        {"strategy": strategy.as_dict(), "n_support": len(support), **facts},
+    )
     run.finish(f"adapted/{method}/{task.name}", "adapt", started, method)
-    run.log(f"{method} {task.name}: moved {moved:.3g}, generated adapter {goal:.3g} from the mean, in "
-            f"{time.monotonic() - started:.0f} s", True)
+    run.log(
+        f"{method} {task.name}: moved {moved:.3g}, generated adapter {goal:.3g} from the mean, in "
+        f"{time.monotonic() - started:.0f} s",
+        True,
+    )
 
 
 def _distance(a: Adapter, b: Adapter, lm: scoring.LM) -> float:
     return float((lora.flatten_adapter(a, lm.layout) - lora.flatten_adapter(b, lm.layout)).norm())
 
 
-
-
 # ------------------------------------------------------------------------------------------------ Gaussians of adapters
 
-def posterior_moments(posterior: Tensor, layout: Layout, space: str, log_floor: float) -> list[tuple[Tensor, Tensor]]:
+
+def posterior_moments(
+    posterior: Tensor, layout: Layout, space: str, log_floor: float
+) -> list[tuple[Tensor, Tensor]]:
     """(mean, log sd) of what a (2, D) posterior is a diagonal Gaussian over.
 
     factor: one pair of (D,), the entries of A and B; row 1 is their log sd. product: a pair of (d_out, d_in) per
@@ -424,25 +529,41 @@ def posterior_moments(posterior: Tensor, layout: Layout, space: str, log_floor: 
     if space == "factor":
         return [(posterior[0], posterior[1])]
     mean, spread = (lora.unflatten_adapter(row, layout) for row in posterior)
-    return [(layout.scale * mean[b] @ mean[a],
-             ((layout.scale * spread[b] @ spread[a]).abs() + math.exp(log_floor)).log())
-            for a, _, b, _ in layout.keys()]
+    return [
+        (
+            layout.scale * mean[b] @ mean[a],
+            ((layout.scale * spread[b] @ spread[a]).abs() + math.exp(log_floor)).log(),
+        )
+        for a, _, b, _ in layout.keys()
+    ]
 
 
-def draw_adapter(posterior: Tensor, layout: Layout, space: str, log_floor: float, rng: torch.Generator) -> Adapter:
+def draw_adapter(
+    posterior: Tensor, layout: Layout, space: str, log_floor: float, rng: torch.Generator
+) -> Adapter:
     """One reparameterised draw, through which gradients flow to the posterior. In product space it is of full rank."""
+
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=rng, device=rng.device).to(like.device)
+
     moments = posterior_moments(posterior, layout, space, log_floor)
     if space == "factor":
-        (mean, log_sd), = moments
+        ((mean, log_sd),) = moments
         return lora.unflatten_adapter(mean + log_sd.exp() * noise(mean), layout)
     return lora.unflatten_adapter(posterior[0], layout) | {
         lora.dense_key(path): log_sd.exp() * noise(log_sd)
-        for (path, *_), (_, log_sd) in zip(layout.modules, moments, strict=True)}
+        for (path, *_), (_, log_sd) in zip(layout.modules, moments, strict=True)
+    }
 
 
 def load_posterior(folder: Path, layout: Layout) -> Tensor:
     """(2, D) of a PEFT folder that holds the mean, with spread.safetensors beside it."""
-    return torch.stack([lora.flatten_adapter(a, layout) for a in
-                        (lora.load_adapter(folder, layout), runtime.load_tensors(folder / "spread.safetensors"))])
+    return torch.stack(
+        [
+            lora.flatten_adapter(a, layout)
+            for a in (
+                lora.load_adapter(folder, layout),
+                runtime.load_tensors(folder / "spread.safetensors"),
+            )
+        ]
+    )

@@ -1,6 +1,6 @@
 """LoRA trajectories of the training tasks (DeGAML, stage 1).
 
-    python degaml.py stage=collect config=configs/smollm2.yaml     -> adapters/<task>/step_0060.safetensors …
+python degaml.py stage=collect config=configs/smollm2.yaml     -> adapters/<task>/step_0060.safetensors …
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from runtime import Run
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
+
 def collect_adapters(run: Run) -> dict:
     """LoRA trajectories of the training tasks, one checkpoint per step, all from one A initialisation.
 
@@ -34,10 +35,14 @@ def collect_adapters(run: Run) -> dict:
     for name in run.deal(units):
         if not run.finished(f"adapters/{name}", "collect"):
             _collect_one(run, lm, tasks[name])
-    manifests = [runtime.read_json(run.path / f"adapters/{t}/manifest.json") for t in cfg.data.train_tasks]
+    manifests = [
+        runtime.read_json(run.path / f"adapters/{t}/manifest.json") for t in cfg.data.train_tasks
+    ]
     if len({m["init_sha"] for m in manifests}) != 1:
-        raise UserError(f"{run.path / 'adapters'}: the tasks do not share one A initialisation; delete the folder and "
-                        "run stage=collect again")
+        raise UserError(
+            f"{run.path / 'adapters'}: the tasks do not share one A initialisation; delete the folder and "
+            "run stage=collect again"
+        )
     return {"collect/last_loss": sum(m["last_loss"] for m in manifests) / len(manifests)}
 
 
@@ -51,13 +56,17 @@ def _collect_one(run: Run, lm: scoring.LM, task) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     steps = c.pretrain_steps + c.finetune_steps
     rng = runtime.rng_for(cfg.seed, "collect", task.name)
-    order = np.concatenate([rng.permutation(len(task.train)) for _ in
-                            range(1 + steps * c.batch_size // len(task.train))])
+    order = np.concatenate(
+        [
+            rng.permutation(len(task.train))
+            for _ in range(1 + steps * c.batch_size // len(task.train))
+        ]
+    )
     rows = {}
 
     def batches():
         for s in run.track(range(steps), f"collect {task.name}"):
-            index = order[s * c.batch_size:(s + 1) * c.batch_size]
+            index = order[s * c.batch_size : (s + 1) * c.batch_size]
             for i in index:
                 rows.setdefault(i, scoring.make_row(lm, task.train[i]))
             yield [rows[i] for i in index]
@@ -77,20 +86,40 @@ def _collect_one(run: Run, lm: scoring.LM, task) -> None:
     losses: list[float] = []
     first = lora.init_adapter(lm.layout, cfg.seed)
     try:
-        lora.train_adapter(lm.model, lm.layout, first, batches(), lambda b: scoring.loss_in_parts(lm, b, scoring.lm_loss), lr=lr,
-                      on_step=on_step)
+        lora.train_adapter(
+            lm.model,
+            lm.layout,
+            first,
+            batches(),
+            lambda b: scoring.loss_in_parts(lm, b, scoring.lm_loss),
+            lr=lr,
+            on_step=on_step,
+        )
     except FloatingPointError as e:
         step, last, adapter = e.args
         runtime.save_tensors(folder / "before_failure.safetensors", adapter)
-        raise UserError(f"collect {task.name}: the loss is not finite at step {step + 1} (last finite {last:.4f}); the "
-                        f"adapter before it is in {folder / 'before_failure.safetensors'}; lower collect.pretrain_lr") \
-            from None
-    runtime.write_json(folder / "manifest.json", {
-        "task": task.name, "steps": steps, "last_loss": losses[-1], "losses": [round(x, 4) for x in losses],
-        "init_sha": lora.adapter_hash({k: v for k, v in first.items() if "lora_A" in k}),
-        "sha256": {f.name: runtime.sha256(f) for f in sorted(folder.glob("step_*.safetensors"))}})
+        raise UserError(
+            f"collect {task.name}: the loss is not finite at step {step + 1} (last finite {last:.4f}); the "
+            f"adapter before it is in {folder / 'before_failure.safetensors'}; lower collect.pretrain_lr"
+        ) from None
+    runtime.write_json(
+        folder / "manifest.json",
+        {
+            "task": task.name,
+            "steps": steps,
+            "last_loss": losses[-1],
+            "losses": [round(x, 4) for x in losses],
+            "init_sha": lora.adapter_hash({k: v for k, v in first.items() if "lora_A" in k}),
+            "sha256": {
+                f.name: runtime.sha256(f) for f in sorted(folder.glob("step_*.safetensors"))
+            },
+        },
+    )
     run.finish(f"adapters/{task.name}", "collect", start, steps=steps)
-    run.log(f"collect {task.name}: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.monotonic() - start:.0f} s", True)
+    run.log(
+        f"collect {task.name}: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.monotonic() - start:.0f} s",
+        True,
+    )
 
 
 def load_checkpoints(run: Run, lm: scoring.LM, task: str) -> list[Adapter]:
@@ -101,8 +130,10 @@ def load_checkpoints(run: Run, lm: scoring.LM, task: str) -> list[Adapter]:
     out = []
     for name, digest in runtime.read_json(folder / "manifest.json")["sha256"].items():
         if not (folder / name).is_file() or runtime.sha256(folder / name) != digest:
-            raise UserError(f"{folder / name}: missing, truncated or changed since it was made (hash differs from "
-                            f"manifest.json); delete {folder} and run stage=collect again")
+            raise UserError(
+                f"{folder / name}: missing, truncated or changed since it was made (hash differs from "
+                f"manifest.json); delete {folder} and run stage=collect again"
+            )
         out.append(lora.load_adapter(folder / name, lm.layout))
     return out
 
@@ -115,5 +146,9 @@ def last_checkpoint(run: Run, lm: scoring.LM, task: str) -> Adapter:
 
 def mean_adapter(run: Run, lm: scoring.LM, target: str) -> Adapter:
     """Control: element-wise mean of the training tasks' last checkpoints, without the target's."""
-    return lora.average_adapters([last_checkpoint(run, lm, t)
-                             for t in data.training_tasks(run.cfg, data.left_out_for(run.cfg, target))])
+    return lora.average_adapters(
+        [
+            last_checkpoint(run, lm, t)
+            for t in data.training_tasks(run.cfg, data.left_out_for(run.cfg, target))
+        ]
+    )

@@ -14,13 +14,26 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    field_validator,
+)
 
 import methods
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT = ROOT / "configs" / "default.yaml"
-FREE_MAPS = ("data.jsonl", "data.hub", "data.columns", "strategies.proposal_grid")   # maps with keys of their own
+FREE_MAPS = (
+    "data.jsonl",
+    "data.hub",
+    "data.columns",
+    "strategies.proposal_grid",
+)  # maps with keys of their own
 
 
 class UserError(Exception):
@@ -42,8 +55,8 @@ Float = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0, le=1)]
-USER_STAGES = ("export", "predict")                       # what one does with an adapter, besides stage=adapt task=
-ASIDE = (*USER_STAGES, "config", "doctor", "check", "assets")   # stages that make no part of a run
+USER_STAGES = ("export", "predict")  # what one does with an adapter, besides stage=adapt task=
+ASIDE = (*USER_STAGES, "config", "doctor", "check", "assets")  # stages that make no part of a run
 Family = Literal["TTT", "LORA", "TTS", "Latent", "SFT"]
 
 
@@ -256,7 +269,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."))
+    list("-+0123456789."),
+)
 
 
 def parse_yaml(text: str, where: str):
@@ -265,8 +279,10 @@ def parse_yaml(text: str, where: str):
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as e:
         line = getattr(getattr(e, "problem_mark", None), "line", 0) + 1
-        raise UserError(f"{where}:{line}: not valid YAML ({getattr(e, 'problem', e)}); "
-                        "expected lines of `key: value`") from None
+        raise UserError(
+            f"{where}:{line}: not valid YAML ({getattr(e, 'problem', e)}); "
+            "expected lines of `key: value`"
+        ) from None
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -294,8 +310,13 @@ def _unflatten(flat: dict) -> dict:
 
 def _read(path: Path) -> dict:
     if not path.is_file():
-        have = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.yaml")
-                                if p.name not in ("contexts.yaml", "models.yaml", "paper_tables.yaml")))
+        have = ", ".join(
+            sorted(
+                str(p.relative_to(ROOT))
+                for p in (ROOT / "configs").glob("*.yaml")
+                if p.name not in ("contexts.yaml", "models.yaml", "paper_tables.yaml")
+            )
+        )
         raise UserError(f"config={path}: no such file; presets here: {have}")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
@@ -317,19 +338,33 @@ def load_config(args: list[str]) -> tuple[Config, str]:
     words = []
     for a in args:
         if "=" not in a:
-            raise UserError(f"argument {a!r}: expected key=value, such as stage=all or generator.lr=1e-3")
+            raise UserError(
+                f"argument {a!r}: expected key=value, such as stage=all or generator.lr=1e-3"
+            )
         words.append(a.split("=", 1))
     given = dict(words)
     stage, preset = given.get("stage", "all"), given.get("config", "")
     if not preset and (stage in USER_STAGES or "task" in given):
         preset = _trained_run(given.get("run"))
-    elif not preset and stage in ("report", "analyze") and (ROOT / given.get("run", "-") / "config.yaml").is_file():
-        preset = str(ROOT / given["run"] / "config.yaml")   # reading a run does not describe it anew
+    elif (
+        not preset
+        and stage in ("report", "analyze")
+        and (ROOT / given.get("run", "-") / "config.yaml").is_file()
+    ):
+        preset = str(ROOT / given["run"] / "config.yaml")  # reading a run does not describe it anew
     flat = _read(DEFAULT)
     known, where = dict(flat), dict.fromkeys(flat, "configs/default.yaml")
-    layers = [(preset, _read(Path(preset)) if "config" in given else _recorded(Path(preset), stage))] if preset else []
-    layers.append(("command line", {k: parse_yaml(v, f"{k}={v}") for k, v in words
-                                    if k not in ("stage", "config")}))
+    layers = (
+        [(preset, _read(Path(preset)) if "config" in given else _recorded(Path(preset), stage))]
+        if preset
+        else []
+    )
+    layers.append(
+        (
+            "command line",
+            {k: parse_yaml(v, f"{k}={v}") for k, v in words if k not in ("stage", "config")},
+        )
+    )
     faults = []
     for source, layer in layers:
         for key, value in layer.items():
@@ -339,8 +374,16 @@ def load_config(args: list[str]) -> tuple[Config, str]:
                 faults.append(f"{key} ({source}): unknown key{hint}")
                 continue
             flat[key], where[key] = value, source
-    for key in ("adapter", "input", "output"):   # the user's own files: relative to where the command is given
-        flat[key] = str(Path(flat[key]).absolute()) if flat[key] and isinstance(flat[key], str) else flat[key]
+    for key in (
+        "adapter",
+        "input",
+        "output",
+    ):  # the user's own files: relative to where the command is given
+        flat[key] = (
+            str(Path(flat[key]).absolute())
+            if flat[key] and isinstance(flat[key], str)
+            else flat[key]
+        )
     if flat["task"]:
         faults += _take_in(flat, str(flat["task"]), stage, "evaluate.methods" in given)
     try:
@@ -348,13 +391,23 @@ def load_config(args: list[str]) -> tuple[Config, str]:
     except ValidationError as e:
         for err in e.errors():
             path = ".".join(str(p) for p in err["loc"])
-            key = next((k for k in sorted(flat, key=len, reverse=True)
-                        if path == k or path.startswith(k + ".")), path)
-            faults.append(f"{path} ({where.get(key, preset)}): got {flat.get(key, err['input'])!r}; "
-                          f"{err['msg'].removeprefix('Value error, ')}")
+            key = next(
+                (
+                    k
+                    for k in sorted(flat, key=len, reverse=True)
+                    if path == k or path.startswith(k + ".")
+                ),
+                path,
+            )
+            faults.append(
+                f"{path} ({where.get(key, preset)}): got {flat.get(key, err['input'])!r}; "
+                f"{err['msg'].removeprefix('Value error, ')}"
+            )
         cfg = None
     if cfg is not None:
-        faults += _cross_checks(cfg, where, samples=not cfg.task and stage not in ("report", "analyze", *USER_STAGES))
+        faults += _cross_checks(
+            cfg, where, samples=not cfg.task and stage not in ("report", "analyze", *USER_STAGES)
+        )
     if faults:
         raise UserError(f"{len(faults)} fault(s) in the configuration:\n  " + "\n  ".join(faults))
     return cfg, stage
@@ -373,36 +426,53 @@ def _trained_run(run: str | None) -> str:
     folders = [ROOT / (run or "runs/smollm2"), *([] if run else [ROOT / "runs/demo"])]
     found = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
     if found is None:
-        raise UserError(f"run={run or 'runs/smollm2'}: no trained run there; `make demo` (runs/demo, five minutes) or "
-                        "`make reproduce` (runs/smollm2) trains one, run=folder names another")
+        raise UserError(
+            f"run={run or 'runs/smollm2'}: no trained run there; `make demo` (runs/demo, five minutes) or "
+            "`make reproduce` (runs/smollm2) trains one, run=folder names another"
+        )
     return str(found)
 
 
 def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[str]:
     """Make `task=` the one target: a file, a hub data set or a task the run knows. Returns faults."""
     if stage not in ("adapt", *USER_STAGES):
-        return [f"task (command line): goes with stage=adapt, {' or '.join(USER_STAGES)}, not stage={stage}"]
-    if not all(isinstance(flat[k], t) for k, t in (("data.train_tasks", list), ("data.test_tasks", list),
-                                                   ("data.jsonl", dict), ("data.hub", dict))):
-        return []   # of another type: the schema says so
+        return [
+            f"task (command line): goes with stage=adapt, {' or '.join(USER_STAGES)}, not stage={stage}"
+        ]
+    if not all(
+        isinstance(flat[k], t)
+        for k, t in (
+            ("data.train_tasks", list),
+            ("data.test_tasks", list),
+            ("data.jsonl", dict),
+            ("data.hub", dict),
+        )
+    ):
+        return []  # of another type: the schema says so
     known = flat["data.train_tasks"] + flat["data.test_tasks"]
     path = Path(source).expanduser()
     if source in known:
         name = source
     elif source.startswith("hf:"):
         parts = source[3:].rstrip("/").split("/")
-        name = re.sub(r"\W+", "_", parts[-1] if Path(source[3:]).is_dir() else parts[min(1, len(parts) - 1)])
+        name = re.sub(
+            r"\W+", "_", parts[-1] if Path(source[3:]).is_dir() else parts[min(1, len(parts) - 1)]
+        )
         where = str(Path(source[3:]).absolute()) if Path(source[3:]).is_dir() else source[3:]
         flat["data.hub"] = flat["data.hub"] | {name: where}
     elif path.suffix.lower() in (".jsonl", ".csv"):
         name = re.sub(r"\W+", "_", path.stem)
         flat["data.jsonl"] = flat["data.jsonl"] | {name: str(path.absolute())}
     elif stage in USER_STAGES and re.fullmatch(r"\w+", source):
-        name = source   # adapted before; its folder is asked for later
+        name = source  # adapted before; its folder is asked for later
     else:
-        return [f"task (command line): got {source!r}; expected a .jsonl or .csv file, hf:org/name or one of {known}"]
+        return [
+            f"task (command line): got {source!r}; expected a .jsonl or .csv file, hf:org/name or one of {known}"
+        ]
     if (name in known and name != source) or name == "all":
-        return [f"task (command line): {source} would be called {name}, which is a name of the run's own; rename it"]
+        return [
+            f"task (command line): {source} would be called {name}, which is a name of the run's own; rename it"
+        ]
     flat["task"], flat["data.targets"] = name, [name]
     flat["data.test_tasks"] = [*flat["data.test_tasks"], *([] if name in known else [name])]
     if not methods_given:
@@ -420,28 +490,47 @@ def _cross_checks(cfg: Config, where: dict, samples: bool = True) -> list[str]:
     d, g, p = cfg.data, cfg.generator, cfg.policy
     steps = cfg.collect.pretrain_steps + cfg.collect.finetune_steps
     if cfg.collect.save_last > steps:
-        fault("collect.save_last", f"got {cfg.collect.save_last}; training has {steps} steps: at most {steps}")
+        fault(
+            "collect.save_last",
+            f"got {cfg.collect.save_last}; training has {steps} steps: at most {steps}",
+        )
     unknown = [t for t in d.targets if t not in d.train_tasks + d.test_tasks]
     if unknown:
         fault("data.targets", f"{unknown} are in neither data.train_tasks nor data.test_tasks")
-    twice = sorted({t for t in d.train_tasks + d.test_tasks if (d.train_tasks + d.test_tasks).count(t) > 1})
+    twice = sorted(
+        {t for t in d.train_tasks + d.test_tasks if (d.train_tasks + d.test_tasks).count(t) > 1}
+    )
     if twice:
-        fault("data.test_tasks", f"{twice} are listed twice (train_tasks and test_tasks are disjoint)")
+        fault(
+            "data.test_tasks", f"{twice} are listed twice (train_tasks and test_tasks are disjoint)"
+        )
     if not g.flow or g.flow[0][:2] != [g.num_prompts, g.max_length]:
-        fault("generator.flow", f"its first entry must be [num_prompts, max_length, encoder width] = "
-                                f"[{g.num_prompts}, {g.max_length}, 384], got {g.flow[:1]}")
+        fault(
+            "generator.flow",
+            f"its first entry must be [num_prompts, max_length, encoder width] = "
+            f"[{g.num_prompts}, {g.max_length}, 384], got {g.flow[:1]}",
+        )
     sampled = methods.sampled_families(cfg.evaluate.methods, p.families)
     if samples and p.min_per_family * len(sampled) > p.proposals:
-        fault("policy.min_per_family", f"{p.min_per_family} x {len(sampled)} families exceed policy.proposals"
-                                       f" = {p.proposals}: at most {p.proposals // len(sampled)}")
+        fault(
+            "policy.min_per_family",
+            f"{p.min_per_family} x {len(sampled)} families exceed policy.proposals"
+            f" = {p.proposals}: at most {p.proposals // len(sampled)}",
+        )
     if p.folds > d.num_support:
         fault("policy.folds", f"got {p.folds} folds of {d.num_support} support examples")
     if cfg.evaluate.metric in ("strict", "lenient") and not cfg.evaluate.generate:
-        fault("evaluate.metric", f"{cfg.evaluate.metric} needs generated answers: evaluate.generate=true")
+        fault(
+            "evaluate.metric",
+            f"{cfg.evaluate.metric} needs generated answers: evaluate.generate=true",
+        )
     tuned = [m for m in methods.BASELINES if m in cfg.evaluate.methods and m != "abmll"]
     if tuned and not cfg.baselines.sft and "degaml_plus" not in cfg.evaluate.methods:
-        fault("evaluate.methods", f"{tuned[0]} tries the SFT settings proposed for degaml_plus: add degaml_plus, "
-                                  "or give settings in baselines.sft")
+        fault(
+            "evaluate.methods",
+            f"{tuned[0]} tries the SFT settings proposed for degaml_plus: add degaml_plus, "
+            "or give settings in baselines.sft",
+        )
     if len(d.train_tasks) < 3 and set(d.targets or d.train_tasks) & set(d.train_tasks):
         fault("data.train_tasks", "leave-one-out needs at least 3 tasks (2 remain to learn from)")
     return faults

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------------- decoder
 
+
 class SameConv2d(nn.Conv2d):
     """A convolution of stride 1 that keeps the size. On a GPU it goes through `_GPUConv2d`."""
 
@@ -39,7 +40,7 @@ class _GPUConv2d(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         to_x = _conv_transpose(grad, weight) if ctx.needs_input_grad[0] else None
-        if weight.shape[0] * weight.shape[1] >= 256 * 256:   # measured: below that cuDNN's is faster
+        if weight.shape[0] * weight.shape[1] >= 256 * 256:  # measured: below that cuDNN's is faster
             return to_x, kernel_gradient(x, grad, weight.shape[-1])
         return to_x, nn.grad.conv2d_weight(x, weight.shape, grad, padding=weight.shape[-1] // 2)
 
@@ -47,9 +48,14 @@ class _GPUConv2d(torch.autograd.Function):
 def _conv_transpose(x: Tensor, weight: Tensor) -> Tensor:
     """Size-keeping transposed convolution with zero channels to a multiple of 64 (of 16 where they are few)."""
     extra = [-n % (64 if n > 32 else 16) for n in weight.shape[:2]]
-    x, weight = F.pad(x, (0, 0, 0, 0, 0, extra[0])), F.pad(weight, (0, 0, 0, 0, 0, extra[1], 0, extra[0]))
+    x, weight = (
+        F.pad(x, (0, 0, 0, 0, 0, extra[0])),
+        F.pad(weight, (0, 0, 0, 0, 0, extra[1], 0, extra[0])),
+    )
     x, weight = (v.contiguous(memory_format=torch.channels_last) for v in (x, weight))
-    return F.conv_transpose2d(x, weight, padding=weight.shape[-1] // 2)[:, :weight.shape[1] - extra[1]]
+    return F.conv_transpose2d(x, weight, padding=weight.shape[-1] // 2)[
+        :, : weight.shape[1] - extra[1]
+    ]
 
 
 def kernel_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
@@ -70,6 +76,6 @@ def kernel_gradient(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
     left = grad.t().expand(kernel, -1, n)
     rows = []
     for i in range(kernel):
-        lines[:n].view(b, h, w + 2 * half, wide).copy_(x[:, i:i + h])
+        lines[:n].view(b, h, w + 2 * half, wide).copy_(x[:, i : i + h])
         rows.append(torch.bmm(left, columns)[:, :c2, :c])
     return torch.stack(rows).permute(2, 3, 0, 1)

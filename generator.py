@@ -31,6 +31,7 @@ from runtime import Run
 
 # ------------------------------------------------------------------------------------------------------ prompt states
 
+
 def encode_prompts(run: Run) -> None:
     """Cache the frozen encoder's token states of every task's prompts, once per prompt.
 
@@ -54,24 +55,31 @@ def task_texts(run: Run, name: str) -> list[str]:
     lm = scoring.load_lm(run)
     if lm.form == "cloze":
         return list(data.load_tasks(run)[name].prompts)
-    return [scoring.input_text(lm, Example("", p, ("",))) for p in data.load_tasks(run)[name].prompts]
+    return [
+        scoring.input_text(lm, Example("", p, ("",))) for p in data.load_tasks(run)[name].prompts
+    ]
 
 
 def check_encoder(cfg) -> None:
     """Raises: UserError: the encoder is not to be had, or generator.flow begins with another width than its states'."""
     from transformers import AutoConfig
+
     g = cfg.generator
     try:
         width = AutoConfig.from_pretrained(g.encoder).hidden_size
     except (OSError, ValueError) as e:
         raise _no_encoder(g.encoder, e) from None
     if g.flow[0][2] != width:
-        raise UserError(f"generator.flow: its first entry ends in {g.flow[0][2]}, the width of {g.encoder} is {width}")
+        raise UserError(
+            f"generator.flow: its first entry ends in {g.flow[0][2]}, the width of {g.encoder} is {width}"
+        )
 
 
 def _no_encoder(name: str, why: Exception) -> UserError:
-    return UserError(f"generator.encoder={name}: cannot be loaded ({str(why).splitlines()[0][:120]}); run `make "
-                     "assets` or name a folder or hub id")
+    return UserError(
+        f"generator.encoder={name}: cannot be loaded ({str(why).splitlines()[0][:120]}); run `make "
+        "assets` or name a folder or hub id"
+    )
 
 
 @torch.no_grad()
@@ -84,16 +92,24 @@ def encode_texts(run: Run, texts: list[str], label: str = "encode") -> tuple[Ten
     if "encoder" not in run.cache:
         check_encoder(run.cfg)
         from transformers import AutoModel, AutoTokenizer
+
         try:
-            run.cache["encoder"] = (AutoTokenizer.from_pretrained(run.cfg.generator.encoder),
-                                    AutoModel.from_pretrained(run.cfg.generator.encoder).to(run.device).eval())
+            run.cache["encoder"] = (
+                AutoTokenizer.from_pretrained(run.cfg.generator.encoder),
+                AutoModel.from_pretrained(run.cfg.generator.encoder).to(run.device).eval(),
+            )
         except (OSError, ValueError) as e:
             raise _no_encoder(run.cfg.generator.encoder, e) from None
     tokenizer, encoder = run.cache["encoder"]
     states, pooled = [], []
     for at in run.track(range(0, len(texts), 32), label):
-        x = tokenizer(texts[at:at + 32], padding="max_length", truncation=True, return_tensors="pt",
-                      max_length=run.cfg.generator.max_length).to(run.device)
+        x = tokenizer(
+            texts[at : at + 32],
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+            max_length=run.cfg.generator.max_length,
+        ).to(run.device)
         h = encoder(**x).last_hidden_state
         m = x["attention_mask"][..., None]
         states.append(h.half().cpu())
@@ -132,6 +148,7 @@ class HyperConvLayer(nn.Module):
 
         def conv(a, b, bias=False):
             return SameConv2d(a, b, kernel, padding=kernel // 2, bias=bias)
+
         self.norm = nn.LayerNorm([length, c])
         self.w1, self.w2 = conv(c, c2), conv(length, length2)
         self.h1, self.h2 = conv(length, length2), conv(c, c2)
@@ -141,10 +158,12 @@ class HyperConvLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        w = self.w1(y.permute(0, 3, 2, 1))                       # (B, C', L, N)
-        w = self.w2(w.permute(0, 2, 3, 1)).permute(0, 2, 1, 3)   # (B, L', N, C') -> (B, N, L', C')
-        h = self.h1(y.permute(0, 2, 1, 3))                       # (B, L', N, C)
-        h = torch.tanh(self.h2(h.permute(0, 3, 1, 2))).permute(0, 3, 2, 1)   # (B, C', L', N) -> (B, N, L', C')
+        w = self.w1(y.permute(0, 3, 2, 1))  # (B, C', L, N)
+        w = self.w2(w.permute(0, 2, 3, 1)).permute(0, 2, 1, 3)  # (B, L', N, C') -> (B, N, L', C')
+        h = self.h1(y.permute(0, 2, 1, 3))  # (B, L', N, C)
+        h = torch.tanh(self.h2(h.permute(0, 3, 1, 2))).permute(
+            0, 3, 2, 1
+        )  # (B, C', L', N) -> (B, N, L', C')
         y = self.out((w + h + self.bias) / 3)
         return x + y if self.residual else y
 
@@ -153,10 +172,13 @@ class HyperConvDecoder(nn.Sequential):
     """The whole flow of (N, L, C) shapes; the last one is the weight tokens' (T, r[+2], k[+2])."""
 
     def __init__(self, flow: list[list[int]], kernel: int):
-        super().__init__(*(HyperConvLayer(a, b, kernel) for a, b in zip(flow, flow[1:], strict=False)))
+        super().__init__(
+            *(HyperConvLayer(a, b, kernel) for a, b in zip(flow, flow[1:], strict=False))
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- training
+
 
 @dataclass
 class Generator:
@@ -172,11 +194,16 @@ def train_generators(run: Run) -> dict:
     cfg = run.cfg
     encode_prompts(run)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    wanted = sorted({data.left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "all", t))   # the same on every rank
+    wanted = sorted(
+        {data.left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "all", t)
+    )  # the same on every rank
     for left_out in run.deal(wanted):
         if not run.finished(f"generator/{left_out}", "generator"):
             _train_one(run, left_out)
-    losses = [runtime.read_json(run.path / f"generator/{left_out}/DONE.json")["recon_mse"] for left_out in wanted]
+    losses = [
+        runtime.read_json(run.path / f"generator/{left_out}/DONE.json")["recon_mse"]
+        for left_out in wanted
+    ]
     return {"generator/recon_mse": sum(losses) / len(losses)}
 
 
@@ -186,22 +213,38 @@ def _train_one(run: Run, left_out: str) -> None:
     g, start, lm = cfg.generator, time.monotonic(), scoring.load_lm(run)
     tasks = data.training_tasks(cfg, left_out)
     states = {t: load_states(run, t) for t in tasks}
-    tokens = {t: torch.stack([to_tokens(a, lm.layout) for a in collect.load_checkpoints(run, lm, t)]) for t in tasks}
-    code = TokenCode.fit(g.scale_code, lm.layout, None if g.scale_code == "dnd" else torch.cat(list(tokens.values())))
-    targets = {t: code.encode(tokens.pop(t)) for t in tasks}   # at the papers' scale two copies do not fit
+    tokens = {
+        t: torch.stack([to_tokens(a, lm.layout) for a in collect.load_checkpoints(run, lm, t)])
+        for t in tasks
+    }
+    code = TokenCode.fit(
+        g.scale_code, lm.layout, None if g.scale_code == "dnd" else torch.cat(list(tokens.values()))
+    )
+    targets = {
+        t: code.encode(tokens.pop(t)) for t in tasks
+    }  # at the papers' scale two copies do not fit
     weight = token_weights(targets).to(run.device) if g.criterion_weight == "std" else None
     folder = run.path / f"generator/{left_out}"
     torch.manual_seed(runtime.seed_for(g.seed, "generator"))
     decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel).to(run.device)
-    opt = torch.optim.AdamW(decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay, fused=run.device == "cuda")
+    opt = torch.optim.AdamW(
+        decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay, fused=run.device == "cuda"
+    )
     made_with = runtime.seed_for(runtime.fingerprint(cfg, "generator"))
     done, last, spent = _resume(folder / "state.safetensors", decoder, opt, made_with)
-    start -= spent   # by the attempts before this one
+    start -= spent  # by the attempts before this one
     label = "generator on all tasks" if left_out == "all" else f"generator without {left_out}"
 
     def save() -> None:
-        _save_state(folder / "state.safetensors", decoder, opt, step=done, last=last, made_with=made_with,
-                    spent=time.monotonic() - start)
+        _save_state(
+            folder / "state.safetensors",
+            decoder,
+            opt,
+            step=done,
+            last=last,
+            made_with=made_with,
+            spent=time.monotonic() - start,
+        )
 
     for step in run.track(range(done, g.steps), label):
         opt.param_groups[0]["lr"] = lora.rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
@@ -211,30 +254,51 @@ def _train_one(run: Run, left_out: str) -> None:
         value = float(loss)
         if not (math.isfinite(value) and torch.isfinite(norm)):
             save()
-            raise UserError(f"{label}: the loss is not finite at step {step + 1} (last finite "
-                            f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr")
+            raise UserError(
+                f"{label}: the loss is not finite at step {step + 1} (last finite "
+                f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr"
+            )
         opt.step()
         decoder.zero_grad(set_to_none=True)
         last, done = value, step + 1
         if step % 10 == 9 or done == g.steps:
-            run.metric(stage="generator", unit=left_out, step=done, loss=round(value, 5),
-                       lr=opt.param_groups[0]["lr"])
+            run.metric(
+                stage="generator",
+                unit=left_out,
+                step=done,
+                loss=round(value, 5),
+                lr=opt.param_groups[0]["lr"],
+            )
         if done % g.save_every == 0 and done < g.steps:
             save()
-    runtime.save_tensors(folder / "generator.safetensors", {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}
-                 | {f"code.{k}": v for k, v in code.constants.items()})
+    runtime.save_tensors(
+        folder / "generator.safetensors",
+        {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}
+        | {f"code.{k}": v for k, v in code.constants.items()},
+    )
     (folder / "state.safetensors").unlink(missing_ok=True)
-    run.finish(f"generator/{left_out}", "generator", start, tasks=tasks, recon_mse=last, steps=g.steps,
-               parameters=sum(p.numel() for p in decoder.parameters()))
+    run.finish(
+        f"generator/{left_out}",
+        "generator",
+        start,
+        tasks=tasks,
+        recon_mse=last,
+        steps=g.steps,
+        parameters=sum(p.numel() for p in decoder.parameters()),
+    )
     run.log(f"{label}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
 
 
-def _accumulate(run: Run, decoder, pairs: list, states: dict, targets: dict, weight: Tensor | None, step: int) -> Tensor:
+def _accumulate(
+    run: Run, decoder, pairs: list, states: dict, targets: dict, weight: Tensor | None, step: int
+) -> Tensor:
     """Leave the gradient of one global batch on the decoder's parameters, and return its loss."""
     cfg = run.cfg
     g, total = cfg.generator, torch.zeros((), device=run.device)
     for at in range(0, len(pairs), g.micro_batch):
-        condition, target = _load_pairs(run, pairs[at:at + g.micro_batch], states, targets, step, at)
+        condition, target = _load_pairs(
+            run, pairs[at : at + g.micro_batch], states, targets, step, at
+        )
         with _autocast(run):
             out = decoder(condition)
         each = None if weight is None else weight.expand(out.shape)
@@ -266,15 +330,23 @@ def _load_pairs(run: Run, pairs, states, targets, step: int, at: int) -> tuple[T
     """(B, N, L, d) conditions and (B, T, …) targets on the device, float32, with Drag-and-Drop's noise."""
     g = run.cfg.generator
     shape = (len(pairs[0][1]), *states[pairs[0][0]].shape[1:])
-    condition = torch.empty(len(pairs), *shape, dtype=torch.float16, pin_memory=run.device == "cuda")
-    for row, (t, index, _) in zip(condition.numpy(), pairs, strict=True):   # one copy: 0.3 GB at the papers' scale
+    condition = torch.empty(
+        len(pairs), *shape, dtype=torch.float16, pin_memory=run.device == "cuda"
+    )
+    for row, (t, index, _) in zip(
+        condition.numpy(), pairs, strict=True
+    ):  # one copy: 0.3 GB at the papers' scale
         np.take(states[t], np.asarray(index), 0, out=row, mode="clip")
-    condition = runtime.to_device(condition, run.device).float()   # float16 on the way, and noise drawn there
+    condition = runtime.to_device(
+        condition, run.device
+    ).float()  # float16 on the way, and noise drawn there
     target = runtime.to_device(torch.stack([targets[t][c] for t, _, c in pairs]), run.device)
     if g.noise:
         rng = torch.Generator(run.device).manual_seed(runtime.seed_for(g.seed, "noise", step, at))
         condition += g.noise * torch.randn(condition.shape, generator=rng, device=run.device)
-        target = target + 0.1 * g.noise * torch.randn(target.shape, generator=rng, device=run.device)
+        target = target + 0.1 * g.noise * torch.randn(
+            target.shape, generator=rng, device=run.device
+        )
     return condition, target
 
 
@@ -291,33 +363,44 @@ def token_weights(targets: dict[str, Tensor]) -> Tensor:
 
 
 def _save_state(path: Path, decoder: nn.Module, opt: torch.optim.AdamW, **numbers: float) -> None:
-    for torn in path.parent.glob(f".{path.name}.*.tmp"):   # of a process killed while it saved
+    for torn in path.parent.glob(f".{path.name}.*.tmp"):  # of a process killed while it saved
         torn.unlink(missing_ok=True)
     state = {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()}
     for i, p in enumerate(decoder.parameters()):
         if p in opt.state:
-            state |= {f"m.{i}": opt.state[p]["exp_avg"].cpu(), f"v.{i}": opt.state[p]["exp_avg_sq"].cpu()}
+            state |= {
+                f"m.{i}": opt.state[p]["exp_avg"].cpu(),
+                f"v.{i}": opt.state[p]["exp_avg_sq"].cpu(),
+            }
     runtime.save_tensors(path, state | {k: torch.tensor(v) for k, v in numbers.items()})
 
 
-def _resume(path: Path, decoder: nn.Module, opt: torch.optim.AdamW, made_with: int) -> tuple[int, float, float]:
+def _resume(
+    path: Path, decoder: nn.Module, opt: torch.optim.AdamW, made_with: int
+) -> tuple[int, float, float]:
     """Load weights and moments if an interrupted training of this configuration left them.
 
     Returns: steps done, the last loss, seconds spent. Randomness depends on the step alone: nothing else is needed.
     """
     state = runtime.load_tensors(path) if path.is_file() else {}
-    if int(state.get("made_with", -1)) != made_with:   # none, or another configuration's: start afresh
+    if (
+        int(state.get("made_with", -1)) != made_with
+    ):  # none, or another configuration's: start afresh
         return 0, float("nan"), 0.0
     decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})
     for i, p in enumerate(decoder.parameters()):
         if f"m.{i}" in state:
-            at = p.device if opt.defaults["fused"] else "cpu"   # where AdamW keeps its count
-            opt.state[p] = {"step": torch.tensor(float(state["step"]), device=at),
-                            "exp_avg": state[f"m.{i}"].to(p.device), "exp_avg_sq": state[f"v.{i}"].to(p.device)}
+            at = p.device if opt.defaults["fused"] else "cpu"  # where AdamW keeps its count
+            opt.state[p] = {
+                "step": torch.tensor(float(state["step"]), device=at),
+                "exp_avg": state[f"m.{i}"].to(p.device),
+                "exp_avg_sq": state[f"v.{i}"].to(p.device),
+            }
     return int(state["step"]), float(state["last"]), float(state.get("spent", 0.0))
 
 
 # --------------------------------------------------------------------------------------------------------- generation
+
 
 def load_generator(run: Run, left_out: str) -> Generator:
     """The trained generator of a left-out set, kept until another is asked for. Raises: UserError."""
@@ -325,21 +408,28 @@ def load_generator(run: Run, left_out: str) -> Generator:
     if key not in run.cache:
         lm, g = scoring.load_lm(run), run.cfg.generator
         for other in [k for k in run.cache if k.startswith("generator/")]:
-            del run.cache[other]   # the papers' take 4 GiB each
+            del run.cache[other]  # the papers' take 4 GiB each
         if not run.finished(key, "generator", redo=False):
             raise UserError(f"{run.path / key}: not trained yet; run stage=generator")
         state = runtime.load_tensors(run.path / key / "generator.safetensors")
-        code = TokenCode(g.scale_code, lm.layout, {k[5:]: v for k, v in state.items() if k.startswith("code.")})
-        with torch.device("meta"):   # nothing to initialise
+        code = TokenCode(
+            g.scale_code, lm.layout, {k[5:]: v for k, v in state.items() if k.startswith("code.")}
+        )
+        with torch.device("meta"):  # nothing to initialise
             decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel)
-        decoder.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("decoder.")}, assign=True)
-        run.cache[key] = Generator(decoder.to(run.device).eval().requires_grad_(False), code, left_out)
+        decoder.load_state_dict(
+            {k[8:]: v for k, v in state.items() if k.startswith("decoder.")}, assign=True
+        )
+        run.cache[key] = Generator(
+            decoder.to(run.device).eval().requires_grad_(False), code, left_out
+        )
     return run.cache[key]
 
 
 @torch.no_grad()
-def generate_adapter(run: Run, target: str, batch: int, prompts_of: str = "",
-                     left_out: str | None = None) -> tuple[Adapter, np.ndarray]:
+def generate_adapter(
+    run: Run, target: str, batch: int, prompts_of: str = "", left_out: str | None = None
+) -> tuple[Adapter, np.ndarray]:
     """One draw from q_phi(adapter | task): the adapter of the `batch`-th independent prompt batch of a target.
 
     Args: prompts_of: condition on another task's prompts (the control `wrong_prompts`). left_out: which generator,
@@ -354,19 +444,22 @@ def generate_adapter(run: Run, target: str, batch: int, prompts_of: str = "",
     with _autocast(run):
         out = gen.decoder(condition)[0]
     adapter = from_tokens(gen.code.decode(out.float().cpu()), gen.code.layout)
-    if any(v.requires_grad for v in adapter.values()):   # the policy's gradients must not reach the generator
+    if any(
+        v.requires_grad for v in adapter.values()
+    ):  # the policy's gradients must not reach the generator
         raise RuntimeError("a generated adapter carries a gradient")
     return adapter, index
 
 
 def save_generated(folder: Path, adapter: Adapter, run: Run) -> None:
     """A generated adapter as a PEFT folder."""
-    lora.save_adapter(folder, adapter, scoring.load_lm(run).layout, run.cfg.model.name, run.cfg.model.revision)
-
-
+    lora.save_adapter(
+        folder, adapter, scoring.load_lm(run).layout, run.cfg.model.name, run.cfg.model.revision
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- weight tokens
+
 
 def to_tokens(adapter: Adapter, layout: Layout) -> Tensor:
     """(T, r, k) float32: per module the column blocks of A (r, d_in), then those of B^T (r, d_out).
@@ -374,20 +467,27 @@ def to_tokens(adapter: Adapter, layout: Layout) -> Tensor:
     Source: the Drag-and-Drop tokenizer both papers adopt.
     """
     r, k = layout.rank, layout.width
-    return torch.cat([m.reshape(r, -1, k).transpose(0, 1)
-                      for a, _, b, _ in layout.keys() for m in (adapter[a], adapter[b].t())]).float()
+    return torch.cat(
+        [
+            m.reshape(r, -1, k).transpose(0, 1)
+            for a, _, b, _ in layout.keys()
+            for m in (adapter[a], adapter[b].t())
+        ]
+    ).float()
 
 
 def from_tokens(tokens: Tensor, layout: Layout) -> Adapter:
     """The inverse of `to_tokens`, exactly. Raises: ValueError: another number of tokens."""
     r, k = layout.rank, layout.width
     if tokens.shape != (layout.num_tokens, r, k):
-        raise ValueError(f"tokens are {tuple(tokens.shape)}, this layout has {(layout.num_tokens, r, k)}")
+        raise ValueError(
+            f"tokens are {tuple(tokens.shape)}, this layout has {(layout.num_tokens, r, k)}"
+        )
     out, at = {}, 0
     for a, (_, d_in), b, (d_out, _) in layout.keys():
         na, nb = d_in // k, d_out // k
-        out[a] = tokens[at:at + na].transpose(0, 1).reshape(r, d_in).contiguous()
-        out[b] = tokens[at + na:at + na + nb].transpose(0, 1).reshape(r, d_out).t().contiguous()
+        out[a] = tokens[at : at + na].transpose(0, 1).reshape(r, d_in).contiguous()
+        out[b] = tokens[at + na : at + na + nb].transpose(0, 1).reshape(r, d_out).t().contiguous()
         at += na + nb
     return out
 
@@ -451,5 +551,3 @@ class TokenCode:
         content, m, s = unframe_tokens(coded)
         mu, sd = m / 8, (torch.exp(s - 1.6) - 0.1) / 0.9
         return content * sd.clamp_min(0)[..., None, None] + mu[..., None, None]
-
-

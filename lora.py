@@ -22,7 +22,7 @@ from config import UserError
 
 Adapter = dict[str, Tensor]
 PREFIX = "base_model.model."
-CLIP = 1.0   # of the gradient's global norm, in every training (both papers)
+CLIP = 1.0  # of the gradient's global norm, in every training (both papers)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,12 @@ class Layout:
     def keys(self):
         """(key of A, (r, d_in), key of B, (d_out, r)) per module."""
         for path, _, d_in, d_out in self.modules:
-            yield (f"{PREFIX}{path}.lora_A.weight", (self.rank, d_in),
-                   f"{PREFIX}{path}.lora_B.weight", (d_out, self.rank))
+            yield (
+                f"{PREFIX}{path}.lora_A.weight",
+                (self.rank, d_in),
+                f"{PREFIX}{path}.lora_B.weight",
+                (d_out, self.rank),
+            )
 
 
 def find_layout(model: nn.Module, rank: int, alpha: int, width: int, modules: list[str]) -> Layout:
@@ -73,7 +77,9 @@ def find_layout(model: nn.Module, rank: int, alpha: int, width: int, modules: li
             if name in modules and layer:
                 found.append((path, int(layer[1]), m.in_features, m.out_features))
     if missing := [n for n in modules if n not in {p.rsplit(".", 1)[-1] for p, *_ in found}]:
-        raise UserError(f"model.modules: {missing} not found in the model; its linear layers are {sorted(names)}")
+        raise UserError(
+            f"model.modules: {missing} not found in the model; its linear layers are {sorted(names)}"
+        )
     found.sort(key=lambda f: (f[1], modules.index(f[0].rsplit(".", 1)[-1])))
     check_width(width, [d for _, _, i, o in found for d in (i, o)])
     return Layout(tuple(found), rank, alpha, width)
@@ -84,8 +90,10 @@ def check_width(width: int, dims: list[int]) -> None:
     if any(d % width for d in dims):
         common = math.gcd(*dims)
         legal = [w for w in range(1, common + 1) if common % w == 0 and w >= 8] or [common]
-        raise UserError(f"model.token_width: {width} does not divide every adapted dimension {sorted(set(dims))}; "
-                        f"legal: {legal}")
+        raise UserError(
+            f"model.token_width: {width} does not divide every adapted dimension {sorted(set(dims))}; "
+            f"legal: {legal}"
+        )
 
 
 class LoraLinear(nn.Module):
@@ -124,8 +132,11 @@ def attach_lora(model: nn.Module, layout: Layout) -> None:
     for path, *_ in layout.modules:
         parent, name = path.rsplit(".", 1)
         if not isinstance(getattr(model.get_submodule(parent), name), LoraLinear):
-            setattr(model.get_submodule(parent), name,
-                    LoraLinear(getattr(model.get_submodule(parent), name), layout.scale))
+            setattr(
+                model.get_submodule(parent),
+                name,
+                LoraLinear(getattr(model.get_submodule(parent), name), layout.scale),
+            )
 
 
 def swap_adapter(model: nn.Module, layout: Layout, adapter: Adapter | None) -> None:
@@ -171,7 +182,9 @@ def init_adapter(layout: Layout, seed: int) -> Adapter:
 
 def flatten_adapter(adapter: Adapter, layout: Layout) -> Tensor:
     """(D,) float32, module by module, A before B."""
-    return torch.cat([adapter[k].reshape(-1).float() for a, _, b, _ in layout.keys() for k in (a, b)])
+    return torch.cat(
+        [adapter[k].reshape(-1).float() for a, _, b, _ in layout.keys() for k in (a, b)]
+    )
 
 
 def unflatten_adapter(vector: Tensor, layout: Layout) -> Adapter:
@@ -188,7 +201,17 @@ def average_adapters(adapters: list[Adapter]) -> Adapter:
 
 # ------------------------------------------------------------------------------------------------------- fine-tuning
 
-def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: Iterable, loss_fn, *, lr, on_step=None) -> Adapter:
+
+def train_adapter(
+    model: nn.Module,
+    layout: Layout,
+    adapter: Adapter,
+    batches: Iterable,
+    loss_fn,
+    *,
+    lr,
+    on_step=None,
+) -> Adapter:
     """Gradient steps on an adapter: AdamW without decay, fp32 masters, gradients clipped by their global norm.
 
     The base stays in its own dtype; the model sees copies of the masters in that dtype, so bf16 rounding never
@@ -221,7 +244,10 @@ def train_adapter(model: nn.Module, layout: Layout, adapter: Adapter, batches: I
                 copy.copy_(master)
             found, grad, value, count = loss_fn(batch), 0, 0, 0
             for loss, n in [(found, 1)] if torch.is_tensor(found) else found:
-                grad = grad + torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, leaves)]).float()
+                grad = (
+                    grad
+                    + torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, leaves)]).float()
+                )
                 value, count = value + loss.detach(), count + n
             if not count:
                 continue
@@ -254,14 +280,29 @@ def rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> floa
 
 # -------------------------------------------------------------------------------------------------------------- files
 
-def save_adapter(folder: Path, adapter: Adapter, layout: Layout, base_name: str, revision: str = "main") -> None:
+
+def save_adapter(
+    folder: Path, adapter: Adapter, layout: Layout, base_name: str, revision: str = "main"
+) -> None:
     """A PEFT folder: adapter_model.safetensors and adapter_config.json."""
     runtime.save_tensors(folder / "adapter_model.safetensors", adapter, {"format": "pt"})
-    runtime.write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "revision": revision,
-        "r": layout.rank, "lora_alpha": layout.alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        "fan_in_fan_out": False, "use_rslora": False,
-        "target_modules": sorted({p.rsplit(".", 1)[-1] for p, *_ in layout.modules})})
+    runtime.write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_name,
+            "revision": revision,
+            "r": layout.rank,
+            "lora_alpha": layout.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+            "fan_in_fan_out": False,
+            "use_rslora": False,
+            "target_modules": sorted({p.rsplit(".", 1)[-1] for p, *_ in layout.modules}),
+        },
+    )
 
 
 def load_adapter(path: Path, layout: Layout) -> Adapter:
@@ -272,16 +313,17 @@ def load_adapter(path: Path, layout: Layout) -> Adapter:
     got = {k: tuple(v.shape) for k, v in adapter.items()}
     if got != want:
         odd = next(k for k in sorted(want | got) if want.get(k) != got.get(k))
-        raise UserError(f"{file}: {odd} is {got.get(odd, 'absent')}, expected {want.get(odd, 'no such key')}; "
-                        "the adapter belongs to another model, rank or module set")
+        raise UserError(
+            f"{file}: {odd} is {got.get(odd, 'absent')}, expected {want.get(odd, 'no such key')}; "
+            "the adapter belongs to another model, rank or module set"
+        )
     return {k: v.float() for k, v in adapter.items()}
-
-
 
 
 def adapter_hash(adapter: Adapter) -> str:
     """Identity of an adapter's numbers."""
     import hashlib
+
     h = hashlib.sha256()
     for k in sorted(adapter):
         h.update(k.encode() + adapter[k].contiguous().numpy().tobytes())

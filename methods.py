@@ -45,20 +45,22 @@ _ALIGNED = ("collect", "generator", "align", "adapt")
 TABLE = (
     Method("base", "Base model", "#000000", "o", "nothing"),
     Method("generator", "Generalization (generator)", "#0072B2", "s", "generated", (), _GENERATED),
+    Method("degaml", "Adaptation (DeGAML)", "#D55E00", "D", "generated", LABEL_FREE, _GENERATED),
     Method(
-        "degaml", "Adaptation (DeGAML)", "#D55E00", "D", "generated", LABEL_FREE, _GENERATED
-    ),
-    Method(
-        "degaml_plus", "Adaptation, SFT allowed", "#CC79A7", "D", "generated", ALL_FAMILIES, _GENERATED
+        "degaml_plus",
+        "Adaptation, SFT allowed",
+        "#CC79A7",
+        "D",
+        "generated",
+        ALL_FAMILIES,
+        _GENERATED,
     ),
     Method("mean", "Mean adapter (control)", "#56B4E9", "v", "mean", (), ("collect",)),
     Method(
         "wrong_prompts", "Wrong prompts (control)", "#E69F00", "^", "wrong prompts", (), _GENERATED
     ),
     Method("no_meta", "No Meta-Train LoRA", "#009E73", "P", "plain", (), ("baselines",)),
-    Method(
-        "full_data", "Full-data LoRA", "#7F7F7F", "*", "collected", (), ("collect",), "id"
-    ),
+    Method("full_data", "Full-data LoRA", "#7F7F7F", "*", "collected", (), ("collect",), "id"),
     Method("aligned", "Aligned (+ Fusion VAE)", "#56B4E9", "X", "aligned", (), _ALIGNED),
     Method("tempo", "TEMPO", "#E69F00", "D", "aligned", LABEL_FREE, _ALIGNED),
     Method("tempo_plus", "TEMPO, SFT allowed", "#CC79A7", "X", "aligned", ALL_FAMILIES, _ALIGNED),
@@ -90,8 +92,9 @@ META_TRAINED = ("maml", "abmll", "union")
 BASELINES = tuple(m.id for m in TABLE if m.start in ("plain", *META_TRAINED))
 # methods that can do without a single label of the target
 LABEL_FREE_METHODS = tuple(
-    m.id for m in TABLE if m.start in ("nothing", "generated", "aligned", "wrong prompts", "mean")
-    and not m.families
+    m.id
+    for m in TABLE
+    if m.start in ("nothing", "generated", "aligned", "wrong prompts", "mean") and not m.families
 )
 
 

@@ -50,23 +50,47 @@ METRICS = {
 }
 FIELDS = {"norm": "correct_norm", "raw": "correct_raw"}  # row keys that differ from their name
 DOMAINS = {"id": "In-domain", "ood": "Out-of-domain"}
-TASK_ORDER = ("arc_c", "arc_e", "hellaswag", "boolq", "piqa", "winogrande",
-              "gsm8k", "math", "divlogic", "socialiqa", "codemmlu", "jama")
+TASK_ORDER = (
+    "arc_c",
+    "arc_e",
+    "hellaswag",
+    "boolq",
+    "piqa",
+    "winogrande",
+    "gsm8k",
+    "math",
+    "divlogic",
+    "socialiqa",
+    "codemmlu",
+    "jama",
+)
 
 METHODS = {m.id: (m.label, m.color, m.marker) for m in methods.TABLE}
 ALWAYS_SHOWN = methods.ALWAYS_SHOWN
 # The paper's Table 2 prints each row's relative change over the row before it.
 RELATIVE_TO = {"generator": "base", "degaml": "generator"}
 PAIRS = (
-    ("generator", "base"), ("generator", "mean"), ("generator", "wrong_prompts"), ("mean", "base"),
-    ("degaml", "generator"), ("degaml_plus", "generator"), ("degaml_plus", "no_meta"),
-    ("degaml_plus", "degaml"), ("no_meta", "base"), ("full_data", "base"),
-    ("aligned", "generator"), ("tempo", "generator"), ("tempo", "degaml"), ("tempo_plus", "degaml_plus"),
-    ("maml_matched", "maml"), ("degaml", "no_meta"), *((a, b) for b in methods.META_TRAINED for a in ("degaml", "degaml_plus")),
+    ("generator", "base"),
+    ("generator", "mean"),
+    ("generator", "wrong_prompts"),
+    ("mean", "base"),
+    ("degaml", "generator"),
+    ("degaml_plus", "generator"),
+    ("degaml_plus", "no_meta"),
+    ("degaml_plus", "degaml"),
+    ("no_meta", "base"),
+    ("full_data", "base"),
+    ("aligned", "generator"),
+    ("tempo", "generator"),
+    ("tempo", "degaml"),
+    ("tempo_plus", "degaml_plus"),
+    ("maml_matched", "maml"),
+    ("degaml", "no_meta"),
+    *((a, b) for b in methods.META_TRAINED for a in ("degaml", "degaml_plus")),
 )
 SEARCHED = ("degaml", "degaml_plus", "tempo", "tempo_plus")
 BASELINES = ("no_meta", *methods.META_TRAINED)
-TABLE_1 = ("no_meta", "union", "abmll", "maml")   # the rows of paper D's Table 1 above its own
+TABLE_1 = ("no_meta", "union", "abmll", "maml")  # the rows of paper D's Table 1 above its own
 QUESTIONS = {
     "generator - base": "Generated adapters against the frozen model",
     "generator - mean": "Generated adapters against the plain mean of the training adapters "
@@ -79,7 +103,11 @@ QUESTIONS = {
     "on the same support examples (does meta-training matter?)",
 }
 FAMILIES = {
-    "TTT": "#0072B2", "LORA": "#E69F00", "TTS": "#009E73", "Latent": "#CC79A7", "SFT": "#D55E00",
+    "TTT": "#0072B2",
+    "LORA": "#E69F00",
+    "TTS": "#009E73",
+    "Latent": "#CC79A7",
+    "SFT": "#D55E00",
     "invalid": "#7F7F7F",
 }
 
@@ -102,7 +130,9 @@ def make_report(run) -> dict:
     for method in ("degaml_plus", "degaml", "generator"):
         adapters = sorted((run.path / "adapted" / method).glob("*/adapter_model.safetensors"))
         if adapters:
-            print(f"adapter: {adapters[0].parent}   (PeftModel.from_pretrained(base_model, this folder))")
+            print(
+                f"adapter: {adapters[0].parent}   (PeftModel.from_pretrained(base_model, this folder))"
+            )
             break
     return {}
 
@@ -215,8 +245,11 @@ def calibration_error(rows, bins: int = 10) -> float | None:
     The confidence is the largest probability under a softmax over the options' log-likelihoods, and the answer its
     option. Source: Guo et al. 2017, eq. 3. None where the rows hold no finite log-likelihoods.
     """
-    answers = [(np.asarray(row["raw"], dtype=np.float64), row["gold"]) for row in rows
-               if row.get("raw") and all(map(math.isfinite, row["raw"]))]   # a diverged method has none
+    answers = [
+        (np.asarray(row["raw"], dtype=np.float64), row["gold"])
+        for row in rows
+        if row.get("raw") and all(map(math.isfinite, row["raw"]))
+    ]  # a diverged method has none
     if not answers:
         return None
     confidence, right = np.empty(len(answers)), np.empty(len(answers))
@@ -224,8 +257,12 @@ def calibration_error(rows, bins: int = 10) -> float | None:
         p = np.exp(raw - raw.max())
         confidence[i], right[i] = p.max() / p.sum(), float(raw.argmax() == gold)
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    return float(sum(abs(right[which == b].mean() - confidence[which == b].mean()) * (which == b).mean()
-                     for b in np.unique(which)))
+    return float(
+        sum(
+            abs(right[which == b].mean() - confidence[which == b].mean()) * (which == b).mean()
+            for b in np.unique(which)
+        )
+    )
 
 
 def _average(entries: list[dict | None], key: str) -> dict | None:
@@ -235,8 +272,11 @@ def _average(entries: list[dict | None], key: str) -> dict | None:
         return None
     ses = [entry["se"] for entry in entries]
     se = None if None in ses else math.sqrt(sum(s * s for s in ses)) / len(ses)
-    return {key: sum(entry[key] for entry in entries) / len(entries), "se": se,
-            "tasks": len(entries)}
+    return {
+        key: sum(entry[key] for entry in entries) / len(entries),
+        "se": se,
+        "tasks": len(entries),
+    }
 
 
 def _in_domain(tasks: dict, domain: str) -> list[str]:
@@ -252,7 +292,11 @@ def method_entry(runs: list[dict], method: str, task: str, metric: str) -> dict 
     for name, value in stats.items():
         if value is not None:
             entry |= {f"acc_{name}": value["mean"], f"se_{name}": value["se"]}
-    found = [ece for run in runs if (ece := calibration_error(run.get(method, {}).get(task, {}).values())) is not None]
+    found = [
+        ece
+        for run in runs
+        if (ece := calibration_error(run.get(method, {}).get(task, {}).values())) is not None
+    ]
     entry["ece"] = float(np.mean(found)) if found else None
     gold = accuracy(runs, method, task, "logp_gold")
     entry["logp_gold"] = gold["mean"] if gold and math.isfinite(gold["mean"]) else None
@@ -285,8 +329,12 @@ def average_over_tasks(runs: list[dict], tasks: dict, metric: str) -> dict:
             for other in ("base", "generator"):
                 pairs = [paired(runs, method, other, t, metric) for t in names]
                 entry[f"vs_{other}"] = _average(pairs, "diff")
-            errors = [ece for run in runs for t in names
-                      if (ece := calibration_error(run.get(method, {}).get(t, {}).values())) is not None]
+            errors = [
+                ece
+                for run in runs
+                for t in names
+                if (ece := calibration_error(run.get(method, {}).get(t, {}).values())) is not None
+            ]
             entry["ece"] = float(np.mean(errors)) if errors else None
             averages[domain][method] = entry
     return averages
@@ -303,10 +351,13 @@ def contrast_methods(runs: list[dict], tasks: dict) -> list[dict]:
             found = {t: paired(runs, a, b, t, metric) for t in tasks}
             found = {t: value for t, value in found.items() if value is not None}
             if found:
-                domains = {d: _average([found.get(t) for t in _in_domain(tasks, d)], "diff")
-                           for d in DOMAINS}
-                contrasts.append({"name": f"{a} - {b}", "metric": metric, **domains,
-                                  "tasks": found})
+                domains = {
+                    d: _average([found.get(t) for t in _in_domain(tasks, d)], "diff")
+                    for d in DOMAINS
+                }
+                contrasts.append(
+                    {"name": f"{a} - {b}", "metric": metric, **domains, "tasks": found}
+                )
     return contrasts
 
 
@@ -327,16 +378,19 @@ def build_results(run_path: Path, cfg) -> dict:
     tasks = load_tasks(run_path)
     scores = load_scores(run_path, tasks)
     results = {"config": cfg.name, "model": cfg.model.name, "seed": cfg.seed, "metric": metric}
-    results["tasks"] = {task: _task_entry(run_path, scores, task, about, metric)
-                        for task, about in tasks.items()}
+    results["tasks"] = {
+        task: _task_entry(run_path, scores, task, about, metric) for task, about in tasks.items()
+    }
     results["averages"] = average_over_tasks([scores], tasks, metric)
     results["contrasts"] = contrast_methods([scores], tasks)
     stages = sorted((run_path / "stages").glob("*.json"))
     for key in ("seconds", "seconds_critical_path"):
         results[key] = {path.stem: _read_json(path, {}).get(key) for path in stages}
     results["seconds_by_method"] = _scoring_seconds(run_path, scores)
-    results["search"] = {method: {task: summarise_search(rows) for task, rows in found.items()}
-                         for method, found in load_episodes(run_path, tasks).items()}
+    results["search"] = {
+        method: {task: summarise_search(rows) for task, rows in found.items()}
+        for method, found in load_episodes(run_path, tasks).items()
+    }
     results["budget"] = read_budget(run_path)
     results["paper"] = load_paper(cfg.report.paper, list(tasks))
     results["provenance"] = _provenance(run_path, tasks)
@@ -347,8 +401,10 @@ def build_results(run_path: Path, cfg) -> dict:
 
 def _task_entry(run_path: Path, scores: dict, task: str, about: dict, metric: str) -> dict:
     entries = {method: method_entry([scores], method, task, metric) for method in scores}
-    strategy = {method: _read_json(run_path / "adapted" / method / task / "strategy.json", None)
-                for method in SEARCHED}
+    strategy = {
+        method: _read_json(run_path / "adapted" / method / task / "strategy.json", None)
+        for method in SEARCHED
+    }
     about = {key: value for key, value in about.items() if not key.endswith("_ids")}  # long lists
     return {**about, "methods": {m: e for m, e in entries.items() if e}, "strategy": strategy}
 
@@ -360,8 +416,12 @@ def read_budget(run_path: Path) -> dict[str, dict]:
         core-seconds, gradient steps and tokens of meta-training summed over left-out sets (None: not recorded),
         core-seconds of adaptation over all targets, support labels per target, and where a training diverged.
     """
+
     def records(pattern):
-        found = [(path.parent.name, runtime.read_json(path)) for path in sorted(run_path.glob(f"{pattern}/DONE.json"))]
+        found = [
+            (path.parent.name, runtime.read_json(path))
+            for path in sorted(run_path.glob(f"{pattern}/DONE.json"))
+        ]
         return [(name, record) for name, record in found if not record.get("own_task")]
 
     def total(found, key):
@@ -369,24 +429,35 @@ def read_budget(run_path: Path) -> dict[str, dict]:
         return sum(values) if values else None
 
     generated = records("adapters/*") + records("prompts/*") + records("generator/*")
-    meta_of = {**dict.fromkeys(("generator", "degaml", "degaml_plus"), generated),
-               **dict.fromkeys(methods.ALIGNED, generated + records("align/*")),
-               **{m: records(f"baselines/{m}/*") for m in BASELINES}, "maml_matched": records("baselines/maml/*")}
+    meta_of = {
+        **dict.fromkeys(("generator", "degaml", "degaml_plus"), generated),
+        **dict.fromkeys(methods.ALIGNED, generated + records("align/*")),
+        **{m: records(f"baselines/{m}/*") for m in BASELINES},
+        "maml_matched": records("baselines/maml/*"),
+    }
     out = {}
     for method, meta in meta_of.items():
         adapted = records(f"adapted/{method}/*")
         if not adapted:
             continue
-        none = 0 if method == "no_meta" else None   # it has no meta-training
-        labels = [_read_json(run_path / "adapted" / method / task / "strategy.json", {}).get("n_support")
-                  for task, _ in adapted]
-        out[method] = {"seconds_meta": total(meta, "seconds") if meta else none,
-                       "meta_steps": total(meta, "steps") if meta else none,
-                       "meta_tokens": total(meta, "tokens") if meta else none,
-                       "seconds_adapt": total(adapted, "seconds"),
-                       "targets": len(adapted), "labels": next((n for n in labels if n is not None), None),
-                       "diverged": {name: record["diverged_at"] for name, record in meta
-                                    if record.get("diverged_at") is not None}}
+        none = 0 if method == "no_meta" else None  # it has no meta-training
+        labels = [
+            _read_json(run_path / "adapted" / method / task / "strategy.json", {}).get("n_support")
+            for task, _ in adapted
+        ]
+        out[method] = {
+            "seconds_meta": total(meta, "seconds") if meta else none,
+            "meta_steps": total(meta, "steps") if meta else none,
+            "meta_tokens": total(meta, "tokens") if meta else none,
+            "seconds_adapt": total(adapted, "seconds"),
+            "targets": len(adapted),
+            "labels": next((n for n in labels if n is not None), None),
+            "diverged": {
+                name: record["diverged_at"]
+                for name, record in meta
+                if record.get("diverged_at") is not None
+            },
+        }
     return out
 
 
@@ -416,8 +487,9 @@ def summarise_search(episodes: list[dict]) -> dict:
             counter["proposed"] += 1
             counter["rewarded"] += int(bool(row.get("reward")))
     paid = [row for row in episodes if not row.get("cached")]
-    cost = {key: sum(row.get(key) or 0 for row in paid)
-            for key in ("seconds", "forwards", "backwards")}
+    cost = {
+        key: sum(row.get(key) or 0 for row in paid) for key in ("seconds", "forwards", "backwards")
+    }
     return {
         "proposed": len(episodes),
         "valid": sum(_family(row) != "invalid" for row in episodes),
@@ -468,8 +540,13 @@ def load_paper(name: str, tasks: list[str]) -> dict | None:
         known = ", ".join(key for key in tables if "qwen" in key)
         raise UserError(f"report.paper={name}: expected none or one of: {known}")
     table = tables[name]
-    paper = {"name": name, "model": table["model"], "metric": tables["metric"], "methods": {},
-             "notes": list(table.get("remarks", []))}
+    paper = {
+        "name": name,
+        "model": table["model"],
+        "metric": tables["metric"],
+        "methods": {},
+        "notes": list(table.get("remarks", [])),
+    }
     for method, entry in table["methods"].items():
         cells = {domain: dict(entry[domain]) for domain in DOMAINS if domain in entry}
         _note_slips(paper["notes"], method, entry, cells, table.get("prefer", []))
@@ -491,8 +568,10 @@ def _note_slips(notes: list, method: str, entry: dict, cells: dict, prefer: list
         mean = sum(values.values()) / len(values)
         printed = entry["printed_avg"][domain]
         if abs(mean - printed) > 0.1:  # the paper truncates some averages, which costs up to 0.1
-            notes.append(f"{label}, {DOMAINS[domain].lower()} average: the paper prints {printed}, "
-                         f"its cells give {mean:.1f}, which is used here.")
+            notes.append(
+                f"{label}, {DOMAINS[domain].lower()} average: the paper prints {printed}, "
+                f"its cells give {mean:.1f}, which is used here."
+            )
 
 
 def pool_seeds(run_path: Path, cfg, tasks: dict, scores: dict) -> dict:
@@ -502,8 +581,19 @@ def pool_seeds(run_path: Path, cfg, tasks: dict, scores: dict) -> dict:
         "contrasts"}}; pooled entries carry `seed_std`, the sample std of the runs' values.
     Raises: UserError: if a folder is missing, of another model, or two runs have the same seed.
     """
-    found = [(_seed_of({"seed": cfg.seed, "generator": {"seed": cfg.generator.seed},
-                        "data": {"skip_test": cfg.data.skip_test}}), run_path.name, scores)]
+    found = [
+        (
+            _seed_of(
+                {
+                    "seed": cfg.seed,
+                    "generator": {"seed": cfg.generator.seed},
+                    "data": {"skip_test": cfg.data.skip_test},
+                }
+            ),
+            run_path.name,
+            scores,
+        )
+    ]
     for folder in map(Path, cfg.report.seed_runs):
         config = folder / "config.yaml"
         if not config.exists():
@@ -511,12 +601,16 @@ def pool_seeds(run_path: Path, cfg, tasks: dict, scores: dict) -> dict:
         made = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
         seed, model = _seed_of(made), (made.get("model") or {}).get("name", cfg.model.name)
         if model != cfg.model.name:
-            raise UserError(f"report.seed_runs: {folder} is a run of {model}, not of {cfg.model.name}")
+            raise UserError(
+                f"report.seed_runs: {folder} is a run of {model}, not of {cfg.model.name}"
+            )
         if seed in [known for known, _, _ in found]:
             raise UserError(f"report.seed_runs: {folder} repeats seed {seed}")
         found.append((seed, folder.name, load_scores(folder, tasks)))
-    runs = [{"seed": seed, "run": name, **_summarise_runs([one], tasks, cfg.evaluate.metric)}
-            for seed, name, one in found]
+    runs = [
+        {"seed": seed, "run": name, **_summarise_runs([one], tasks, cfg.evaluate.metric)}
+        for seed, name, one in found
+    ]
     pooled = _summarise_runs([one for _, _, one in found], tasks, cfg.evaluate.metric)
     for domain in DOMAINS:
         for method, entry in pooled["averages"][domain].items():
@@ -525,22 +619,30 @@ def pool_seeds(run_path: Path, cfg, tasks: dict, scores: dict) -> dict:
         for row in pooled["contrasts"]:
             if row[domain]:
                 values = [find_contrast(r["contrasts"], row["name"], row["metric"]) for r in runs]
-                row[domain]["seed_std"] = _std([v[domain]["diff"] for v in values
-                                                if v and v[domain]])
+                row[domain]["seed_std"] = _std(
+                    [v[domain]["diff"] for v in values if v and v[domain]]
+                )
     return {"runs": runs, "pooled": pooled}
 
 
 def _seed_of(config: dict):
     """The seed of a run; with the generator's where that one alone was changed, and the test examples passed over."""
     seed = config.get("seed")
-    own, skipped = (config.get("generator") or {}).get("seed", seed), (config.get("data") or {}).get("skip_test", 0)
-    more = ([f"generator {own}"] if own != seed else []) + ([f"test from {skipped}"] if skipped else [])
+    own, skipped = (
+        (config.get("generator") or {}).get("seed", seed),
+        (config.get("data") or {}).get("skip_test", 0),
+    )
+    more = ([f"generator {own}"] if own != seed else []) + (
+        [f"test from {skipped}"] if skipped else []
+    )
     return f"{seed} ({', '.join(more)})" if more else seed
 
 
 def _summarise_runs(runs: list[dict], tasks: dict, metric: str) -> dict:
-    return {"averages": average_over_tasks(runs, tasks, metric),
-            "contrasts": contrast_methods(runs, tasks)}
+    return {
+        "averages": average_over_tasks(runs, tasks, metric),
+        "contrasts": contrast_methods(runs, tasks),
+    }
 
 
 def _std(values: list[float]) -> float | None:
@@ -569,8 +671,12 @@ def _task_label(results: dict, task: str) -> str:
 def _stand_in_notes(results: dict, names) -> list[str]:
     """The footnote of every table that names a task whose data stand in for another's."""
     about = {name: results["tasks"][name] for name in names}
-    parts = [f"{_task_label(results, name)[:-1]} is {task.get('source')}, standing in for "
-             f"{task['stand_in_for']}" for name, task in about.items() if task.get("stand_in_for")]
+    parts = [
+        f"{_task_label(results, name)[:-1]} is {task.get('source')}, standing in for "
+        f"{task['stand_in_for']}"
+        for name, task in about.items()
+        if task.get("stand_in_for")
+    ]
     return [f"† {'; '.join(parts)}."] if parts else []
 
 
@@ -639,8 +745,9 @@ def _average_cell(results: dict, domain: str, method: str, relative: bool = True
     text, names = _points(entry["acc"], entry["se"]), _in_domain(results["tasks"], domain)
     reference = RELATIVE_TO.get(method)
     methods = [results["tasks"][name]["methods"] for name in names]
-    both = [(m[method]["acc"], m[reference]["acc"]) for m in methods
-            if method in m and reference in m]
+    both = [
+        (m[method]["acc"], m[reference]["acc"]) for m in methods if method in m and reference in m
+    ]
     if relative and both:  # over the tasks that both have, else unlike averages are compared
         text += _relative(*(sum(side) / len(both) for side in zip(*both, strict=True)))
     return text if entry["tasks"] == len(names) else f"{text} [{entry['tasks']}/{len(names)} tasks]"
@@ -656,30 +763,48 @@ def headline(results: dict) -> list[str]:
         if not averages:
             lines.append(f"{name} tasks: not run.")
             continue
-        parts = [f"{_label(m)} {_points(e['acc'], e['se'])} % ({_count(e['tasks'], 'task')})"
-                 for m, e in averages.items() if m in ("base", "generator", "degaml")]
+        parts = [
+            f"{_label(m)} {_points(e['acc'], e['se'])} % ({_count(e['tasks'], 'task')})"
+            for m, e in averages.items()
+            if m in ("base", "generator", "degaml")
+        ]
         lines.append(f"{name} accuracy: {'; '.join(parts) or 'only controls were run'}.")
-        ahead = [f"{_label(m)} {_points(averages[m]['acc'], averages[m]['se'])} %" for m in BASELINES
-                 if m in averages and "degaml" in averages and averages[m]["acc"] > averages["degaml"]["acc"]]
+        ahead = [
+            f"{_label(m)} {_points(averages[m]['acc'], averages[m]['se'])} %"
+            for m in BASELINES
+            if m in averages
+            and "degaml" in averages
+            and averages[m]["acc"] > averages["degaml"]["acc"]
+        ]
         if ahead:
             lines.append(f"{name}, baselines ahead of DeGAML on average: {'; '.join(ahead)}.")
-    lines.append(f"Differences ({shown_contrasts(results)[1]}) are paired by example; one within "
-                 "two standard errors of zero is called not established.")
+    lines.append(
+        f"Differences ({shown_contrasts(results)[1]}) are paired by example; one within "
+        "two standard errors of zero is called not established."
+    )
     for name, question in QUESTIONS.items():
-        if find_contrast(results["contrasts"], name, results["metric"]) is None and name.startswith("aligned"):
-            continue   # an optional stage
+        if find_contrast(results["contrasts"], name, results["metric"]) is None and name.startswith(
+            "aligned"
+        ):
+            continue  # an optional stage
         lines.append(f"{question}: {_contrast_sentence(results, name)}.")
-    stand_ins = [f"{_task_label(results, name)} for {about['stand_in_for']}"
-                 for name, about in results["tasks"].items() if about.get("stand_in_for")]
+    stand_ins = [
+        f"{_task_label(results, name)} for {about['stand_in_for']}"
+        for name, about in results["tasks"].items()
+        if about.get("stand_in_for")
+    ]
     if stand_ins:
         lines.append(f"Averages include stand-in data: {', '.join(stand_ins)}.")
-    missing = [_label(m) for m in ALWAYS_SHOWN
-               if not any(m in results["averages"][d] for d in DOMAINS)]
+    missing = [
+        _label(m) for m in ALWAYS_SHOWN if not any(m in results["averages"][d] for d in DOMAINS)
+    ]
     if missing:
         lines.append(f"Not run: {', '.join(missing)}.")
     if results["provenance"]["tasks_not_in_run"]:
-        lines.append("Tasks of the paper that this run leaves out (not run): "
-                     f"{', '.join(results['provenance']['tasks_not_in_run'])}.")
+        lines.append(
+            "Tasks of the paper that this run leaves out (not run): "
+            f"{', '.join(results['provenance']['tasks_not_in_run'])}."
+        )
     return lines
 
 
@@ -696,9 +821,11 @@ def _contrast_sentence(results: dict, name: str) -> str:
         if entry is None:
             parts.append(f"{title.lower()} {NOT_RUN}")
             continue
-        text = (f"{title.lower()} {_points(entry['diff'], entry['se'], signed=True)} points over "
-                f"{_count(entry['tasks'], 'task')}, "
-                f"{'an established ' * (verdict(entry) in ('gain', 'loss'))}{verdict(entry)}")
+        text = (
+            f"{title.lower()} {_points(entry['diff'], entry['se'], signed=True)} points over "
+            f"{_count(entry['tasks'], 'task')}, "
+            f"{'an established ' * (verdict(entry) in ('gain', 'loss'))}{verdict(entry)}"
+        )
         if check.get(domain):
             text += f" ({other}: {_points(check[domain]['diff'], check[domain]['se'], True)})"
         parts.append(text)
@@ -722,11 +849,15 @@ def _metric_note(results: dict) -> str:
     return f"Accuracy in percent ± standard error, metric {metric} ({METRICS[metric]})."
 
 
-AVERAGE_NOTE = ("Avg is the mean over tasks; its standard error takes the tasks as fixed and their "
-                "documents as independent: sqrt(sum of se²) / number of tasks.")
-VERDICT_NOTE = ("Percentage points ± standard error of the paired difference. A difference below "
-                "two standard errors is called not established; with this many comparisons about "
-                "one in twenty passes that bar by chance.")
+AVERAGE_NOTE = (
+    "Avg is the mean over tasks; its standard error takes the tasks as fixed and their "
+    "documents as independent: sqrt(sum of se²) / number of tasks."
+)
+VERDICT_NOTE = (
+    "Percentage points ± standard error of the paired difference. A difference below "
+    "two standard errors is called not established; with this many comparisons about "
+    "one in twenty passes that bar by chance."
+)
 
 
 def table_results(results: dict, domain: str) -> dict:
@@ -734,19 +865,26 @@ def table_results(results: dict, domain: str) -> dict:
     names = _in_domain(results["tasks"], domain)
     title = f"{DOMAINS[domain]} tasks"
     if not names:
-        return _table(title, ["Method", "Avg"], [["All methods", NOT_RUN]],
-                      ["No task of this domain is part of this run."])
+        return _table(
+            title,
+            ["Method", "Avg"],
+            [["All methods", NOT_RUN]],
+            ["No task of this domain is part of this run."],
+        )
     rows = []
     for method in _shown_methods(results):
         cells = [_accuracy_cell(results, task, method) for task in names]
         rows.append([_label(method), *cells, _average_cell(results, domain, method)])
-    notes = [_metric_note(results), AVERAGE_NOTE, "In brackets: relative change, Generalization "
-             "over the base model and Adaptation over Generalization, as the paper prints it."]
+    notes = [
+        _metric_note(results),
+        AVERAGE_NOTE,
+        "In brackets: relative change, Generalization "
+        "over the base model and Adaptation over Generalization, as the paper prints it.",
+    ]
     notes += _stand_in_notes(results, names)
     if results["paper"]:
         rows += _paper_rows(results, domain, names)
-        notes.append(f"Paper rows: {results['paper']['model']}, "
-                     f"{results['paper']['metric']}.")
+        notes.append(f"Paper rows: {results['paper']['model']}, {results['paper']['metric']}.")
     header = ["Method", *(_task_label(results, task) for task in names)]
     return _table(title, [*header, f"Avg ({_count(len(names), 'task')})"], rows, notes)
 
@@ -790,23 +928,42 @@ def table_paper(results: dict) -> dict:
                 continue
             printed = f"{100 * entry['printed_avg'][domain]:.1f}"
             ours = _our_average(results, method, domain)
-            rows.append([_label(method), name, str(count), f"{100 * paper:.1f}", printed,
-                         NOT_RUN if ours is None else f"{100 * ours:.1f}",
-                         NOT_RUN if ours is None else f"{100 * (ours - paper):+.1f}"])
+            rows.append(
+                [
+                    _label(method),
+                    name,
+                    str(count),
+                    f"{100 * paper:.1f}",
+                    printed,
+                    NOT_RUN if ours is None else f"{100 * ours:.1f}",
+                    NOT_RUN if ours is None else f"{100 * (ours - paper):+.1f}",
+                ]
+            )
         for a, b in RELATIVE_TO.items():
             paper = [_paper_average(results, method, domain)[0] for method in (a, b)]
             ours = [_our_average(results, method, domain) for method in (a, b)]
             if None not in paper:
                 expected = 100 * (paper[0] - paper[1])
                 gain = None if None in ours else 100 * (ours[0] - ours[1])
-                rows.append([f"Gain, {a} - {b}", name, "same", f"{expected:+.1f}", "not printed",
-                             NOT_RUN if gain is None else f"{gain:+.1f}",
-                             NOT_RUN if gain is None else f"{gain - expected:+.1f}"])
+                rows.append(
+                    [
+                        f"Gain, {a} - {b}",
+                        name,
+                        "same",
+                        f"{expected:+.1f}",
+                        "not printed",
+                        NOT_RUN if gain is None else f"{gain:+.1f}",
+                        NOT_RUN if gain is None else f"{gain - expected:+.1f}",
+                    ]
+                )
     header = ["Method", "Domain", "Tasks", "Paper", "Paper, printed avg (6 tasks)", "Ours", "Gap"]
-    notes = [f"Paper: {results['paper']['model']}, {results['paper']['metric']}; this run: "
-             f"{results['model']}, metric {results['metric']}. Where model, metric or data differ, "
-             "compare the gains rather than the levels.", *results["paper"]["notes"],
-             *_stand_in_notes(results, results["tasks"])]
+    notes = [
+        f"Paper: {results['paper']['model']}, {results['paper']['metric']}; this run: "
+        f"{results['model']}, metric {results['metric']}. Where model, metric or data differ, "
+        "compare the gains rather than the levels.",
+        *results["paper"]["notes"],
+        *_stand_in_notes(results, results["tasks"]),
+    ]
     return _table("Against the paper", header, rows, notes)
 
 
@@ -816,36 +973,71 @@ def table_main(results: dict, domain: str) -> dict:
     Our differences carry the paired standard error; the paper's are recomputed from its cells.
     """
     names = _in_domain(results["tasks"], domain)
-    rows = [[_label(m), *(_accuracy_cell(results, t, m, relative=False) for t in names),
-             _average_cell(results, domain, m, relative=False)] for m in (*TABLE_1, "degaml")]
+    rows = [
+        [
+            _label(m),
+            *(_accuracy_cell(results, t, m, relative=False) for t in names),
+            _average_cell(results, domain, m, relative=False),
+        ]
+        for m in (*TABLE_1, "degaml")
+    ]
     for method in TABLE_1:
-        found = find_contrast(results["contrasts"], f"degaml - {method}", results["metric"]) or {"tasks": {}}
+        found = find_contrast(results["contrasts"], f"degaml - {method}", results["metric"]) or {
+            "tasks": {}
+        }
         cells = [*(found["tasks"].get(t) for t in names), found.get(domain)]
-        rows.append([f"DeGAML - {_label(method)}",
-                     *(NOT_RUN if c is None else _points(c["diff"], c["se"], True) for c in cells)])
+        rows.append(
+            [
+                f"DeGAML - {_label(method)}",
+                *(NOT_RUN if c is None else _points(c["diff"], c["se"], True) for c in cells),
+            ]
+        )
     paper = (results["paper"] or {"methods": {}})["methods"]
-    known = {m: paper[m]["cells"] for m in (*TABLE_1, "degaml") if m in paper and set(names) & set(paper[m]["cells"])}
+    known = {
+        m: paper[m]["cells"]
+        for m in (*TABLE_1, "degaml")
+        if m in paper and set(names) & set(paper[m]["cells"])
+    }
     for method, cells in known.items():
-        rows.append([f"Paper: {_label(method)}", *(f"{100 * cells[t]:.1f}" if t in cells else "not in paper"
-                                                   for t in names),
-                     f"{100 * _paper_average(results, method, domain)[0]:.1f}"])
+        rows.append(
+            [
+                f"Paper: {_label(method)}",
+                *(f"{100 * cells[t]:.1f}" if t in cells else "not in paper" for t in names),
+                f"{100 * _paper_average(results, method, domain)[0]:.1f}",
+            ]
+        )
     for method, cells in known.items():
         both = [t for t in names if t in cells and t in known.get("degaml", {})]
         if method != "degaml" and both:
             gaps = {t: 100 * (known["degaml"][t] - cells[t]) for t in both}
-            rows.append([f"Paper: DeGAML - {_label(method)}",
-                         *(f"{gaps[t]:+.1f}" if t in gaps else "not in paper" for t in names),
-                         f"{sum(gaps.values()) / len(gaps):+.1f}"])
-    header = ["Method", *(_task_label(results, task) for task in names), f"Avg ({_count(len(names), 'task')})"]
-    return _table(f"Against the baselines, {DOMAINS[domain].lower()} (paper D, Table 1)", header, rows,
-                  [_metric_note(results), VERDICT_NOTE])
+            rows.append(
+                [
+                    f"Paper: DeGAML - {_label(method)}",
+                    *(f"{gaps[t]:+.1f}" if t in gaps else "not in paper" for t in names),
+                    f"{sum(gaps.values()) / len(gaps):+.1f}",
+                ]
+            )
+    header = [
+        "Method",
+        *(_task_label(results, task) for task in names),
+        f"Avg ({_count(len(names), 'task')})",
+    ]
+    return _table(
+        f"Against the baselines, {DOMAINS[domain].lower()} (paper D, Table 1)",
+        header,
+        rows,
+        [_metric_note(results), VERDICT_NOTE],
+    )
 
 
 def _our_average(results: dict, method: str, domain: str) -> float | None:
     """Our average over the tasks the paper has; None unless every one of them was run."""
     cells = results["paper"]["methods"][method]["cells"]
-    entries = [results["tasks"][task]["methods"].get(method)
-               for task in _in_domain(results["tasks"], domain) if task in cells]
+    entries = [
+        results["tasks"][task]["methods"].get(method)
+        for task in _in_domain(results["tasks"], domain)
+        if task in cells
+    ]
     return sum(e["acc"] for e in entries) / len(entries) if entries and all(entries) else None
 
 
@@ -859,12 +1051,18 @@ def table_contrasts(results: dict) -> dict:
             if entry is None:
                 row += [NOT_RUN, NOT_RUN]
             else:
-                row += [f"{_points(entry['diff'], entry['se'], True)} "
-                        f"({_count(entry['tasks'], 'task')})", verdict(entry)]
+                row += [
+                    f"{_points(entry['diff'], entry['se'], True)} "
+                    f"({_count(entry['tasks'], 'task')})",
+                    verdict(entry),
+                ]
         rows.append(row)
     done = {contrast["name"] for contrast in results["contrasts"]}
-    rows += [[f"{a} - {b}", "any", *[NOT_RUN] * 4] for a, b in PAIRS
-             if f"{a} - {b}" not in done and {a, b} <= set(ALWAYS_SHOWN)]
+    rows += [
+        [f"{a} - {b}", "any", *[NOT_RUN] * 4]
+        for a, b in PAIRS
+        if f"{a} - {b}" not in done and {a, b} <= set(ALWAYS_SHOWN)
+    ]
     header = ["Contrast", "Metric", "In-domain", "Verdict", "Out-of-domain", "Verdict"]
     notes = [VERDICT_NOTE, AVERAGE_NOTE, *_stand_in_notes(results, results["tasks"])]
     return _table("Averages over tasks", header, rows, notes)
@@ -879,12 +1077,15 @@ def table_task_contrasts(results: dict) -> dict:
             for task in results["tasks"]:
                 entry = contrast["tasks"].get(task)
                 star = "*" if verdict(entry) in ("gain", "loss") else ""
-                row.append(NOT_RUN if entry is None else
-                           _points(entry["diff"], entry["se"], True) + star)
+                row.append(
+                    NOT_RUN if entry is None else _points(entry["diff"], entry["se"], True) + star
+                )
             rows.append(row)
     header = ["Contrast", *(_task_label(results, task) for task in results["tasks"])]
-    notes = [f"Metric {results['metric']}. * at least two standard errors. {VERDICT_NOTE}",
-             *_stand_in_notes(results, results["tasks"])]
+    notes = [
+        f"Metric {results['metric']}. * at least two standard errors. {VERDICT_NOTE}",
+        *_stand_in_notes(results, results["tasks"]),
+    ]
     return _table("Paired differences per task", header, rows, notes)
 
 
@@ -892,31 +1093,63 @@ def table_tasks(results: dict) -> dict:
     """What each task is: data source, split sizes, chance and majority rates."""
     rows = []
     for task, about in results["tasks"].items():
-        rows.append([
-            _task_label(results, task), DOMAINS[about["domain"]], str(about.get("source")),
-            *(str(about.get(f"n_{split}", "unknown"))
-              for split in ("test", "train", "support", "prompts")),
-            str(about.get("prompts_from", "unknown")),
-            f"{100 * about['chance']:.1f}", f"{100 * about['majority']:.1f}",
-            _accuracy_cell(results, task, "base"),
-        ])
-    header = ["Task", "Domain", "Source", "Test", "Train", "Support", "Prompts", "Prompts from",
-              "Chance %", "Majority %", "Base %"]
-    notes = ["Test, Train, Support, Prompts: numbers of examples. Majority: always answering the "
-             "most frequent option of the test split.", *_stand_in_notes(results, results["tasks"])]
+        rows.append(
+            [
+                _task_label(results, task),
+                DOMAINS[about["domain"]],
+                str(about.get("source")),
+                *(
+                    str(about.get(f"n_{split}", "unknown"))
+                    for split in ("test", "train", "support", "prompts")
+                ),
+                str(about.get("prompts_from", "unknown")),
+                f"{100 * about['chance']:.1f}",
+                f"{100 * about['majority']:.1f}",
+                _accuracy_cell(results, task, "base"),
+            ]
+        )
+    header = [
+        "Task",
+        "Domain",
+        "Source",
+        "Test",
+        "Train",
+        "Support",
+        "Prompts",
+        "Prompts from",
+        "Chance %",
+        "Majority %",
+        "Base %",
+    ]
+    notes = [
+        "Test, Train, Support, Prompts: numbers of examples. Majority: always answering the "
+        "most frequent option of the test split.",
+        *_stand_in_notes(results, results["tasks"]),
+    ]
     return _table("Data", header, rows, notes)
 
 
 def table_metrics(results: dict) -> dict:
     """Every metric that was scored, per task and method; the primary one was fixed beforehand."""
-    found = [(task, method, entry) for task, about in results["tasks"].items()
-             for method, entry in about["methods"].items()]
+    found = [
+        (task, method, entry)
+        for task, about in results["tasks"].items()
+        for method, entry in about["methods"].items()
+    ]
     metrics = _scored_metrics(results)
-    rows = [[_task_label(results, task), _label(method), str(entry["n"]),
-             *(_points(entry.get(f"acc_{m}"), entry.get(f"se_{m}")) for m in metrics)]
-            for task, method, entry in found]
-    notes = ["Percent ± standard error. " + "; ".join(f"{m}: {METRICS[m]}" for m in metrics) + ".",
-             *_stand_in_notes(results, results["tasks"])]
+    rows = [
+        [
+            _task_label(results, task),
+            _label(method),
+            str(entry["n"]),
+            *(_points(entry.get(f"acc_{m}"), entry.get(f"se_{m}")) for m in metrics),
+        ]
+        for task, method, entry in found
+    ]
+    notes = [
+        "Percent ± standard error. " + "; ".join(f"{m}: {METRICS[m]}" for m in metrics) + ".",
+        *_stand_in_notes(results, results["tasks"]),
+    ]
     return _table("All metrics", ["Task", "Method", "n", *metrics], rows, notes)
 
 
@@ -933,27 +1166,42 @@ def table_strategies(results: dict) -> dict:
             if chosen is None:
                 row += [NOT_RUN] * 2
             else:
-                row += [_strategy_text(chosen["strategy"]),
-                        f"{chosen.get('wins', 'n/a')} / {chosen.get('losses', 'n/a')}"]
+                row += [
+                    _strategy_text(chosen["strategy"]),
+                    f"{chosen.get('wins', 'n/a')} / {chosen.get('losses', 'n/a')}",
+                ]
             if search is None:
                 row += [NOT_RUN] * 3
             else:
-                counts = [f"{family} {c['proposed']} ({c['rewarded']})"
-                          for family, c in sorted(search["by_family"].items())]
+                counts = [
+                    f"{family} {c['proposed']} ({c['rewarded']})"
+                    for family, c in sorted(search["by_family"].items())
+                ]
                 row += [", ".join(counts), str(search["distinct"]), f"{search['seconds']:.0f}"]
             rows.append(row)
-    header = ["Task", "Method", "Strategy kept", "Support wins / losses",
-              "Tried: proposed (rewarded)", "Distinct", "Search s"]
-    notes = ["Wins and losses: support examples that the strategy turned right or wrong, against "
-             "the generated adapter.", *_stand_in_notes(results, results["tasks"])]
+    header = [
+        "Task",
+        "Method",
+        "Strategy kept",
+        "Support wins / losses",
+        "Tried: proposed (rewarded)",
+        "Distinct",
+        "Search s",
+    ]
+    notes = [
+        "Wins and losses: support examples that the strategy turned right or wrong, against "
+        "the generated adapter.",
+        *_stand_in_notes(results, results["tasks"]),
+    ]
     return _table("Kept and tried", header, rows, notes)
 
 
 def _strategy_text(strategy: dict) -> str:
     if strategy.get("family") == "none":
         return "none: the generated adapter was kept"
-    fields = ", ".join(f"{key}={_compact(value)}" for key, value in strategy.items()
-                       if key != "family")
+    fields = ", ".join(
+        f"{key}={_compact(value)}" for key, value in strategy.items() if key != "family"
+    )
     return f"{strategy.get('family')}: {fields}" if fields else str(strategy.get("family"))
 
 
@@ -963,43 +1211,102 @@ def _compact(value) -> str:
 
 def table_time(results: dict) -> dict:
     """Seconds per stage, of its critical path and, within evaluation, per method."""
+
     def show(seconds):
         return NOT_RUN if seconds is None else f"{seconds:.1f}"
-    rows = [["stage", name, show(s), show(results["seconds_critical_path"].get(name))]
-            for name, s in results["seconds"].items()]
-    rows += [["scoring", _label(m), f"{s:.1f}", "-"] for m, s in results["seconds_by_method"].items()]
+
+    rows = [
+        ["stage", name, show(s), show(results["seconds_critical_path"].get(name))]
+        for name, s in results["seconds"].items()
+    ]
+    rows += [
+        ["scoring", _label(m), f"{s:.1f}", "-"] for m, s in results["seconds_by_method"].items()
+    ]
     for method, tasks in results["search"].items():
-        rows.append(["strategy search", _label(method), f"{sum(t['seconds'] for t in tasks.values()):.1f}", "-"])
-    return _table("Time", ["What", "Name", "Seconds", "Critical path"], rows or [["stages", NOT_RUN, NOT_RUN, NOT_RUN]],
-                  ["Seconds of work summed over units; divide by the number of ranks for the time on the clock. The "
-                   "critical path is the longest unit of each of a stage's phases: what remains however many ranks "
-                   "there are. Scoring and search are parts of their stages."])
+        rows.append(
+            [
+                "strategy search",
+                _label(method),
+                f"{sum(t['seconds'] for t in tasks.values()):.1f}",
+                "-",
+            ]
+        )
+    return _table(
+        "Time",
+        ["What", "Name", "Seconds", "Critical path"],
+        rows or [["stages", NOT_RUN, NOT_RUN, NOT_RUN]],
+        [
+            "Seconds of work summed over units; divide by the number of ranks for the time on the clock. The "
+            "critical path is the longest unit of each of a stage's phases: what remains however many ranks "
+            "there are. Scoring and search are parts of their stages."
+        ],
+    )
 
 
 def table_budget(results: dict) -> dict:
     """What each method spent, so that accuracies can be read against cost."""
+
     def show(value):
         return "not recorded" if value is None else f"{value:,.0f}"
-    rows = [[_label(method), *(show(b[key]) for key in ("seconds_meta", "meta_steps", "meta_tokens")),
-             show(b["seconds_adapt"] / b["targets"]), show(b["labels"])]
-            for method, b in results["budget"].items()]
-    notes = ["Core-seconds. Meta-training is summed over the left-out sets; generator and DeGAML share theirs "
-             "(collection, prompt states, generators). Tokens: of the rows drawn, all options counted. Labels: "
-             "support examples seen per target."]
-    notes += [f"{_label(method)} without {left_out} diverged at step {step + 1}; its loss curve is kept."
-              for method, b in results["budget"].items() for left_out, step in b["diverged"].items()]
-    return _table("Budget", ["Method", "Meta-training s", "Gradient steps", "Tokens", "Adaptation s / target",
-                             "Labels / target"], rows or [[NOT_RUN] * 6], notes)
+
+    rows = [
+        [
+            _label(method),
+            *(show(b[key]) for key in ("seconds_meta", "meta_steps", "meta_tokens")),
+            show(b["seconds_adapt"] / b["targets"]),
+            show(b["labels"]),
+        ]
+        for method, b in results["budget"].items()
+    ]
+    notes = [
+        "Core-seconds. Meta-training is summed over the left-out sets; generator and DeGAML share theirs "
+        "(collection, prompt states, generators). Tokens: of the rows drawn, all options counted. Labels: "
+        "support examples seen per target."
+    ]
+    notes += [
+        f"{_label(method)} without {left_out} diverged at step {step + 1}; its loss curve is kept."
+        for method, b in results["budget"].items()
+        for left_out, step in b["diverged"].items()
+    ]
+    return _table(
+        "Budget",
+        [
+            "Method",
+            "Meta-training s",
+            "Gradient steps",
+            "Tokens",
+            "Adaptation s / target",
+            "Labels / target",
+        ],
+        rows or [[NOT_RUN] * 6],
+        notes,
+    )
 
 
 def table_calibration(results: dict) -> dict:
     """Expected calibration error per domain and method."""
-    rows = [[_label(m), *("n/a" if (e := results["averages"][d].get(m, {}).get("ece")) is None else f"{100 * e:.1f}"
-                          for d in DOMAINS)] for m in _shown_methods(results)
-            if any(m in results["averages"][d] for d in DOMAINS)]
-    return _table("Calibration", ["Method", *(f"{name} ECE %" for name in DOMAINS.values())], rows or [[NOT_RUN] * 3],
-                  ["Expected calibration error, 10 bins of the probability of the likeliest option under a softmax "
-                   "over the options' summed log-likelihoods; mean over tasks."])
+    rows = [
+        [
+            _label(m),
+            *(
+                "n/a"
+                if (e := results["averages"][d].get(m, {}).get("ece")) is None
+                else f"{100 * e:.1f}"
+                for d in DOMAINS
+            ),
+        ]
+        for m in _shown_methods(results)
+        if any(m in results["averages"][d] for d in DOMAINS)
+    ]
+    return _table(
+        "Calibration",
+        ["Method", *(f"{name} ECE %" for name in DOMAINS.values())],
+        rows or [[NOT_RUN] * 3],
+        [
+            "Expected calibration error, 10 bins of the probability of the likeliest option under a softmax "
+            "over the options' summed log-likelihoods; mean over tasks."
+        ],
+    )
 
 
 def table_seeds(results: dict) -> dict:
@@ -1011,20 +1318,38 @@ def table_seeds(results: dict) -> dict:
             entry = row[domain]
             if row["metric"] != results["metric"] or entry is None:
                 continue
-            found = [find_contrast(run["contrasts"], row["name"], row["metric"])
-                     for run in seeds["runs"]]
-            cells = [_points(f[domain]["diff"], f[domain]["se"], True) if f and f[domain]
-                     else NOT_RUN for f in found]
+            found = [
+                find_contrast(run["contrasts"], row["name"], row["metric"]) for run in seeds["runs"]
+            ]
+            cells = [
+                _points(f[domain]["diff"], f[domain]["se"], True) if f and f[domain] else NOT_RUN
+                for f in found
+            ]
             spread = entry["seed_std"]
-            rows.append([row["name"], name, *cells, _points(entry["diff"], entry["se"], True),
-                         "n/a" if spread is None else f"{100 * spread:.2f}",
-                         verdict(entry)])
-    header = ["Contrast", "Domain", *(f"seed {run['seed']}" for run in seeds["runs"]),
-              "Pooled", "Std over seeds", "Verdict"]
-    notes = [f"Metric {results['metric']}. Pooled: the mean over runs per example first, then the "
-             "standard error over examples, so no document counts twice. Std over seeds is the "
-             "spread that training adds. " + VERDICT_NOTE,
-             *_stand_in_notes(results, results["tasks"])]
+            rows.append(
+                [
+                    row["name"],
+                    name,
+                    *cells,
+                    _points(entry["diff"], entry["se"], True),
+                    "n/a" if spread is None else f"{100 * spread:.2f}",
+                    verdict(entry),
+                ]
+            )
+    header = [
+        "Contrast",
+        "Domain",
+        *(f"seed {run['seed']}" for run in seeds["runs"]),
+        "Pooled",
+        "Std over seeds",
+        "Verdict",
+    ]
+    notes = [
+        f"Metric {results['metric']}. Pooled: the mean over runs per example first, then the "
+        "standard error over examples, so no document counts twice. Std over seeds is the "
+        "spread that training adds. " + VERDICT_NOTE,
+        *_stand_in_notes(results, results["tasks"]),
+    ]
     return _table("Seeds", header, rows, notes)
 
 
@@ -1032,13 +1357,19 @@ def table_provenance(results: dict) -> dict:
     """Model, seed, configuration, metric, prompts and versions."""
     about = results["provenance"]
     # Transductive use of the test inputs has to be visible to whoever reads the numbers.
-    origin = {"test": "the test split's unlabelled inputs (transductive, as in the papers)",
-              "train": "the train split (inductive)"}
-    rows = [["model", results["model"]], ["seed", results["seed"]], ["config", results["config"]],
-            ["run folder", about["run"]], ["command", about["command"] or "not recorded"],
-            ["primary metric", f"{results['metric']} ({METRICS[results['metric']]})"],
-            ["prompts drawn from",
-             "; ".join(origin.get(p, p) for p in about["prompts_from"])]]
+    origin = {
+        "test": "the test split's unlabelled inputs (transductive, as in the papers)",
+        "train": "the train split (inductive)",
+    }
+    rows = [
+        ["model", results["model"]],
+        ["seed", results["seed"]],
+        ["config", results["config"]],
+        ["run folder", about["run"]],
+        ["command", about["command"] or "not recorded"],
+        ["primary metric", f"{results['metric']} ({METRICS[results['metric']]})"],
+        ["prompts drawn from", "; ".join(origin.get(p, p) for p in about["prompts_from"])],
+    ]
     rows += [[key, value] for key, value in sorted(about["env"].items())]
     return _table("Provenance", ["Key", "Value"], [[str(k), str(v)] for k, v in rows])
 
@@ -1051,16 +1382,26 @@ def report_sections(results: dict, figures: list[dict]) -> list[tuple[str, list]
         contrasts.append(table_seeds(results))
     outcome = [*(table_results(results, domain) for domain in DOMAINS), drawn["accuracy"]]
     if {"union", "abmll", "maml"} & {m for d in DOMAINS for m in results["averages"][d]}:
-        outcome += [table_main(results, domain) for domain in DOMAINS if _in_domain(results["tasks"], domain)]
+        outcome += [
+            table_main(results, domain)
+            for domain in DOMAINS
+            if _in_domain(results["tasks"], domain)
+        ]
     if results["paper"]:
         outcome.append(table_paper(results))
     outcome += [table_calibration(results), table_metrics(results)]
     strategies = [table_strategies(results), drawn["strategies"], drawn["reward_rate"]]
     losses = [figure for figure in figures if figure["name"].startswith("loss_")]
     return [
-        ("Results", outcome), ("Contrasts", contrasts), ("Tasks", [table_tasks(results)]),
-        ("Strategies", strategies), ("Training", losses),
-        ("Time and provenance", [table_budget(results), table_time(results), table_provenance(results)]),
+        ("Results", outcome),
+        ("Contrasts", contrasts),
+        ("Tasks", [table_tasks(results)]),
+        ("Strategies", strategies),
+        ("Training", losses),
+        (
+            "Time and provenance",
+            [table_budget(results), table_time(results), table_provenance(results)],
+        ),
     ]
 
 
@@ -1072,19 +1413,33 @@ def format_console_table(results: dict) -> str:
     Returns: text without a trailing newline; accuracies in percent ± standard error.
     """
     metric = results["metric"]
-    lines = [f"{results['model']}, seed {results['seed']}, metric {metric} ({METRICS[metric]}), "
-             "accuracy in % ± standard error"]
-    present = [m for m in _shown_methods(results)
-               if any(m in t["methods"] for t in results["tasks"].values())]
+    lines = [
+        f"{results['model']}, seed {results['seed']}, metric {metric} ({METRICS[metric]}), "
+        "accuracy in % ± standard error"
+    ]
+    present = [
+        m
+        for m in _shown_methods(results)
+        if any(m in t["methods"] for t in results["tasks"].values())
+    ]
     for domain, title in DOMAINS.items():
         names = _in_domain(results["tasks"], domain)
         if not names or not present:
             lines += ["", f"{title} tasks: {NOT_RUN}"]
             continue
-        header = [f"{title} tasks", *(_task_label(results, t) for t in names),
-                  f"Avg ({_count(len(names), 'task')})"]
-        rows = [[_label(m), *(_accuracy_cell(results, t, m, relative=False) for t in names),
-                 _average_cell(results, domain, m, relative=False)] for m in present]
+        header = [
+            f"{title} tasks",
+            *(_task_label(results, t) for t in names),
+            f"Avg ({_count(len(names), 'task')})",
+        ]
+        rows = [
+            [
+                _label(m),
+                *(_accuracy_cell(results, t, m, relative=False) for t in names),
+                _average_cell(results, domain, m, relative=False),
+            ]
+            for m in present
+        ]
         lines += ["", *_align([header, *rows])]
     lines += ["", *_console_contrasts(results), *_stand_in_notes(results, results["tasks"])]
     missing = [_label(m) for m in ALWAYS_SHOWN if m not in present]
@@ -1099,9 +1454,13 @@ def _console_contrasts(results: dict) -> list[str]:
     rows = []
     for contrast in contrasts:
         if contrast["metric"] == results["metric"]:
-            cells = [NOT_RUN if contrast[d] is None else
-                     f"{_points(contrast[d]['diff'], contrast[d]['se'], True)} "
-                     f"({verdict(contrast[d])})" for d in DOMAINS]
+            cells = [
+                NOT_RUN
+                if contrast[d] is None
+                else f"{_points(contrast[d]['diff'], contrast[d]['se'], True)} "
+                f"({verdict(contrast[d])})"
+                for d in DOMAINS
+            ]
             rows.append([contrast["name"], *cells])
     return _align([header, *rows], left=3) if rows else [f"Paired differences: {NOT_RUN}"]
 
@@ -1109,9 +1468,13 @@ def _console_contrasts(results: dict) -> list[str]:
 def _align(rows: list[list[str]], left: int = 1) -> list[str]:
     """Pad columns to equal width; the first `left` columns are flush left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) if i < left else cell.rjust(w)
-                       for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-             for row in rows]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i < left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
     return [lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]]
 
 
@@ -1135,10 +1498,14 @@ def _page_title(results: dict) -> str:
 
 
 def _subtitle(results: dict) -> str:
-    return (f"Model {results['model']}, seed {results['seed']}. Primary metric: "
-            f"{results['metric']} ({METRICS[results['metric']]}). Also reported: "
-            + ", ".join(f"{m} ({METRICS[m]})" for m in _scored_metrics(results)
-                        if m != results["metric"]) + ".")
+    return (
+        f"Model {results['model']}, seed {results['seed']}. Primary metric: "
+        f"{results['metric']} ({METRICS[results['metric']]}). Also reported: "
+        + ", ".join(
+            f"{m} ({METRICS[m]})" for m in _scored_metrics(results) if m != results["metric"]
+        )
+        + "."
+    )
 
 
 def _markdown_table(table: dict) -> list[str]:
@@ -1154,15 +1521,27 @@ def _markdown_table(table: dict) -> list[str]:
 def _markdown_figure(figure: dict) -> list[str]:
     if figure.get("skipped"):
         return [f"Not drawn: {figure['skipped']}"]
-    return [f"![{figure['title']}](figures/{figure['name']}.png)", "",
-            f"{figure['caption']} [Data](figures/{figure['name']}.csv)"]
+    return [
+        f"![{figure['title']}](figures/{figure['name']}.png)",
+        "",
+        f"{figure['caption']} [Data](figures/{figure['name']}.csv)",
+    ]
 
 
 # ------------------------------------------------------------------------------------ figures
 
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "axes.axisbelow": True,
-         "legend.frameon": False, "savefig.bbox": "tight", "figure.constrained_layout.use": True}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "savefig.bbox": "tight",
+    "figure.constrained_layout.use": True,
+}
 
 
 INTERVAL_COLOURS = (("#0072B2", "#0072B2"), ("#999999", "white"))  # primary metric, the other
@@ -1179,11 +1558,16 @@ def draw_figures(results: dict, run_path: Path, folder: Path) -> list[dict]:
         "skipped" with the reason instead of "png".
     """
     rows = _read_metrics(Path(run_path) / "metrics.jsonl")
-    figures = [("accuracy", _draw_accuracy, results), ("contrasts", _draw_contrasts, results),
-               ("strategies", _draw_strategies, results),
-               ("reward_rate", _draw_reward_rate, results)]
-    figures += [(f"loss_{stage}", _draw_losses, (results, stage, rows))
-                for stage in ("collect", "generator", "policy")]
+    figures = [
+        ("accuracy", _draw_accuracy, results),
+        ("contrasts", _draw_contrasts, results),
+        ("strategies", _draw_strategies, results),
+        ("reward_rate", _draw_reward_rate, results),
+    ]
+    figures += [
+        (f"loss_{stage}", _draw_losses, (results, stage, rows))
+        for stage in ("collect", "generator", "policy")
+    ]
     done = []
     for name, draw, data in figures:
         with plt.rc_context(STYLE):
@@ -1223,41 +1607,66 @@ def _sizes(results: dict) -> str:
 
 def _draw_accuracy(results: dict) -> dict:
     title = "Accuracy per task and method"
-    methods = [m for m in _shown_methods(results)
-               if any(m in t["methods"] for t in results["tasks"].values())]
+    methods = [
+        m
+        for m in _shown_methods(results)
+        if any(m in t["methods"] for t in results["tasks"].values())
+    ]
     blocks = {d: names for d in DOMAINS if (names := _in_domain(results["tasks"], d))}
     if not methods:
         return {"title": title, "skipped": "no scores are stored yet."}
     columns = max(map(len, blocks.values()))
     width = max(6.5, 1.6 * columns + 1)
-    figure, axes = plt.subplots(len(blocks), 1, figsize=(width, 3.2 * len(blocks) + 0.7),
-                                squeeze=False)
+    figure, axes = plt.subplots(
+        len(blocks), 1, figsize=(width, 3.2 * len(blocks) + 0.7), squeeze=False
+    )
     data = [["domain", "task", "method", "acc", "se", "n", "chance"]]
     offsets = np.linspace(-0.36, 0.36, len(methods)) if len(methods) > 1 else [0.0]
     for axis, (domain, names) in zip(axes[:, 0], blocks.items(), strict=True):
         for x, task in enumerate(names):
             about = results["tasks"][task]
             axis.axvline(x + 0.5, color="#DDDDDD", lw=0.6)
-            axis.hlines(100 * about["chance"], x - 0.45, x + 0.45, color="#555555", ls=":", lw=1.2,
-                        label="chance" if x == 0 else None)
+            axis.hlines(
+                100 * about["chance"],
+                x - 0.45,
+                x + 0.45,
+                color="#555555",
+                ls=":",
+                lw=1.2,
+                label="chance" if x == 0 else None,
+            )
             for offset, method in zip(offsets, methods, strict=True):
                 entry = about["methods"].get(method)
                 if entry:
                     _dot(axis, x + offset, entry, method)
-                    data.append([domain, task, method, entry["acc"], entry["se"], entry["n"],
-                                 about["chance"]])
+                    data.append(
+                        [
+                            domain,
+                            task,
+                            method,
+                            entry["acc"],
+                            entry["se"],
+                            entry["n"],
+                            about["chance"],
+                        ]
+                    )
         axis.set_xticks(range(len(names)), [_task_label(results, t) for t in names])
         axis.set(xlim=(-0.5, columns - 0.5), ylabel="accuracy (%)")
-        axis.set_title(f"{DOMAINS[domain]} ({_sizes(results)}, seed {results['seed']})", loc="left",
-                       fontsize=9)
+        axis.set_title(
+            f"{DOMAINS[domain]} ({_sizes(results)}, seed {results['seed']})", loc="left", fontsize=9
+        )
         axis.grid(visible=False, axis="x")
-    handles = [plt.Line2D([], [], ls="", marker=_marker(m), color=_colour(m), label=_label(m))
-               for m in methods]
+    handles = [
+        plt.Line2D([], [], ls="", marker=_marker(m), color=_colour(m), label=_label(m))
+        for m in methods
+    ]
     handles.append(plt.Line2D([], [], ls=":", color="#555555", label="chance"))
     figure.legend(handles=handles, loc="outside lower center", ncols=int(width // 2.5))
-    caption = (f"{_metric_note(results)} Bars are one standard error, dotted lines chance; "
-               f"{_sizes(results)}, seed {results['seed']}. "
-               f"{' '.join(_stand_in_notes(results, results['tasks']))}")
+    caption = (
+        f"{_metric_note(results)} Bars are one standard error, dotted lines chance; "
+        f"{_sizes(results)}, seed {results['seed']}. "
+        f"{' '.join(_stand_in_notes(results, results['tasks']))}"
+    )
     return {"title": title, "caption": caption, "figure": figure, "csv": data}
 
 
@@ -1270,8 +1679,15 @@ def _marker(method: str) -> str:
 
 
 def _dot(axis, x: float, entry: dict, method: str) -> None:
-    axis.errorbar(x, 100 * entry["acc"], yerr=100 * (entry["se"] or 0.0), fmt=_marker(method),
-                  color=_colour(method), ms=5, lw=1.2)
+    axis.errorbar(
+        x,
+        100 * entry["acc"],
+        yerr=100 * (entry["se"] or 0.0),
+        fmt=_marker(method),
+        color=_colour(method),
+        ms=5,
+        lw=1.2,
+    )
 
 
 def _draw_contrasts(results: dict) -> dict:
@@ -1282,8 +1698,13 @@ def _draw_contrasts(results: dict) -> dict:
     domains = [d for d in DOMAINS if any(c[d] for c in contrasts)]
     if not names or not domains:
         return {"title": title, "skipped": "no pair of methods has been scored on the same task."}
-    figure, axes = plt.subplots(1, len(domains), sharey=True, squeeze=False,
-                                figsize=(3 + 3.2 * len(domains), 1.3 + 0.42 * len(names)))
+    figure, axes = plt.subplots(
+        1,
+        len(domains),
+        sharey=True,
+        squeeze=False,
+        figsize=(3 + 3.2 * len(domains), 1.3 + 0.42 * len(names)),
+    )
     data = [["contrast", "metric", "domain", "diff", "se", "tasks"]]
     for axis, domain in zip(axes[0], domains, strict=True):
         axis.axvline(0, color="#555555", lw=1)
@@ -1298,14 +1719,21 @@ def _draw_contrasts(results: dict) -> dict:
                 axis.text(0, y, f"  {NOT_RUN}", va="center", color="#555555")
         axis.set_yticks(range(len(names)), names)
         axis.set(xlabel="difference (percentage points)", ylim=(len(names) - 0.5, -0.5))
-        axis.set_title(f"{DOMAINS[domain]} ({_count(_most_tasks(contrasts, domain), 'task')})",
-                       loc="left", fontsize=9)
+        axis.set_title(
+            f"{DOMAINS[domain]} ({_count(_most_tasks(contrasts, domain), 'task')})",
+            loc="left",
+            fontsize=9,
+        )
         axis.grid(visible=False, axis="y")
-    handles = [plt.Line2D([], [], marker="o", color=colour, mfc=face, label=f"{m} ({METRICS[m]})")
-               for m, (colour, face) in zip(metrics, INTERVAL_COLOURS, strict=True)]
+    handles = [
+        plt.Line2D([], [], marker="o", color=colour, mfc=face, label=f"{m} ({METRICS[m]})")
+        for m, (colour, face) in zip(metrics, INTERVAL_COLOURS, strict=True)
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    caption = ("Mean over tasks of the difference paired by example, ± 1.96 standard errors; "
-               f"{_sizes(results)}, {seeds}.")
+    caption = (
+        "Mean over tasks of the difference paired by example, ± 1.96 standard errors; "
+        f"{_sizes(results)}, {seeds}."
+    )
     return {"title": title, "caption": caption, "figure": figure, "csv": data}
 
 
@@ -1315,8 +1743,16 @@ def _most_tasks(contrasts: list[dict], domain: str) -> int:
 
 def _interval(axis, y: float, entry: dict, primary: bool) -> None:
     colour, face = INTERVAL_COLOURS[0 if primary else 1]
-    axis.errorbar(100 * entry["diff"], y, xerr=196 * (entry["se"] or 0.0), fmt="o", color=colour,
-                  mfc=face, ms=5, lw=1.5)
+    axis.errorbar(
+        100 * entry["diff"],
+        y,
+        xerr=196 * (entry["se"] or 0.0),
+        fmt="o",
+        color=colour,
+        mfc=face,
+        ms=5,
+        lw=1.5,
+    )
 
 
 def _draw_strategies(results: dict) -> dict:
@@ -1325,11 +1761,18 @@ def _draw_strategies(results: dict) -> dict:
     if not search:
         return {"title": title, "skipped": "no strategy has been tried yet."}
     names = list(results["tasks"])
-    figure, axes = plt.subplots(1, len(search), sharey=True, squeeze=False,
-                                figsize=(2 + 4 * len(search), 1.4 + 0.55 * len(names)))
+    figure, axes = plt.subplots(
+        1,
+        len(search),
+        sharey=True,
+        squeeze=False,
+        figsize=(2 + 4 * len(search), 1.4 + 0.55 * len(names)),
+    )
     data = [["method", "task", "family", "proposed", "rewarded"]]
-    families = list(FAMILIES) + sorted({f for tasks in search.values() for s in tasks.values()
-                                        for f in s["by_family"]} - set(FAMILIES))
+    families = list(FAMILIES) + sorted(
+        {f for tasks in search.values() for s in tasks.values() for f in s["by_family"]}
+        - set(FAMILIES)
+    )
     for axis, (method, tasks) in zip(axes[0], search.items(), strict=True):
         for y, task in enumerate(names):
             counts = tasks[task]["by_family"] if task in tasks else {}
@@ -1344,12 +1787,17 @@ def _draw_strategies(results: dict) -> dict:
         axis.set_title(_label(method), loc="left", fontsize=9)
         axis.grid(visible=False, axis="y")
     used = {row[2] for row in data[1:]}
-    handles = [plt.Rectangle((0, 0), 1, 1, color=FAMILIES.get(f, "#F0E442"), label=f)
-               for f in families if f in used]
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, color=FAMILIES.get(f, "#F0E442"), label=f)
+        for f in families
+        if f in used
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)))
-    caption = ("Upper, pale bar: strategies proposed, by family; lower, solid bar: those rewarded "
-               f"for improving the support examples; seed {results['seed']}. "
-               + " ".join(_stand_in_notes(results, names)))
+    caption = (
+        "Upper, pale bar: strategies proposed, by family; lower, solid bar: those rewarded "
+        f"for improving the support examples; seed {results['seed']}. "
+        + " ".join(_stand_in_notes(results, names))
+    )
     return {"title": title, "caption": caption, "figure": figure, "csv": data}
 
 
@@ -1357,15 +1805,25 @@ def _stack(axis, y: float, counts: dict, kind: str, families: list[str]) -> None
     left = 0
     for family in families:
         value = counts.get(family, {}).get(kind, 0)
-        axis.barh(y, value, 0.36, left=left, color=FAMILIES.get(family, "#F0E442"),
-                  alpha=0.4 if kind == "proposed" else 1.0, lw=0)
+        axis.barh(
+            y,
+            value,
+            0.36,
+            left=left,
+            color=FAMILIES.get(family, "#F0E442"),
+            alpha=0.4 if kind == "proposed" else 1.0,
+            lw=0,
+        )
         left += value
 
 
 def _draw_reward_rate(results: dict) -> dict:
     title = "Reward rate per policy iteration"
-    search = {m: tasks for m, tasks in results["search"].items()
-              if any(s["by_iteration"] for s in tasks.values())}
+    search = {
+        m: tasks
+        for m, tasks in results["search"].items()
+        if any(s["by_iteration"] for s in tasks.values())
+    }
     if not search:
         return {"title": title, "skipped": "no strategy has been tried yet."}
     figure, axis = plt.subplots(figsize=(6, 3.4))
@@ -1374,23 +1832,36 @@ def _draw_reward_rate(results: dict) -> dict:
         totals: Counter = Counter()
         for task, summary in tasks.items():
             steps = summary["by_iteration"]
-            axis.plot([s["iteration"] for s in steps],
-                      [100 * s["rewarded"] / s["proposed"] for s in steps],
-                      color=_colour(method), lw=0.8, alpha=0.35, marker=".")
+            axis.plot(
+                [s["iteration"] for s in steps],
+                [100 * s["rewarded"] / s["proposed"] for s in steps],
+                color=_colour(method),
+                lw=0.8,
+                alpha=0.35,
+                marker=".",
+            )
             for s in steps:
                 totals[s["iteration"], "proposed"] += s["proposed"]
                 totals[s["iteration"], "rewarded"] += s["rewarded"]
                 data.append([method, task, s["iteration"], s["proposed"], s["rewarded"]])
         steps = sorted({iteration for iteration, _ in totals})
-        axis.plot(steps, [100 * totals[i, "rewarded"] / totals[i, "proposed"] for i in steps],
-                  color=_colour(method), lw=2, marker=_marker(method), label=_label(method))
+        axis.plot(
+            steps,
+            [100 * totals[i, "rewarded"] / totals[i, "proposed"] for i in steps],
+            color=_colour(method),
+            lw=2,
+            marker=_marker(method),
+            label=_label(method),
+        )
     axis.set(xlabel="iteration", ylabel="rewarded strategies (%)", ylim=(0, None))
     axis.set_xticks(sorted({row[2] for row in data[1:]}))
     axis.legend()
     count = len({row[1] for row in data[1:]})
-    caption = (f"Share of proposed strategies, invalid ones included, that were rewarded; thick: "
-               f"all of {_count(count, 'task')} together, thin: each task; "
-               f"seed {results['seed']}.")
+    caption = (
+        f"Share of proposed strategies, invalid ones included, that were rewarded; thick: "
+        f"all of {_count(count, 'task')} together, thin: each task; "
+        f"seed {results['seed']}."
+    )
     return {"title": title, "caption": caption, "figure": figure, "csv": data}
 
 
@@ -1399,8 +1870,11 @@ def _draw_losses(args: tuple[dict, str, list[dict]]) -> dict:
     unit = {"collect": "task", "generator": "left-out task", "policy": "task"}[stage]
     title = f"Training loss: {stage}, by {unit}"
     # A resumed stage logs some steps again; the last value is the one that was kept.
-    points = {(str(r.get("unit", "")), r["step"]): r["loss"] for r in rows
-              if r.get("stage") == stage and "step" in r and r.get("loss") is not None}
+    points = {
+        (str(r.get("unit", "")), r["step"]): r["loss"]
+        for r in rows
+        if r.get("stage") == stage and "step" in r and r.get("loss") is not None
+    }
     if not points:
         return {"title": title, "skipped": f"metrics.jsonl holds no loss of the {stage} stage."}
     figure, axis = plt.subplots(figsize=(7, 3.4))
@@ -1414,14 +1888,18 @@ def _draw_losses(args: tuple[dict, str, list[dict]]) -> dict:
         axis.plot(steps, losses, color=colour, lw=0.6, alpha=0.3)
         axis.plot(steps, _smooth(losses), color=colour, ls=dashes, lw=1.6, label=name or "all")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set(xlabel="training step",
-             ylabel="squared error (unitless)" if stage == "generator" else "loss (nats per token)")
+    axis.set(
+        xlabel="training step",
+        ylabel="squared error (unitless)" if stage == "generator" else "loss (nats per token)",
+    )
     # Reconstruction error falls by orders of magnitude, where a linear axis shows only the start.
     if stage == "generator" and min(points.values()) > 0:
         axis.set_yscale("log")
     axis.legend(title=unit, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    caption = (f"Thin: logged values, {len(points)} in all; thick: their running mean; "
-               f"seed {results['seed']}.")
+    caption = (
+        f"Thin: logged values, {len(points)} in all; thick: their running mean; "
+        f"seed {results['seed']}."
+    )
     return {"title": title, "caption": caption, "figure": figure, "csv": data}
 
 
@@ -1513,19 +1991,25 @@ def write_html(results: dict, figures: list[dict], run_path: Path, path: Path) -
         run_path: run folder, for the strategies tried and the example predictions.
         path: file to write.
     """
-    body = [f"<h1>{_esc(_page_title(results))}</h1>",
-            f'<p class="sub">{_esc(_subtitle(results))}</p>', _html_tiles(results),
-            "<ul>", *map(_html_finding, headline(results)), "</ul>"]
+    body = [
+        f"<h1>{_esc(_page_title(results))}</h1>",
+        f'<p class="sub">{_esc(_subtitle(results))}</p>',
+        _html_tiles(results),
+        "<ul>",
+        *map(_html_finding, headline(results)),
+        "</ul>",
+    ]
     for name, blocks in report_sections(results, figures):
         body.append(f"<h2>{_esc(name)}</h2>")
         body += [_html_table(b) if "rows" in b else _html_figure(b) for b in blocks]
         if name == "Strategies":
             body += ["<h3>Each task in detail</h3>", *_html_tasks(results, Path(run_path))]
-    page = ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
-            "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
-            f"<title>{_esc(_page_title(results))}</title><style>{CSS}</style></head>\n"
-            "<body><main>\n" + "\n".join(body)
-            + f"\n</main><script>{SCRIPT}</script></body></html>\n")
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_esc(_page_title(results))}</title><style>{CSS}</style></head>\n"
+        "<body><main>\n" + "\n".join(body) + f"\n</main><script>{SCRIPT}</script></body></html>\n"
+    )
     runtime.write_text(path, page)
 
 
@@ -1547,24 +2031,37 @@ def _html_tiles(results: dict) -> str:
             entry = contrast.get(domain)
             value = _points(entry["diff"], entry["se"], True) + " points" if entry else NOT_RUN
             after = verdict(entry) if entry else "no common task"
-            tiles.append(f'<div class="tile"><span>{_esc(name)}, {title.lower()}</span>'
-                         f'<b>{_esc(value)}</b>'
-                         f'<span class="{_esc(after)}">{_esc(after)}</span></div>')
+            tiles.append(
+                f'<div class="tile"><span>{_esc(name)}, {title.lower()}</span>'
+                f"<b>{_esc(value)}</b>"
+                f'<span class="{_esc(after)}">{_esc(after)}</span></div>'
+            )
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
 def _html_table(table: dict) -> str:
-    head = "".join(f'<th scope="col"><button type="button">{_esc(cell)}</button></th>'
-                   for cell in table["header"])
+    head = "".join(
+        f'<th scope="col"><button type="button">{_esc(cell)}</button></th>'
+        for cell in table["header"]
+    )
     rows = "\n".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in table["rows"])
     notes = "".join(f'<p class="note">{_esc(note)}</p>' for note in table["notes"])
-    return (f'<h3>{_esc(table["title"])}</h3><div class="scroll" tabindex="0"><table><thead><tr>'
-            f"{head}</tr></thead><tbody>{rows}</tbody></table></div>{notes}")
+    return (
+        f'<h3>{_esc(table["title"])}</h3><div class="scroll" tabindex="0"><table><thead><tr>'
+        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>{notes}"
+    )
 
 
 def _html_cell(cell: str) -> str:
-    kind = ("missing" if cell.startswith(NOT_RUN) else cell if cell in ("gain", "loss")
-            else "long" if len(cell) > 40 else "")
+    kind = (
+        "missing"
+        if cell.startswith(NOT_RUN)
+        else cell
+        if cell in ("gain", "loss")
+        else "long"
+        if len(cell) > 40
+        else ""
+    )
     text = _esc(cell)
     if re.match(r"[+-]?\d", cell):  # what follows a number in brackets goes below it
         text = re.sub(r" ([(\[].*)$", r" <small>\1</small>", text)
@@ -1576,9 +2073,11 @@ def _html_figure(figure: dict) -> str:
     if figure.get("skipped"):
         return f'{title}<p class="note">Not drawn: {_esc(figure["skipped"])}</p>'
     data = base64.b64encode(figure["png"].read_bytes()).decode("ascii")
-    return (f'{title}<figure><div class="scroll" tabindex="0"><img alt="{_esc(figure["title"])}" '
-            f'src="data:image/png;base64,{data}"></div>'
-            f"<figcaption>{_esc(figure['caption'])}</figcaption></figure>")
+    return (
+        f'{title}<figure><div class="scroll" tabindex="0"><img alt="{_esc(figure["title"])}" '
+        f'src="data:image/png;base64,{data}"></div>'
+        f"<figcaption>{_esc(figure['caption'])}</figcaption></figure>"
+    )
 
 
 def _html_tasks(results: dict, run_path: Path) -> list[str]:
@@ -1589,11 +2088,17 @@ def _html_tasks(results: dict, run_path: Path) -> list[str]:
     for task, about in results["tasks"].items():
         tried = [(m, row) for m, tasks in episodes.items() for row in tasks.get(task, [])]
         parts = [f"<b>{_esc(_task_label(results, task))}</b>"]
-        parts += [f"{_esc(_label(m))} {_points(about['methods'][m]['acc'], None).split(' ±')[0]} %"
-                  for m in ("base", "generator", "degaml") if m in about["methods"]]
+        parts += [
+            f"{_esc(_label(m))} {_points(about['methods'][m]['acc'], None).split(' ±')[0]} %"
+            for m in ("base", "generator", "degaml")
+            if m in about["methods"]
+        ]
         inside = "".join(f'<p class="note">{_esc(n)}</p>' for n in _stand_in_notes(results, [task]))
-        inside += _html_table(_tried_table(tried)) if tried else \
-            f'<h3>Strategies tried</h3><p class="note">{NOT_RUN}</p>'
+        inside += (
+            _html_table(_tried_table(tried))
+            if tried
+            else f'<h3>Strategies tried</h3><p class="note">{NOT_RUN}</p>'
+        )
         inside += _html_examples(scores, task, results["metric"])
         blocks.append(f"<details><summary>{' · '.join(parts)}</summary>{inside}</details>")
     return blocks
@@ -1607,20 +2112,31 @@ def _tried_table(tried: list[tuple[str, dict]], limit: int = 60) -> dict:
 
     def merit(item):
         row = item[1][0]
-        return (-(row.get("reward") or 0), (row.get("losses") or 0) - (row.get("wins") or 0),
-                -(row.get("gold_logp_gain") or 0.0))
+        return (
+            -(row.get("reward") or 0),
+            (row.get("losses") or 0) - (row.get("wins") or 0),
+            -(row.get("gold_logp_gain") or 0.0),
+        )
 
     rows = []
     for (method, text, invalid), same in sorted(groups.items(), key=merit)[:limit]:
         best = same[0]
         gain = best.get("gold_logp_gain")
         shown = f"invalid: {text}" if invalid else _strategy_text(best["strategy"])
-        rows.append([_label(method), shown, str(len(same)),
-                     *(str(best.get(key, "n/a")) for key in ("reward", "wins", "losses")),
-                     "n/a" if gain is None else f"{gain:+.3f}",
-                     f"{sum(r.get('seconds') or 0 for r in same if not r.get('cached')):.1f}"])
-    notes = ["Wins and losses are counted on the support examples; gain is the mean change of the "
-             "right answer's log-likelihood."]
+        rows.append(
+            [
+                _label(method),
+                shown,
+                str(len(same)),
+                *(str(best.get(key, "n/a")) for key in ("reward", "wins", "losses")),
+                "n/a" if gain is None else f"{gain:+.3f}",
+                f"{sum(r.get('seconds') or 0 for r in same if not r.get('cached')):.1f}",
+            ]
+        )
+    notes = [
+        "Wins and losses are counted on the support examples; gain is the mean change of the "
+        "right answer's log-likelihood."
+    ]
     if len(groups) > limit:
         notes.append(f"{len(groups) - limit} more distinct strategies are in episodes.jsonl.")
     header = ["Method", "Strategy", "Proposed", "Reward", "Wins", "Losses", "Gain", "Seconds"]
@@ -1629,20 +2145,31 @@ def _tried_table(tried: list[tuple[str, dict]], limit: int = 60) -> dict:
 
 def _html_examples(scores: dict, task: str, metric: str, limit: int = 5) -> str:
     """The first examples in file order, neither the best nor the worst, that changed answer."""
-    method = next((m for m in ("degaml", "degaml_plus", "generator")
-                   if task in scores.get(m, {}) and task in scores.get("base", {})), None)
+    method = next(
+        (
+            m
+            for m in ("degaml", "degaml_plus", "generator")
+            if task in scores.get(m, {}) and task in scores.get("base", {})
+        ),
+        None,
+    )
     if method is None:
         return f'<h3>Changed predictions</h3><p class="note">{NOT_RUN}</p>'
     field = f"pred_{metric}" if metric in FIELDS else "pred_norm"
     base, adapted = scores["base"][task], scores[method][task]
-    changed = [(base[key], adapted[key]) for key in base if key in adapted
-               and base[key].get(field) != adapted[key].get(field)]
+    changed = [
+        (base[key], adapted[key])
+        for key in base
+        if key in adapted and base[key].get(field) != adapted[key].get(field)
+    ]
     fixed = sum(b[field] != b["gold"] and a[field] == b["gold"] for b, a in changed)
     broken = sum(b[field] == b["gold"] and a[field] != b["gold"] for b, a in changed)
     title = f"<h3>Changed predictions: base model and {_esc(_label(method))}</h3>"
-    text = (f'<p class="note">{len(changed)} of {len(base)} predictions differ: {fixed} wrong to '
-            f"right, {broken} right to wrong. Shown: the first {min(limit, len(changed))} in "
-            "file order.</p>")
+    text = (
+        f'<p class="note">{len(changed)} of {len(base)} predictions differ: {fixed} wrong to '
+        f"right, {broken} right to wrong. Shown: the first {min(limit, len(changed))} in "
+        "file order.</p>"
+    )
     return title + text + "".join(_html_example(b, a, field) for b, a in changed[:limit])
 
 
@@ -1655,8 +2182,8 @@ def _html_example(base: dict, adapted: dict, field: str) -> str:
 
     prompt = str(base.get("prompt", ""))
     prompt = prompt if len(prompt) <= 900 else prompt[:900] + " …"
-    return (f'<div class="example"><pre>{_esc(prompt)}</pre>base: {answer(base[field])}<br>'
-            f"adapted: {answer(adapted[field])}<br>right: {answer(base['gold'])} "
-            f'<span class="note">({_esc(base["id"])})</span></div>')
-
-
+    return (
+        f'<div class="example"><pre>{_esc(prompt)}</pre>base: {answer(base[field])}<br>'
+        f"adapted: {answer(adapted[field])}<br>right: {answer(base['gold'])} "
+        f'<span class="note">({_esc(base["id"])})</span></div>'
+    )

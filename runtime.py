@@ -37,21 +37,53 @@ _DATA = ["seed", "dtype", "model", "data"]
 _ADAPTER = ["model.name", "model.revision", "model.rank", "model.alpha", "model.modules"]
 DEPENDS = {
     "collect": ["seed", "dtype", *_ADAPTER, "data", "collect"],
-    "prompts": ["seed", "model.name", "model.revision", "data", "generator.encoder", "generator.max_length"],
+    "prompts": [
+        "seed",
+        "model.name",
+        "model.revision",
+        "data",
+        "generator.encoder",
+        "generator.max_length",
+    ],
     "generator": [*_DATA, "collect", "generator"],
-    "rewards": [*_DATA, "collect", "generator", "strategies.ttl_threshold", "strategies.ttl_lambda", "strategies.mix",
-                "policy.folds", "evaluate.metric"],
+    "rewards": [
+        *_DATA,
+        "collect",
+        "generator",
+        "strategies.ttl_threshold",
+        "strategies.ttl_lambda",
+        "strategies.mix",
+        "policy.folds",
+        "evaluate.metric",
+    ],
     "policy": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
     "adapt": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
     "align": [*_DATA, "collect", "generator", "align"],
     "baselines": [*_DATA, "collect", "baselines"],
-    "evaluate": [*_DATA, "data.skip_test", "collect", "generator", "strategies", "policy", "evaluate"],
+    "evaluate": [
+        *_DATA,
+        "data.skip_test",
+        "collect",
+        "generator",
+        "strategies",
+        "policy",
+        "evaluate",
+    ],
 }
 # What a method's adapters and scores depend on besides.
-METHOD_DEPENDS = {**dict.fromkeys(methods.BASELINES, ["baselines"]), "no_meta": ["baselines.sft"],
-                  **dict.fromkeys(methods.ALIGNED, ["align"])}
+METHOD_DEPENDS = {
+    **dict.fromkeys(methods.BASELINES, ["baselines"]),
+    "no_meta": ["baselines.sft"],
+    **dict.fromkeys(methods.ALIGNED, ["align"]),
+}
 # Keys that choose which units are worked on; they change no unit, unless named above.
-_CHOICES = ("data.test_tasks", "data.targets", "data.skip_test", "evaluate.methods", "generator.save_every")
+_CHOICES = (
+    "data.test_tasks",
+    "data.targets",
+    "data.skip_test",
+    "evaluate.methods",
+    "generator.save_every",
+)
 
 
 @dataclass
@@ -71,7 +103,9 @@ class Run:
     dtype: torch.dtype = torch.float32
     store: object = None
     quiet: bool = False
-    cache: dict = field(default_factory=dict)   # the base model, tokenizer and tasks, loaded once per process
+    cache: dict = field(
+        default_factory=dict
+    )  # the base model, tokenizer and tasks, loaded once per process
     _deals: int = 0
 
     def log(self, text: str, every_rank: bool = False) -> None:
@@ -87,7 +121,7 @@ class Run:
 
     def metric(self, **row) -> None:
         """Append one flat object to metrics.jsonl; a single write, so that ranks do not tear each other's lines."""
-        if self.cfg.task:   # the curves are the run's
+        if self.cfg.task:  # the curves are the run's
             return
         with open(self.path / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
@@ -97,7 +131,9 @@ class Run:
         total = len(items) if total is None else total
         bar = sys.stderr.isatty() and self.rank == 0
         start = last = time.monotonic()
-        for i, item in enumerate(tqdm(items, desc=label, total=total, leave=False) if bar else items):
+        for i, item in enumerate(
+            tqdm(items, desc=label, total=total, leave=False) if bar else items
+        ):
             yield item
             if bar:
                 continue
@@ -105,7 +141,10 @@ class Run:
             if now - last > 15 and i + 1 < total:
                 last = now
                 eta = (now - start) / (i + 1) * (total - i - 1)
-                self.log(f"{label} {i + 1}/{total} {100 * (i + 1) / total:.0f}% | eta {eta / 60:.1f}m", True)
+                self.log(
+                    f"{label} {i + 1}/{total} {100 * (i + 1) / total:.0f}% | eta {eta / 60:.1f}m",
+                    True,
+                )
 
     def deal(self, units: list):
         """Yield the units this rank should do. Units are given longest first; every rank passes the same list."""
@@ -132,7 +171,9 @@ class Run:
             return False
         made = read_json(path / "DONE.json").get("config", {})
         now = fingerprint(self.cfg, stage, method, path.name)
-        changed = sorted(k for k in made | now if made.get(k) != now.get(k) and (k in now or k not in _CHOICES))
+        changed = sorted(
+            k for k in made | now if made.get(k) != now.get(k) and (k in now or k not in _CHOICES)
+        )
         if not changed:
             return True
         if self.cfg.overwrite and redo:
@@ -140,16 +181,28 @@ class Run:
             return False
         shown = "; ".join(f"{k}: {made.get(k)!r} -> {now.get(k)!r}" for k in changed[:6])
         how = "the old values, or overwrite=true to redo it" if redo else "or the old values"
-        raise UserError(f"{path} was made with another configuration ({shown}); use another folder (run=...), {how}")
+        raise UserError(
+            f"{path} was made with another configuration ({shown}); use another folder (run=...), {how}"
+        )
 
-    def finish(self, folder: str, stage: str, started: float, method: str = "", ranks: int = 1, **facts) -> None:
+    def finish(
+        self, folder: str, stage: str, started: float, method: str = "", ranks: int = 1, **facts
+    ) -> None:
         """Record a unit as done: configuration, seconds of all the ranks that worked on it, and whatever the stage
         wants kept."""
-        write_json(self.path / folder / "DONE.json",
-                   {"stage": stage, "seconds": round(ranks * (time.monotonic() - started), 2), **facts,
-                    **({"ranks": ranks} if ranks > 1 else {}),
-                    **({"own_task": True} if self.cfg.task else {}),   # no part of what the run's own tasks cost
-                    "config": fingerprint(self.cfg, stage, method, Path(folder).name)})
+        write_json(
+            self.path / folder / "DONE.json",
+            {
+                "stage": stage,
+                "seconds": round(ranks * (time.monotonic() - started), 2),
+                **facts,
+                **({"ranks": ranks} if ranks > 1 else {}),
+                **(
+                    {"own_task": True} if self.cfg.task else {}
+                ),  # no part of what the run's own tasks cost
+                "config": fingerprint(self.cfg, stage, method, Path(folder).name),
+            },
+        )
 
 
 def fingerprint(cfg: Config, stage: str, method: str = "", unit: str = "") -> dict:
@@ -159,20 +212,33 @@ def fingerprint(cfg: Config, stage: str, method: str = "", unit: str = "") -> di
     not told of when it began; of a user's file its content counts.
     """
     keys = DEPENDS[stage] + METHOD_DEPENDS.get(method, [])
-    out = {k: v for k, v in config.flatten(cfg.model_dump()).items()
-           if (k not in _CHOICES or k in keys) and any(k == p or k.startswith(p + ".") for p in keys)}
+    out = {
+        k: v
+        for k, v in config.flatten(cfg.model_dump()).items()
+        if (k not in _CHOICES or k in keys) and any(k == p or k.startswith(p + ".") for p in keys)
+    }
     for k in out.keys() & {"data.jsonl", "data.hub", "data.columns"}:
-        out[k] = {t: v if k == "data.columns" else _content(v) for t, v in out[k].items()
-                  if t == unit or t in cfg.data.train_tasks}
+        out[k] = {
+            t: v if k == "data.columns" else _content(v)
+            for t, v in out[k].items()
+            if t == unit or t in cfg.data.train_tasks
+        }
     return out
 
 
 def _content(source: str) -> str:
     """What a file, a {split} pair of files or a folder holds, eight digits each; the name itself of what is none."""
-    files = [Path(source.replace("{split}", s)) for s in ("train", "test")] if "{split}" in source else [Path(source)]
+    files = (
+        [Path(source.replace("{split}", s)) for s in ("train", "test")]
+        if "{split}" in source
+        else [Path(source)]
+    )
     if files[0].is_dir():
         files = sorted(f for f in files[0].rglob("*") if f.is_file())
-    return " ".join(_digest(f, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()) or source
+    return (
+        " ".join(_digest(f, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
+        or source
+    )
 
 
 @functools.cache
@@ -195,46 +261,64 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
         if rank == 0:
             lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"run={path}: another process is working in this folder; wait for it, or use run=...") \
-            from None
+        raise UserError(
+            f"run={path}: another process is working in this folder; wait for it, or use run=..."
+        ) from None
     except OSError as e:
-        raise UserError(f"run={path}: cannot write there ({e.strerror}); name a writable folder") from None
+        raise UserError(
+            f"run={path}: cannot write there ({e.strerror}); name a writable folder"
+        ) from None
     local = int(os.environ.get("LOCAL_RANK", rank))
     if device == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"rank {local} finds {torch.cuda.device_count()} GPU(s): start one rank per GPU (make … NPROC="
-                        f"{torch.cuda.device_count()}, torchrun --nproc-per-node), or use device=cpu")
+        raise UserError(
+            f"rank {local} finds {torch.cuda.device_count()} GPU(s): start one rank per GPU (make … NPROC="
+            f"{torch.cuda.device_count()}, torchrun --nproc-per-node), or use device=cpu"
+        )
     if world > 1:
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # the agent's store survives a restart, and with it what the dead ranks wrote; the count is each agent's
             # own, so several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (slurm.sh) and get a new store instead
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = dist.PrefixStore(
+                f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+            )
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         if device == "cuda":
             torch.cuda.set_device(local)
             # torchrun's one thread a rank suits ranks that compute on the CPU
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=rank, world_size=world,
-                                timeout=datetime.timedelta(days=2),
-                                device_id=torch.device("cuda", local) if device == "cuda" else None)
+        dist.init_process_group(
+            "gloo" if device == "cpu" else "nccl",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(days=2),
+            device_id=torch.device("cuda", local) if device == "cuda" else None,
+        )
         if device == "cpu":
             _pin(local, beside)
     run = Run(path, cfg, rank, world, device, _pick_dtype(cfg.dtype, device), store)
-    run.cache["lock"] = lock   # held as long as the run lives
+    run.cache["lock"] = lock  # held as long as the run lives
     if rank == 0:
         _describe(run, stage, argv)
     return run
 
 
 def _describe(run: Run, stage: str, argv: list[str]) -> None:
-    if not run.cfg.task and stage not in config.ASIDE:   # what made the results, not what was done with them
-        if not (run.path / "config.yaml").exists():   # a command that is refused must not redescribe the folder
+    if (
+        not run.cfg.task and stage not in config.ASIDE
+    ):  # what made the results, not what was done with them
+        if not (
+            run.path / "config.yaml"
+        ).exists():  # a command that is refused must not redescribe the folder
             write_config(run)
         with open(run.path / "command.txt", "a") as f:
             f.write("python degaml.py " + " ".join(argv) + "\n")
         write_json(run.path / "env.json", environment(run))
-    run.log(f"{run.cfg.name}: stage {stage} | {run.device} {str(run.dtype)[6:]} | {run.world} rank(s) x "
-            f"{torch.get_num_threads()} thread(s) | run folder {run.path}")
+    run.log(
+        f"{run.cfg.name}: stage {stage} | {run.device} {str(run.dtype)[6:]} | {run.world} rank(s) x "
+        f"{torch.get_num_threads()} thread(s) | run folder {run.path}"
+    )
     with open(run.path / "log.txt", "a") as f:
         f.write("not the default: " + json.dumps(config.differences(run.cfg)) + "\n")
 
@@ -267,10 +351,28 @@ def environment(run: Run) -> dict:
     """Versions and machine, for provenance; no host name, no path."""
     import peft
     import transformers
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "peft": peft.__version__, "numpy": np.__version__, "machine": platform.machine(), "cpu": cpu,
-            "cores": os.cpu_count(), "ranks": run.world, "device": run.device, "dtype": str(run.dtype)[6:]}
+
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        "",
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "ranks": run.world,
+        "device": run.device,
+        "dtype": str(run.dtype)[6:],
+    }
 
 
 def _lines(path: str) -> list[str]:
@@ -282,25 +384,35 @@ def _lines(path: str) -> list[str]:
 
 def to_device(x: torch.Tensor, device) -> torch.Tensor:
     """A CPU tensor on its way; from pinned memory the copy to a GPU does not stop the host."""
-    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if torch.device(device).type == "cuda"
+        else x.to(device)
+    )
 
 
 def peak_memory(device: str) -> float:
     """GiB this process has held at most: allocated on its GPU since the last call; on a CPU resident since it began."""
     if device != "cuda":
-        kilobyte = 1 if sys.platform == "darwin" else 1024   # the unit differs
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2 ** 30, 2)
-    most = torch.cuda.max_memory_allocated() / 2 ** 30
+        kilobyte = 1 if sys.platform == "darwin" else 1024  # the unit differs
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**30, 2)
+    most = torch.cuda.max_memory_allocated() / 2**30
     torch.cuda.reset_peak_memory_stats()
     return round(most, 2)
 
 
 def _pick_device(wish: str) -> str:
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if wish == "auto":
         return next(d for d in have if have[d])
     if not have[wish]:
-        raise UserError(f"device={wish}: not available here; legal: {[d for d in have if have[d]]} or auto")
+        raise UserError(
+            f"device={wish}: not available here; legal: {[d for d in have if have[d]]} or auto"
+        )
     return wish
 
 
@@ -319,7 +431,7 @@ def _pin(rank: int, local_world: int) -> None:
         cores = sorted(os.sched_getaffinity(0))
         share = max(1, len(cores) // local_world)
         first = rank * share % len(cores)
-        os.sched_setaffinity(0, cores[first:first + share])
+        os.sched_setaffinity(0, cores[first : first + share])
         torch.set_num_threads(min(torch.get_num_threads(), share))
 
 
@@ -369,12 +481,15 @@ def read_jsonl(path: Path) -> list[dict]:
             rows.append(json.loads(line))
         except ValueError:
             if i < len(lines) - 1:
-                raise UserError(f"{path}:{i + 1}: damaged JSON line; delete the file and run the stage again") \
-                    from None
+                raise UserError(
+                    f"{path}:{i + 1}: damaged JSON line; delete the file and run the stage again"
+                ) from None
     return rows
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """safetensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -387,7 +502,9 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """npy, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(tmp, "wb") as f:   # numpy's own writer reports a full disk by an error without a number
+    with open(
+        tmp, "wb"
+    ) as f:  # numpy's own writer reports a full disk by an error without a number
         np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
         f.write(np.ascontiguousarray(array).data)
     os.replace(tmp, path)
@@ -400,8 +517,10 @@ def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
     try:
         return np.load(path, mmap_mode=mmap_mode)
     except (ValueError, OSError, EOFError) as e:
-        raise UserError(f"{path}: truncated or corrupt ({str(e)[:80]}); delete its folder and run the same command "
-                        "again") from None
+        raise UserError(
+            f"{path}: truncated or corrupt ({str(e)[:80]}); delete its folder and run the same command "
+            "again"
+        ) from None
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -410,9 +529,11 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: no such file; run the stage that makes it")
     try:
         return load_file(path)
-    except Exception as e:   # safetensors raises its own types, none of them public
-        raise UserError(f"{path}: truncated or corrupt safetensors file ({str(e)[:80]}); delete its folder "
-                        "and run the same command again") from None
+    except Exception as e:  # safetensors raises its own types, none of them public
+        raise UserError(
+            f"{path}: truncated or corrupt safetensors file ({str(e)[:80]}); delete its folder "
+            "and run the same command again"
+        ) from None
 
 
 def sha256(path: Path) -> str:
@@ -421,5 +542,3 @@ def sha256(path: Path) -> str:
         while block := f.read(1 << 20):
             h.update(block)
     return h.hexdigest()
-
-

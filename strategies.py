@@ -41,7 +41,9 @@ class Strategy:
     fields: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "fields", tuple(sorted(self.fields)))   # equal whatever order they were given in
+        object.__setattr__(
+            self, "fields", tuple(sorted(self.fields))
+        )  # equal whatever order they were given in
 
     def __getitem__(self, name: str):
         return dict(self.fields)[name]
@@ -72,31 +74,53 @@ KEEP = Strategy("none")
 
 def schema(bounds) -> dict[str, dict[str, dict]]:
     """{family: {field: JSON schema}}: the action space under `strategies.*` of the configuration."""
+
     def integer(high, low=1):
         return {"type": "integer", "minimum": low, "maximum": high}
 
     def number(low, high):
         return {"type": "number", "minimum": low, "maximum": high}
+
     b = bounds
     return {
-        "TTT": {"ttl_steps": integer(b.max_ttl_steps), "learning_rate": number(1e-7, b.max_ttl_lr),
-                "batch_size": integer(b.max_batch_size), "shuffle_data": {"type": "boolean"}},
+        "TTT": {
+            "ttl_steps": integer(b.max_ttl_steps),
+            "learning_rate": number(1e-7, b.max_ttl_lr),
+            "batch_size": integer(b.max_batch_size),
+            "shuffle_data": {"type": "boolean"},
+        },
         "LORA": {"lambda": number(0, 1)},
-        "TTS": {"num_prompt_batches": integer(b.max_prompt_batches), "method": {"enum": list(METHODS)}},
-        "Latent": {"slot_steps": integer(b.max_slot_steps, 0), "slot_lr": number(1e-4, b.max_slot_lr)},
-        "SFT": {"sft_steps": integer(b.max_sft_steps), "learning_rate": number(1e-6, b.max_sft_lr),
-                "batch_size": integer(b.max_batch_size), "loss": {"enum": ["lm", "choice"]},
-                "init_scale": number(0, 1)},
+        "TTS": {
+            "num_prompt_batches": integer(b.max_prompt_batches),
+            "method": {"enum": list(METHODS)},
+        },
+        "Latent": {
+            "slot_steps": integer(b.max_slot_steps, 0),
+            "slot_lr": number(1e-4, b.max_slot_lr),
+        },
+        "SFT": {
+            "sft_steps": integer(b.max_sft_steps),
+            "learning_rate": number(1e-6, b.max_sft_lr),
+            "batch_size": integer(b.max_batch_size),
+            "loss": {"enum": ["lm", "choice"]},
+            "init_scale": number(0, 1),
+        },
     }
 
 
 def check_grid(bounds) -> None:
     """Raises: UserError: strategies.proposal_grid names what is no field, or a value that no proposal may have."""
-    legal = {f"{family}.{name}": spec for family, fields in schema(bounds).items() for name, spec in fields.items()}
+    legal = {
+        f"{family}.{name}": spec
+        for family, fields in schema(bounds).items()
+        for name, spec in fields.items()
+    }
     for key, values in bounds.proposal_grid.items():
         if key not in legal:
-            raise UserError(f"strategies.proposal_grid: {key!r} is no field of a strategy; expected one of "
-                            f"{list(legal)}")
+            raise UserError(
+                f"strategies.proposal_grid: {key!r} is no field of a strategy; expected one of "
+                f"{list(legal)}"
+            )
         try:
             for value in values:
                 _check(key, value, legal[key])
@@ -117,10 +141,18 @@ def proposal_schema(bounds, families: list[str], explore=None) -> dict:
         for name, spec in schema(bounds)[family].items():
             grid = bounds.proposal_grid.get(f"{family}.{name}")
             if grid and explore is not None:
-                grid = [grid[i] for i in sorted(explore.permutation(len(grid))[:(len(grid) + 1) // 2])]
+                grid = [
+                    grid[i] for i in sorted(explore.permutation(len(grid))[: (len(grid) + 1) // 2])
+                ]
             fields[name] = {"enum": grid} if grid else spec
-        options.append({"type": "object", "properties": fields, "required": list(fields),
-                        "additionalProperties": False})
+        options.append(
+            {
+                "type": "object",
+                "properties": fields,
+                "required": list(fields),
+                "additionalProperties": False,
+            }
+        )
     return {"anyOf": options}
 
 
@@ -135,8 +167,13 @@ def parse_strategy(text: str | dict, bounds, families: list[str]) -> Strategy:
     if family not in families:
         raise ValueError(f"family {obj.get('family')!r} is not one of {list(families)}")
     spec, out = schema(bounds)[family], {}
-    renamed = {"times": "slot_steps", "learning_rate": "slot_lr"} if family == "Latent" else \
-        {"num_lora_adpt": "num_prompt_batches"} if family == "TTS" else {}
+    renamed = (
+        {"times": "slot_steps", "learning_rate": "slot_lr"}
+        if family == "Latent"
+        else {"num_lora_adpt": "num_prompt_batches"}
+        if family == "TTS"
+        else {}
+    )
     given = {renamed.get(k, k): v for k, v in obj.items() if k != "family"}
     if extra := sorted(set(given) - set(spec)):
         raise ValueError(f"{family}: unknown field {extra[0]!r}; expected {list(spec)}")
@@ -184,6 +221,7 @@ def _check(name: str, value, spec: dict):
 
 
 # ---------------------------------------------------------------------------------------------------------- execution
+
 
 @dataclass
 class Target:
@@ -256,7 +294,11 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
         parts = scoring.parts_of(lm, [row(i) for i in batch], all_scored=True)
         for part in parts:
             nll = scoring.prompt_nll(lm, part)
-            gate = nll.detach() > b.ttl_threshold if b.ttl_threshold else torch.ones_like(nll, dtype=torch.bool)
+            gate = (
+                nll.detach() > b.ttl_threshold
+                if b.ttl_threshold
+                else torch.ones_like(nll, dtype=torch.bool)
+            )
             n = int(gate.sum())
             selected.append(n)
             if n:
@@ -264,10 +306,11 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
                 total = (weight * nll)[gate].sum()
                 yield (total / n, 1) if len(parts) == 1 else (total, n)
             else:
-                del nll   # its graph, before the next part's
+                del nll  # its graph, before the next part's
 
-    adapter = lora.train_adapter(lm.model, lm.layout, target.start, index, loss_fn,
-                            lr=lambda s: strategy["learning_rate"])
+    adapter = lora.train_adapter(
+        lm.model, lm.layout, target.start, index, loss_fn, lr=lambda s: strategy["learning_rate"]
+    )
     return Refined([adapter], notes={"selected": sum(selected), "seen": index.size})
 
 
@@ -284,7 +327,9 @@ def mix_subspaces(adapter: Adapter, lam: float, mode: str) -> Adapter:
             continue
         b = adapter[key_a.replace("lora_A", "lora_B")]
         h = a.shape[0] // 2
-        swapped = torch.cat([a[h:2 * h], a[:h], torch.zeros_like(a[2 * h:])])   # (butterfly - I) A
+        swapped = torch.cat(
+            [a[h : 2 * h], a[:h], torch.zeros_like(a[2 * h :])]
+        )  # (butterfly - I) A
         if mode == "interp" or lam == 0:
             out[key_a] = a + lam * swapped
         else:
@@ -303,8 +348,9 @@ def _update_norm(a: Tensor, b: Tensor) -> float:
     return float(((b.t() @ b) * (a @ a.t())).sum().clamp_min(0).sqrt())
 
 
-def train_on_support(target: Target, strategy: Strategy, labelled: list[Example],
-                     at_steps: list[int] = ()) -> dict[int, Adapter]:
+def train_on_support(
+    target: Target, strategy: Strategy, labelled: list[Example], at_steps: list[int] = ()
+) -> dict[int, Adapter]:
     """Supervised steps on labelled examples, from the target's adapter; constant rate after two warm-up steps.
 
     `init_scale` s is the share of the generated adapter in the start, s generated + (1 - s) plain, entry by entry: 0 is
@@ -317,7 +363,9 @@ def train_on_support(target: Target, strategy: Strategy, labelled: list[Example]
     rng = runtime.rng_for(target.seed, "sft", target.name, len(labelled), size)
     share, plain = strategy["init_scale"], lora.init_adapter(lm.layout, target.seed)
     start = {k: share * v + (1 - share) * plain[k] for k, v in target.start.items()}
-    order = np.concatenate([rng.permutation(len(rows)) for _ in range(1 + steps * size // len(rows))])
+    order = np.concatenate(
+        [rng.permutation(len(rows)) for _ in range(1 + steps * size // len(rows))]
+    )
     loss_fn = scoring.choice_loss if strategy["loss"] == "choice" else scoring.lm_loss
     out: dict[int, Adapter] = {}
 
@@ -325,9 +373,15 @@ def train_on_support(target: Target, strategy: Strategy, labelled: list[Example]
         if s + 1 == steps or s + 1 in at_steps:
             out[s + 1] = snapshot()
 
-    lora.train_adapter(lm.model, lm.layout, start, order[:steps * size].reshape(steps, size),
-                  lambda batch: scoring.loss_in_parts(lm, [rows[i] for i in batch], loss_fn),
-                  lr=lambda s: strategy["learning_rate"] * min(1.0, (s + 1) / 3), on_step=on_step)
+    lora.train_adapter(
+        lm.model,
+        lm.layout,
+        start,
+        order[: steps * size].reshape(steps, size),
+        lambda batch: scoring.loss_in_parts(lm, [rows[i] for i in batch], loss_fn),
+        lr=lambda s: strategy["learning_rate"] * min(1.0, (s + 1) / 3),
+        on_step=on_step,
+    )
     return out
 
 
@@ -336,40 +390,57 @@ def execute_finite(target: Target, strategy: Strategy, support: list) -> Refined
     try:
         return execute(target, strategy, support)
     except FloatingPointError as e:
-        raise UserError(f"{target.name}: the loss of {strategy} is not finite at step {e.args[0] + 1}; lower the rate "
-                        "(strategies.max_sft_lr, strategies.proposal_grid or baselines.sft)") from None
+        raise UserError(
+            f"{target.name}: the loss of {strategy} is not finite at step {e.args[0] + 1}; lower the rate "
+            "(strategies.max_sft_lr, strategies.proposal_grid or baselines.sft)"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------------------ scoring
+
 
 def score_refined(target: Target, refined: Refined, examples: list[Example]) -> list[Scores]:
     """Score examples with what a strategy made."""
     lm = target.lm
     if refined.combine in ROUTERS:
-        choice = route(target, refined, [scoring.input_text(lm, e) for e in examples])   # as the prompts it compares with
+        choice = route(
+            target, refined, [scoring.input_text(lm, e) for e in examples]
+        )  # as the prompts it compares with
         out: list[Scores] = [None] * len(examples)
-        for i, adapter in enumerate(refined.adapters):   # grouped by adapter: one swap per group
+        for i, adapter in enumerate(refined.adapters):  # grouped by adapter: one swap per group
             group = [j for j, c in enumerate(choice) if c == i]
             if group:
-                for j, s in zip(group, scoring.score_examples(lm, adapter, [examples[j] for j in group]), strict=True):
+                for j, s in zip(
+                    group,
+                    scoring.score_examples(lm, adapter, [examples[j] for j in group]),
+                    strict=True,
+                ):
                     out[j] = s
         return out
-    return pool_scores([_score_cached(target, a, examples, refined.slot) for a in refined.adapters], refined.combine)
+    return pool_scores(
+        [_score_cached(target, a, examples, refined.slot) for a in refined.adapters],
+        refined.combine,
+    )
 
 
 def pool_scores(each: list[list[Scores]], method: str) -> list[Scores]:
     """One adapter's scores, or several adapters' combined example by example."""
     if not method:
         return each[0]
-    return [Scores(*(combine([s.of(m) for s in group], method) for m in ("raw", "norm")))
-            for group in zip(*each, strict=True)]
+    return [
+        Scores(*(combine([s.of(m) for s in group], method) for m in ("raw", "norm")))
+        for group in zip(*each, strict=True)
+    ]
 
 
 def _score_cached(target: Target, adapter: Adapter, examples: list[Example], slot) -> list[Scores]:
     """Drawn adapters are scored once per example set, however many ensembles share them."""
     key = (id(adapter), slot, tuple(e.id for e in examples))
     if key not in target.cache:
-        target.cache[key] = (adapter, scoring.score_examples(target.lm, adapter, examples, slot=slot))
+        target.cache[key] = (
+            adapter,
+            scoring.score_examples(target.lm, adapter, examples, slot=slot),
+        )
     return target.cache[key][1]
 
 
@@ -382,8 +453,11 @@ def route(target: Target, refined: Refined, texts: list[str]) -> list[int]:
     distances = []
     for index in refined.prompts:
         p = target.pooled[torch.as_tensor(index)]
-        distances.append(torch.cdist(q, p).mean(1) if refined.combine == "avg_sim_score"
-                         else (q - p.mean(0)).norm(dim=1))
+        distances.append(
+            torch.cdist(q, p).mean(1)
+            if refined.combine == "avg_sim_score"
+            else (q - p.mean(0)).norm(dim=1)
+        )
     return torch.stack(distances).argmin(0).tolist()
 
 
@@ -405,8 +479,8 @@ def combine(scores: list[tuple[float, ...]], method: str) -> tuple[float, ...]:
     if method == "mean_probability":
         return tuple(mean.log().tolist())
     votes = torch.bincount(log_p.argmax(-1), minlength=len(mean))
-    winner, top = int((votes + mean / 2).argmax()), int(mean.argmax())   # ties by summed probability
-    mean[[winner, top]] = mean[[top, winner]]   # still a distribution, and its largest entry is the vote's winner
+    winner, top = int((votes + mean / 2).argmax()), int(mean.argmax())  # ties by summed probability
+    mean[[winner, top]] = mean[
+        [top, winner]
+    ]  # still a distribution, and its largest entry is the vote's winner
     return tuple(mean.log().tolist())
-
-

@@ -29,7 +29,13 @@ from policy import adapt_targets, make_target
 from runtime import Run, read_json, read_jsonl
 from scoring import load_lm, score_examples
 
-FAST = ["align.meta_epochs=4", "align.draws=3", "align.prompts=4", "align.latent=8", "data.targets=[alpha, delta]"]
+FAST = [
+    "align.meta_epochs=4",
+    "align.draws=3",
+    "align.prompts=4",
+    "align.latent=8",
+    "data.targets=[alpha, delta]",
+]
 
 
 def make_run(args: list[str], *more: str) -> Run:
@@ -74,7 +80,10 @@ def test_every_weight_can_be_reached():
     vae = small(5000)
     out = vae(torch.randn(1, 5000), torch.randn(1, 6))[0]
     out[0, 4096:].sum().backward()
-    assert float(vae.position.grad[:, 4].abs().sum()) > 0 and float(vae.position.grad[:, 0].abs().sum()) == 0
+    assert (
+        float(vae.position.grad[:, 4].abs().sum()) > 0
+        and float(vae.position.grad[:, 0].abs().sum()) == 0
+    )
     assert small(5000, pos_table=False).position is None
 
 
@@ -82,8 +91,14 @@ def test_kl_of_a_standard_normal_is_zero():
     """And the closed form elsewhere: summed over the latent, averaged over the batch."""
     assert float(kl_to_standard_normal(torch.zeros(3, 4), torch.zeros(3, 4))) == 0
     mean, log_var = torch.randn(3, 4), torch.randn(3, 4)
-    want = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (0.5 * log_var).exp()),
-                                             torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
+    want = (
+        torch.distributions.kl_divergence(
+            torch.distributions.Normal(mean, (0.5 * log_var).exp()),
+            torch.distributions.Normal(0.0, 1.0),
+        )
+        .sum(1)
+        .mean()
+    )
     torch.testing.assert_close(kl_to_standard_normal(mean, log_var), want)
 
 
@@ -91,7 +106,11 @@ def test_one_pair_is_overfitted():
     """Plain Adam on one pair reaches R² > 0.99: the decoder can write what it is asked to."""
     vae = small(2048)
     g = torch.Generator().manual_seed(1)
-    x, task, goal = torch.randn(1, 2048, generator=g), torch.randn(1, 6, generator=g), torch.randn(1, 2048, generator=g)
+    x, task, goal = (
+        torch.randn(1, 2048, generator=g),
+        torch.randn(1, 6, generator=g),
+        torch.randn(1, 2048, generator=g),
+    )
     opt = torch.optim.Adam(vae.parameters(), lr=2e-3)
     for _ in range(150):
         opt.zero_grad()
@@ -99,7 +118,9 @@ def test_one_pair_is_overfitted():
         loss.backward()
         opt.step()
     vae.requires_grad_(False)
-    assert 1 - float(((vae(x, task)[0] - goal) ** 2).sum() / ((goal - goal.mean()) ** 2).sum()) > 0.99
+    assert (
+        1 - float(((vae(x, task)[0] - goal) ** 2).sum() / ((goal - goal.mean()) ** 2).sum()) > 0.99
+    )
 
 
 def test_fomaml_gradient_is_taken_after_the_inner_step():
@@ -115,9 +136,14 @@ def test_fomaml_gradient_is_taken_after_the_inner_step():
         for p in twin.parameters():
             p -= 0.05 * p.grad
             p.grad = None
-    loss, want_mse, want_kl = vae_loss(twin, dict(twin.named_parameters()), batch[1], noise[1], 0.01)
+    loss, want_mse, want_kl = vae_loss(
+        twin, dict(twin.named_parameters()), batch[1], noise[1], 0.01
+    )
     loss.backward()
-    assert (mse, kl) == (pytest.approx(float(want_mse.detach())), pytest.approx(float(want_kl.detach())))
+    assert (mse, kl) == (
+        pytest.approx(float(want_mse.detach())),
+        pytest.approx(float(want_kl.detach())),
+    )
     for name, p in twin.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
 
@@ -128,20 +154,35 @@ def test_standardisation_is_per_parameter_tensor(tiny_lm):
     adapters = []
     for _ in range(3):
         a = init_adapter(lm.layout, 1)
-        adapters.append({k: (i + 1) + 0.1 * (i + 1) * torch.randn(v.shape, generator=g)
-                         for i, (k, v) in enumerate(a.items())})
-    mean, std = standardisation(lm.layout, torch.stack([to_tokens(a, lm.layout).reshape(-1) for a in adapters]))
-    back_mean, back_std = (from_tokens(x.view(-1, lm.layout.rank, lm.layout.width), lm.layout) for x in (mean, std))
+        adapters.append(
+            {
+                k: (i + 1) + 0.1 * (i + 1) * torch.randn(v.shape, generator=g)
+                for i, (k, v) in enumerate(a.items())
+            }
+        )
+    mean, std = standardisation(
+        lm.layout, torch.stack([to_tokens(a, lm.layout).reshape(-1) for a in adapters])
+    )
+    back_mean, back_std = (
+        from_tokens(x.view(-1, lm.layout.rank, lm.layout.width), lm.layout) for x in (mean, std)
+    )
     for k in adapters[0]:
         stack = torch.stack([a[k] for a in adapters])
-        torch.testing.assert_close(back_mean[k], stack.mean().expand(back_mean[k].shape), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(back_std[k], stack.std().expand(back_std[k].shape), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            back_mean[k], stack.mean().expand(back_mean[k].shape), rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            back_std[k], stack.std().expand(back_std[k].shape), rtol=1e-3, atol=1e-5
+        )
 
 
 @pytest.fixture
 def trained(tiny_args) -> Run:
-    run = make_run(tiny_args, *FAST,
-                   "evaluate.methods=[base, generator, degaml, degaml_plus, aligned, tempo, tempo_plus]")
+    run = make_run(
+        tiny_args,
+        *FAST,
+        "evaluate.methods=[base, generator, degaml, degaml_plus, aligned, tempo, tempo_plus]",
+    )
     collect_adapters(run)
     train_generators(run)
     return run
@@ -160,11 +201,17 @@ def test_task_vector_is_the_shift_of_the_last_hidden_state(trained):
             with torch.no_grad():
                 states.append(lm.model.get_decoder()(ids).last_hidden_state[0, -1])
         shifts.append(states[0] - states[1])
-    torch.testing.assert_close(task_vector(run, "alpha", adapter), torch.stack(shifts).mean(0), rtol=1e-3, atol=1e-4)
-    assert float(task_vector(run, "alpha", init_adapter(lm.layout, 1)).abs().max()) == 0, "no update, no shift"
+    torch.testing.assert_close(
+        task_vector(run, "alpha", adapter), torch.stack(shifts).mean(0), rtol=1e-3, atol=1e-4
+    )
+    assert float(task_vector(run, "alpha", init_adapter(lm.layout, 1)).abs().max()) == 0, (
+        "no update, no shift"
+    )
 
 
-@pytest.mark.parametrize("kind, kinds", [("gen2ckpt", {"gc", "cc"}), ("ckpt2ckpt", {"cc"}), ("alg1", {"gg"})])
+@pytest.mark.parametrize(
+    "kind, kinds", [("gen2ckpt", {"gc", "cc"}), ("ckpt2ckpt", {"cc"}), ("alg1", {"gg"})]
+)
 def test_pairs_are_what_their_name_says(trained, kind, kinds):
     """Inputs and targets are generated adapters (g) or checkpoints (c); the held-out checkpoint is in none."""
     run, lm = trained, load_lm(trained)
@@ -173,12 +220,19 @@ def test_pairs_are_what_their_name_says(trained, kind, kinds):
     assert set(pairs) == set(held) == {"beta", "gamma"}
     for task, made in pairs.items():
         stored = load_checkpoints(run, lm, task)
-        known = {"c": [to_tokens(a, lm.layout).reshape(-1) for a in stored],
-                 "g": [to_tokens(generate_adapter(run, task, b, left_out="alpha")[0], lm.layout).reshape(-1)
-                       for b in range(3)]}
+        known = {
+            "c": [to_tokens(a, lm.layout).reshape(-1) for a in stored],
+            "g": [
+                to_tokens(generate_adapter(run, task, b, left_out="alpha")[0], lm.layout).reshape(
+                    -1
+                )
+                for b in range(3)
+            ],
+        }
 
         def kind_of(x, known=known):
             return next(k for k, vs in known.items() if any(torch.equal(x, v) for v in vs))
+
         assert {kind_of(x) + kind_of(y) for x, _, y in made} == kinds
         spared = to_tokens(held[task], lm.layout).reshape(-1)
         assert not any(torch.equal(spared, v) for x, _, y in made for v in (x, y))
@@ -201,16 +255,22 @@ def test_aligned_and_tempo_go_through_every_stage(trained):
         want = align_adapter(run, aligner, task, generate_adapter(run, task, 0)[0])
         stored = load_file(run.path / f"adapted/aligned/{task}/adapter_model.safetensors")
         assert all(torch.equal(stored[k], want[k]) for k in want)
-        assert any(not torch.equal(want[k], v) for k, v in generate_adapter(run, task, 0)[0].items()), "it moved"
+        assert any(
+            not torch.equal(want[k], v) for k, v in generate_adapter(run, task, 0)[0].items()
+        ), "it moved"
         for method in ("aligned", "tempo", "tempo_plus"):
             assert len(read_jsonl(run.path / f"scores/{method}/{task}.jsonl")) == 12
         target = make_target(run, load_tasks(run)[task], aligned=True)
         test = list(load_tasks(run)[task].test)
-        picks = [[s.pick("norm") for s in score_examples(lm, target.draw(b)[0], test)] for b in range(2)]
+        picks = [
+            [s.pick("norm") for s in score_examples(lm, target.draw(b)[0], test)] for b in range(2)
+        ]
         for i, row in enumerate(read_jsonl(run.path / f"scores/aligned/{task}.jsonl")):
             assert row["correct_norm"] == sum(p[i] == row["gold"] for p in picks) / 2
     rewards = {p.name for p in run.path.glob("adapted/rewards*/delta*")}
-    assert "delta.jsonl" in rewards and any(n.startswith("delta.aligned-") for n in rewards), "a file per start"
+    assert "delta.jsonl" in rewards and any(n.startswith("delta.aligned-") for n in rewards), (
+        "a file per start"
+    )
 
 
 def test_training_is_the_same_each_time_and_resumes(trained, monkeypatch):

@@ -11,9 +11,11 @@ from lora import check_width
 
 NOT_PRESETS = {"default.yaml", "contexts.yaml", "models.yaml", "paper_tables.yaml"}
 PRESETS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name not in NOT_PRESETS)
-DIMS = {"assets/models/smollm2-135m-instruct": [576, 192, 1536],
-        "Qwen/Qwen2.5-0.5B-Instruct": [896, 128, 4864],
-        "Qwen/Qwen2.5-1.5B-Instruct": [1536, 256, 8960]}
+DIMS = {
+    "assets/models/smollm2-135m-instruct": [576, 192, 1536],
+    "Qwen/Qwen2.5-0.5B-Instruct": [896, 128, 4864],
+    "Qwen/Qwen2.5-1.5B-Instruct": [1536, 256, 8960],
+}
 
 
 def faults(*words: str) -> list[str]:
@@ -26,9 +28,17 @@ def test_all_faults_at_once_golden(tmp_path):
     """Every unknown key, wrong type and value out of range is named once, with its origin and the
     nearest key."""
     preset = tmp_path / "my.yaml"
-    preset.write_text("modle:\n  name: x\nevaluate:\n  metric: accuracy\ncollect:\n  batch_size: 0\n")
-    assert faults(f"config={preset}", "generator.stepz=10", "colect.clip=2", "seed=1.5", "overwrite=1",
-                  "generator.lr=fast") == [
+    preset.write_text(
+        "modle:\n  name: x\nevaluate:\n  metric: accuracy\ncollect:\n  batch_size: 0\n"
+    )
+    assert faults(
+        f"config={preset}",
+        "generator.stepz=10",
+        "colect.clip=2",
+        "seed=1.5",
+        "overwrite=1",
+        "generator.lr=fast",
+    ) == [
         "8 fault(s) in the configuration:",
         f"  modle.name ({preset}): unknown key; did you mean `model.name`?",
         "  generator.stepz (command line): unknown key; did you mean `generator.steps`?",
@@ -39,30 +49,41 @@ def test_all_faults_at_once_golden(tmp_path):
         f"  collect.batch_size ({preset}): got 0; Input should be greater than or equal to 1",
         "  generator.lr (command line): got 'fast'; Input should be a valid number, unable to parse string "
         "as a number",
-        f"  evaluate.metric ({preset}): got 'accuracy'; Input should be 'norm', 'raw', 'strict' or 'lenient'"]
+        f"  evaluate.metric ({preset}): got 'accuracy'; Input should be 'norm', 'raw', 'strict' or 'lenient'",
+    ]
 
 
 def test_even_kernel_is_named_with_an_odd_one():
     """An even kernel is reported under its own key, shortly, even beside another fault of its section."""
     lines = faults("generator.kernel=4", "generator.steps=0")
-    kernel = [line for line in lines if line.startswith("  generator.kernel (command line): got 4;")]
+    kernel = [
+        line for line in lines if line.startswith("  generator.kernel (command line): got 4;")
+    ]
     assert len(kernel) == 1 and "odd" in kernel[0] and "try 5" in kernel[0] and len(kernel[0]) < 150
     assert any(line.startswith("  generator.steps (command line): got 0;") for line in lines)
 
 
-@pytest.mark.parametrize("word, start", [
-    ("seed=many", "seed (command line): got 'many'; "),
-    ("data.train_tasks=arc_e", "data.train_tasks (command line): "),
-    ("generator.lr=2", "generator.lr (command line): got 2; "),
-    ("generator.lr=0", "generator.lr (command line): got 0;"),
-    ("collect.pretrain_lr=-1e-4", "collect.pretrain_lr (command line): got -0.0001; "),
-    ("data.num_test=0", "data.num_test (command line): got 0; "),
-    ("name=", "name (command line): got None; "),
-    ("policy.families=[TTT, TTL]", "policy.families.1 (command line): got ['TTT', 'TTL']; "),
-    ("evaluate.methods=[base, bse]", "evaluate.methods.1 (command line): got ['base', 'bse']; "),
-    ("generator.flow=[[128, 384]]", "generator.flow.0 (command line): got [[128, 384]]; "),
-    ("device=gpu", "device (command line): got 'gpu'; "), ("data=5", "data (command line): unknown key; "),
-    ("generator.lr={a: 1}", "generator.lr (command line): got {'a': 1}; ")])
+@pytest.mark.parametrize(
+    "word, start",
+    [
+        ("seed=many", "seed (command line): got 'many'; "),
+        ("data.train_tasks=arc_e", "data.train_tasks (command line): "),
+        ("generator.lr=2", "generator.lr (command line): got 2; "),
+        ("generator.lr=0", "generator.lr (command line): got 0;"),
+        ("collect.pretrain_lr=-1e-4", "collect.pretrain_lr (command line): got -0.0001; "),
+        ("data.num_test=0", "data.num_test (command line): got 0; "),
+        ("name=", "name (command line): got None; "),
+        ("policy.families=[TTT, TTL]", "policy.families.1 (command line): got ['TTT', 'TTL']; "),
+        (
+            "evaluate.methods=[base, bse]",
+            "evaluate.methods.1 (command line): got ['base', 'bse']; ",
+        ),
+        ("generator.flow=[[128, 384]]", "generator.flow.0 (command line): got [[128, 384]]; "),
+        ("device=gpu", "device (command line): got 'gpu'; "),
+        ("data=5", "data (command line): unknown key; "),
+        ("generator.lr={a: 1}", "generator.lr (command line): got {'a': 1}; "),
+    ],
+)
 def test_wrong_type_or_range_names_key_and_value(word, start):
     """One bad value gives one fault that starts with key, origin and what was got."""
     lines = faults(word)
@@ -76,19 +97,35 @@ def test_a_boolean_is_no_number(word):
     assert faults(word)[1].startswith(f"  {word.split('=')[0]} (command line): got ")
 
 
-@pytest.mark.parametrize("word, start", [
-    ("collect.save_last=500",
-     "collect.save_last (command line): got 500; training has 125 steps: at most 125"),
-    ("policy.folds=30", "policy.folds (command line): got 30 folds of 20 support examples"),
-    ("data.targets=[foo]", "data.targets (command line): ['foo'] are in neither"),
-    ("data.test_tasks=[arc_e]", "data.test_tasks (command line): ['arc_e'] are listed twice"),
-    ("generator.num_prompts=64", "generator.flow (configs/default.yaml): its first entry must be"),
-    ("policy.min_per_family=9",
-     "policy.min_per_family (command line): 9 x 5 families exceed policy.proposals = 20: "
-                                "at most 4"),
-    ("evaluate.metric=strict", "evaluate.metric (command line): strict needs generated answers"),
-    ("data.train_tasks=[arc_e, arc_c]",
-     "data.train_tasks (command line): leave-one-out needs at least 3 tasks")])
+@pytest.mark.parametrize(
+    "word, start",
+    [
+        (
+            "collect.save_last=500",
+            "collect.save_last (command line): got 500; training has 125 steps: at most 125",
+        ),
+        ("policy.folds=30", "policy.folds (command line): got 30 folds of 20 support examples"),
+        ("data.targets=[foo]", "data.targets (command line): ['foo'] are in neither"),
+        ("data.test_tasks=[arc_e]", "data.test_tasks (command line): ['arc_e'] are listed twice"),
+        (
+            "generator.num_prompts=64",
+            "generator.flow (configs/default.yaml): its first entry must be",
+        ),
+        (
+            "policy.min_per_family=9",
+            "policy.min_per_family (command line): 9 x 5 families exceed policy.proposals = 20: "
+            "at most 4",
+        ),
+        (
+            "evaluate.metric=strict",
+            "evaluate.metric (command line): strict needs generated answers",
+        ),
+        (
+            "data.train_tasks=[arc_e, arc_c]",
+            "data.train_tasks (command line): leave-one-out needs at least 3 tasks",
+        ),
+    ],
+)
 def test_faults_across_two_keys(word, start):
     """Values that are legal alone but not together are refused with the limit they break."""
     assert faults(word)[1].startswith("  " + start)
@@ -100,8 +137,19 @@ def test_cross_checks_join_the_other_faults():
     assert "policy.folds" in lines and "generator.stepz" in lines
 
 
-@pytest.mark.parametrize("text, value", [("3e-5", 3e-5), ("1e3", 1000.0), ("1E3", 1000.0), ("-2.5e+1", -25.0),
-                                         (".5", 0.5), ("7", 7), ("1e-3x", "1e-3x"), ("'3e-5'", "3e-5")])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("3e-5", 3e-5),
+        ("1e3", 1000.0),
+        ("1E3", 1000.0),
+        ("-2.5e+1", -25.0),
+        (".5", 0.5),
+        ("7", 7),
+        ("1e-3x", "1e-3x"),
+        ("'3e-5'", "3e-5"),
+    ],
+)
 def test_numbers_in_scientific_notation(text, value):
     """3e-5 and 1e3 are numbers, unlike in YAML 1.1; quoted or trailing text is not."""
     got = parse_yaml(f"a: {text}", "here")["a"]
@@ -113,7 +161,9 @@ def test_scientific_notation_in_file_and_on_the_command_line(tmp_path):
     preset = tmp_path / "p.yaml"
     preset.write_text("generator:\n  lr: 3e-4\n  steps: 1e3\n")
     cfg, _ = load_config([f"config={preset}"])
-    assert (cfg.generator.lr, cfg.generator.steps) == (3e-4, 1000) and isinstance(cfg.generator.steps, int)
+    assert (cfg.generator.lr, cfg.generator.steps) == (3e-4, 1000) and isinstance(
+        cfg.generator.steps, int
+    )
     cfg, _ = load_config([f"config={preset}", "generator.lr=3e-5", "generator.steps=2e3"])
     assert (cfg.generator.lr, cfg.generator.steps) == (3e-5, 2000)
 
@@ -134,9 +184,19 @@ def test_split_at_the_first_equals_sign():
     assert load_config(["name=a=b=c"])[0].name == "a=b=c"
 
 
-@pytest.mark.parametrize("text, ok", [("true", True), ("false", False), ("True", True), ("1", None),
-                                      ("0", None),
-                                      ("'true'", None), ("maybe", None), ("", None)])
+@pytest.mark.parametrize(
+    "text, ok",
+    [
+        ("true", True),
+        ("false", False),
+        ("True", True),
+        ("1", None),
+        ("0", None),
+        ("'true'", None),
+        ("maybe", None),
+        ("", None),
+    ],
+)
 def test_boolean_keys_take_booleans_only(text, ok):
     """No text or number turns into a truth value."""
     if ok is None:
@@ -156,19 +216,25 @@ def test_every_preset_validates():
 
 def test_default_holds_every_key_of_the_schema():
     """configs/default.yaml and the schema name the same keys."""
+
     def leaves(model, prefix=""):
         for name, f in model.model_fields.items():
             if hasattr(f.annotation, "model_fields"):
                 yield from leaves(f.annotation, f"{prefix}{name}.")
             else:
                 yield prefix + name
+
     assert sorted(flatten(yaml.safe_load(DEFAULT.read_text()))) == sorted(leaves(Config))
 
 
-@pytest.mark.parametrize("width, dims, legal", [
-    (128, [576, 192, 1536], "[8, 12, 16, 24, 32, 48, 64, 96, 192]"),
-    (192, [896, 128, 4864], "[8, 16, 32, 64, 128]"),
-    (5, [12, 18], "[6]")])
+@pytest.mark.parametrize(
+    "width, dims, legal",
+    [
+        (128, [576, 192, 1536], "[8, 12, 16, 24, 32, 48, 64, 96, 192]"),
+        (192, [896, 128, 4864], "[8, 16, 32, 64, 128]"),
+        (5, [12, 18], "[6]"),
+    ],
+)
 def test_token_width_names_the_legal_ones(width, dims, legal):
     """A width that divides not every dimension is refused with all that do."""
     with pytest.raises(UserError, match="model.token_width") as e:
@@ -185,22 +251,43 @@ def test_token_width_that_divides_is_accepted():
 def test_files_that_are_no_configuration(tmp_path):
     """A missing preset lists the presets there are; broken YAML names file and line; a list is refused."""
     message = faults(f"config={tmp_path / 'nope.yaml'}")[0]
-    assert "no such file" in message and "configs/smollm2.yaml" in message and "paper_tables" not in message
+    assert (
+        "no such file" in message
+        and "configs/smollm2.yaml" in message
+        and "paper_tables" not in message
+    )
     bad = tmp_path / "bad.yaml"
     bad.write_text("seed: 1\nname: [a\n")
-    assert faults(f"config={bad}")[0].startswith(f"{bad}:") and "not valid YAML" in faults(f"config={bad}")[0]
+    assert (
+        faults(f"config={bad}")[0].startswith(f"{bad}:")
+        and "not valid YAML" in faults(f"config={bad}")[0]
+    )
     bad.write_text("- a\n- b\n")
     assert faults(f"config={bad}") == [f"{bad}: expected `key: value` lines, got list"]
 
 
-@pytest.mark.parametrize("argv", [["stage=nonsense"], ["--stage", "all"], ["generator.lr"],
-                                  ["generator.lrr=1"],
-                                  ["stage=collect", "seed=x"], ["config=missing.yaml"], ["name=[a"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["stage=nonsense"],
+        ["--stage", "all"],
+        ["generator.lr"],
+        ["generator.lrr=1"],
+        ["stage=collect", "seed=x"],
+        ["config=missing.yaml"],
+        ["name=[a"],
+    ],
+)
 def test_main_turns_mistakes_into_one_error_line(argv, capsys, tmp_path):
     """A user's mistake: status 2, one `error:` on stderr, no traceback, nothing on stdout, no run folder."""
     assert degaml.main([*argv, f"run={tmp_path / 'run'}"]) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("error:") == 1 and "Traceback" not in err and out == ""
+    assert (
+        err.startswith("error: ")
+        and err.count("error:") == 1
+        and "Traceback" not in err
+        and out == ""
+    )
     assert not (tmp_path / "run").exists()
     assert "nonsense" not in argv[0] or "legal: assets, config, doctor, check, collect" in err
 
@@ -209,31 +296,44 @@ def test_help_names_every_stage(capsys):
     """--help lists all stages and returns 0."""
     assert degaml.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in degaml.STAGES) and set(degaml.ORDER) <= set(degaml.STAGES)
+    assert all(f"\n  {name} " in out for name in degaml.STAGES) and set(degaml.ORDER) <= set(
+        degaml.STAGES
+    )
 
 
 def test_looking_leaves_no_trained_run_behind(tmp_path, tiny_args, capsys):
     """stage=config and stage=check print; neither makes nor redescribes a run folder's configuration."""
     for stage in ("config", "check"):
         assert degaml.main([*tiny_args, f"stage={stage}"]) == 0
-    assert not (tmp_path / "run/config.yaml").exists() and not (tmp_path / "run/command.txt").exists()
+    assert (
+        not (tmp_path / "run/config.yaml").exists() and not (tmp_path / "run/command.txt").exists()
+    )
     (tmp_path / "run/config.yaml").write_text("seed: 5\n")
     assert degaml.main([*tiny_args, "stage=config", "generator.lr=0.5"]) == 0
     assert (tmp_path / "run/config.yaml").read_text() == "seed: 5\n"
 
 
-@pytest.mark.parametrize("word, complaint", [
-    ("generator.encoder=nowhere", "generator.encoder=nowhere: cannot be loaded"),
-    ("generator.flow=[[4, 16, 48], [8, 8, 16]]", "ends in 48, the width of")])
+@pytest.mark.parametrize(
+    "word, complaint",
+    [
+        ("generator.encoder=nowhere", "generator.encoder=nowhere: cannot be loaded"),
+        ("generator.flow=[[4, 16, 48], [8, 8, 16]]", "ends in 48, the width of"),
+    ],
+)
 def test_check_looks_at_the_encoder(tiny_args, capsys, word, complaint):
     """Before the hours of collection, not after."""
     assert degaml.main([*tiny_args, "stage=check", word]) == 2
     assert complaint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("grid, complaint", [
-    ("{SFT.steps: [5]}", "'SFT.steps' is no field of a strategy"), ("{TTT.ttl_steps: [5000]}", "TTT.ttl_steps is 5000"),
-    ("{TTS.method: [best]}", "TTS.method is 'best'")])
+@pytest.mark.parametrize(
+    "grid, complaint",
+    [
+        ("{SFT.steps: [5]}", "'SFT.steps' is no field of a strategy"),
+        ("{TTT.ttl_steps: [5000]}", "TTT.ttl_steps is 5000"),
+        ("{TTS.method: [best]}", "TTS.method is 'best'"),
+    ],
+)
 def test_check_looks_at_the_proposal_grid(tiny_args, capsys, grid, complaint):
     """A grid of values that no proposal may have is refused before any is sampled."""
     assert degaml.main([*tiny_args, "stage=check", f"strategies.proposal_grid={grid}"]) == 2
@@ -251,5 +351,7 @@ def test_helpers_do_not_import_the_entry_file():
     """Under torchrun the entry file is `__main__`; a module that imported it would load it twice."""
     for path in ROOT.glob("*.py"):
         if path.name != "degaml.py":
-            assert "import degaml" not in path.read_text() and "from degaml" not in path.read_text(), path
+            assert (
+                "import degaml" not in path.read_text() and "from degaml" not in path.read_text()
+            ), path
     assert "degaml" in sys.modules

@@ -19,19 +19,29 @@ from policy import FAMILIES_OF
 from runtime import read_json, read_jsonl, save_tensors
 from strategies import parse_strategy, schema
 
-settings.register_profile("ours", max_examples=150, deadline=None, derandomize=True,
-                          suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile(
+    "ours",
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("ours")
 
 CFG, _ = load_config([])
 FAMILIES = FAMILIES_OF["degaml_plus"](CFG)
 KEYS = sorted(flatten(CFG.model_dump()))
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-                    max_leaves=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
+
 
 @given(st.text(max_size=200))
 @example("a: [1, 2")
@@ -54,7 +64,11 @@ def test_any_value_of_any_key_is_typed_or_refused(key, value):
     try:
         cfg, _ = load_config([f"{key}={json.dumps(value)}"])
     except UserError as e:
-        assert "command line" in str(e) or "configs/default.yaml" in str(e) or key in ("task", "run", *FREE_MAPS)
+        assert (
+            "command line" in str(e)
+            or "configs/default.yaml" in str(e)
+            or key in ("task", "run", *FREE_MAPS)
+        )
     else:
         assert key in flatten(cfg.model_dump())
 
@@ -69,6 +83,7 @@ def test_any_command_line_is_read_or_refused(words):
 
 
 # --------------------------------------------------------------------------------------------------------- user files
+
 
 @given(st.binary(max_size=300))
 @example(b"\xff\xfe{}")
@@ -88,9 +103,18 @@ def test_any_bytes_as_jsonl(tmp_path, raw):
             assert rows and (not labels or all(map(is_labelled, rows)))
 
 
-ROW = st.fixed_dictionaries({}, optional={
-    "id": st.text(max_size=4) | st.integers(), "question": JSON, "prompt": JSON, "context": JSON, "gold": JSON,
-    "choices": st.lists(st.text(max_size=3), max_size=4) | JSON, "answer": JSON})
+ROW = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.text(max_size=4) | st.integers(),
+        "question": JSON,
+        "prompt": JSON,
+        "context": JSON,
+        "gold": JSON,
+        "choices": st.lists(st.text(max_size=3), max_size=4) | JSON,
+        "answer": JSON,
+    },
+)
 
 
 @given(st.lists(ROW, min_size=1, max_size=4), st.booleans())
@@ -127,9 +151,34 @@ def test_any_cells_as_csv(tmp_path, table):
 
 # ------------------------------------------------------------------------------------------------------- model output
 
-NAMES = st.sampled_from(["family", *sorted({n for f in schema(CFG.strategies).values() for n in f}), "extra"])
-VALUES = st.sampled_from([*FAMILIES, "none", "ttl", 0, -1, 1, 5, 1e9, 10**30, math.nan, math.inf, 0.5, "lm", "3", True,
-                          None, [], {}]) | JSON
+NAMES = st.sampled_from(
+    ["family", *sorted({n for f in schema(CFG.strategies).values() for n in f}), "extra"]
+)
+VALUES = (
+    st.sampled_from(
+        [
+            *FAMILIES,
+            "none",
+            "ttl",
+            0,
+            -1,
+            1,
+            5,
+            1e9,
+            10**30,
+            math.nan,
+            math.inf,
+            0.5,
+            "lm",
+            "3",
+            True,
+            None,
+            [],
+            {},
+        ]
+    )
+    | JSON
+)
 
 
 @given(st.one_of(st.text(max_size=120), st.dictionaries(NAMES, VALUES, max_size=8).map(json.dumps)))
@@ -154,11 +203,19 @@ def test_no_proposal_exceeds_the_bounds(text):
 
 def test_model_output_is_data(monkeypatch):
     """Nothing that reads model output can run it."""
-    source = "".join(open(m.__file__).read() for m in (policy, __import__("strategies"), __import__("scoring")))
-    assert re.findall(r"(?<![.\w])(?:eval|exec|compile|__import__)\(|subprocess|os\.system|pickle", source) == []
+    source = "".join(
+        open(m.__file__).read() for m in (policy, __import__("strategies"), __import__("scoring"))
+    )
+    assert (
+        re.findall(
+            r"(?<![.\w])(?:eval|exec|compile|__import__)\(|subprocess|os\.system|pickle", source
+        )
+        == []
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- run files
+
 
 @given(st.binary(max_size=400))
 @example(b"")
@@ -172,11 +229,18 @@ def test_any_bytes_as_an_adapter(tmp_path, tiny_lm_once, raw):
         load_adapter(tmp_path, tiny_lm_once)
 
 
-@given(st.dictionaries(st.text(string.ascii_letters + "._", min_size=1, max_size=12), st.integers(1, 5), max_size=4))
+@given(
+    st.dictionaries(
+        st.text(string.ascii_letters + "._", min_size=1, max_size=12), st.integers(1, 5), max_size=4
+    )
+)
 def test_any_tensors_as_an_adapter(tmp_path, tiny_lm_once, sizes):
     """Well-formed tensors of other names or shapes are refused, naming one of them."""
     import torch
-    save_tensors(tmp_path / "adapter_model.safetensors", {k: torch.zeros(n) for k, n in sizes.items()})
+
+    save_tensors(
+        tmp_path / "adapter_model.safetensors", {k: torch.zeros(n) for k, n in sizes.items()}
+    )
     with pytest.raises(UserError, match="belongs to another model"):
         load_adapter(tmp_path, tiny_lm_once)
 
@@ -200,4 +264,7 @@ def tiny_lm_once(tiny_model_dir):
 
     from lora import find_layout
     from scoring import load_base
-    return find_layout(load_base(str(tiny_model_dir), "main", torch.float32, "cpu")[0], 4, 8, 16, MODULES)
+
+    return find_layout(
+        load_base(str(tiny_model_dir), "main", torch.float32, "cpu")[0], 4, 8, 16, MODULES
+    )

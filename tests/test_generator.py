@@ -70,7 +70,10 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 
 # ---------------------------------------------------------------------------------------------------- decoder
 
-@pytest.mark.parametrize("tokens, total", [([4296, 10, 130], 1113203220), ([4508, 18, 258], 1152535192)])
+
+@pytest.mark.parametrize(
+    "tokens, total", [([4296, 10, 130], 1113203220), ([4508, 18, 258], 1152535192)]
+)
 def test_parameter_counts_of_the_papers_flows(tokens, total):
     """The default flow and kernel have exactly the papers' sizes at 0.5B and 1.5B."""
     cfg, _ = load_config([])
@@ -93,7 +96,7 @@ def slow_conv(x, weight, bias=None):
     out = torch.zeros(weight.shape[0], *x.shape[1:], dtype=x.dtype)
     for i in range(x.shape[1]):
         for j in range(x.shape[2]):
-            out[:, i, j] = torch.einsum("oikl,ikl->o", weight, padded[:, i:i + k, j:j + k])
+            out[:, i, j] = torch.einsum("oikl,ikl->o", weight, padded[:, i : i + k, j : j + k])
     return out if bias is None else out + bias[:, None, None]
 
 
@@ -101,10 +104,10 @@ def slow_layer(layer, x):
     """The layer on one (N, L, C) input: channel axes are C then L for W, L then C for H, N at the end."""
     y = torch.stack([(v - v.mean()) / torch.sqrt(v.var(unbiased=False) + 1e-5) for v in x])
     y = y * layer.norm.weight + layer.norm.bias
-    w = slow_conv(torch.einsum("nlc->cln", y), layer.w1.weight)                 # C -> C' over (L, N)
-    w = slow_conv(torch.einsum("cln->lnc", w), layer.w2.weight)                 # L -> L' over (N, C')
-    h = slow_conv(torch.einsum("nlc->lnc", y), layer.h1.weight)                 # L -> L' over (N, C)
-    h = torch.tanh(slow_conv(torch.einsum("lnc->cln", h), layer.h2.weight))     # C -> C' over (L', N)
+    w = slow_conv(torch.einsum("nlc->cln", y), layer.w1.weight)  # C -> C' over (L, N)
+    w = slow_conv(torch.einsum("cln->lnc", w), layer.w2.weight)  # L -> L' over (N, C')
+    h = slow_conv(torch.einsum("nlc->lnc", y), layer.h1.weight)  # L -> L' over (N, C)
+    h = torch.tanh(slow_conv(torch.einsum("lnc->cln", h), layer.h2.weight))  # C -> C' over (L', N)
     mixed = (torch.einsum("lnc->nlc", w) + torch.einsum("cln->nlc", h) + layer.bias) / 3
     return slow_conv(mixed, layer.out.weight, layer.out.bias)
 
@@ -124,20 +127,31 @@ def test_layer_equals_a_loop_reference():
     assert biases == {"norm.bias", "bias", "out.bias"}, "the four branch convolutions have no bias"
 
 
-@pytest.mark.parametrize("c_in, c_out, height, width, kernel", [
-    (5, 3, 6, 7, 3), (40, 17, 3, 8, 5), (257, 264, 2, 5, 3), (256, 300, 4, 6, 9)])
+@pytest.mark.parametrize(
+    "c_in, c_out, height, width, kernel",
+    [(5, 3, 6, 7, 3), (40, 17, 3, 8, 5), (257, 264, 2, 5, 3), (256, 300, 4, 6, 9)],
+)
 def test_the_gpu_convolution_is_the_convolution(c_in, c_out, height, width, kernel):
     """Values and gradients in float64, with few channels and with many, also where the kernel is larger than the
     input."""
     g = torch.Generator().manual_seed(0)
-    x, weight, back = (torch.randn(s, generator=g, dtype=torch.float64) for s in (
-        (2, c_in, height, width), (c_out, c_in, kernel, kernel), (2, c_out, height, width)))
+    x, weight, back = (
+        torch.randn(s, generator=g, dtype=torch.float64)
+        for s in (
+            (2, c_in, height, width),
+            (c_out, c_in, kernel, kernel),
+            (2, c_out, height, width),
+        )
+    )
     x.requires_grad_()
     weight.requires_grad_()
     found, want = _GPUConv2d.apply(x, weight), F.conv2d(x, weight, padding=kernel // 2)
     torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-9)
-    for a, b in zip(torch.autograd.grad(found, (x, weight), back), torch.autograd.grad(want, (x, weight), back),
-                    strict=True):
+    for a, b in zip(
+        torch.autograd.grad(found, (x, weight), back),
+        torch.autograd.grad(want, (x, weight), back),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-9)
 
 
@@ -145,7 +159,10 @@ def test_the_gpu_convolution_is_the_convolution(c_in, c_out, height, width, kern
 def test_the_convolution_on_a_gpu_in_both_dtypes():
     """The module with its bias, in float64 and under autocast in bfloat16, equals the CPU's."""
     torch.manual_seed(0)
-    conv, x = SameConv2d(260, 256, 5, padding=2).double(), torch.randn(2, 260, 6, 7, dtype=torch.float64)
+    conv, x = (
+        SameConv2d(260, 256, 5, padding=2).double(),
+        torch.randn(2, 260, 6, 7, dtype=torch.float64),
+    )
     want = conv(x)
     torch.testing.assert_close(conv.cuda()(x.cuda()).cpu(), want, rtol=1e-9, atol=1e-9)
     with torch.autocast("cuda", torch.bfloat16):
@@ -162,7 +179,7 @@ def test_tanh_is_on_branch_h_only():
         layer.bias.zero_()
         layer.out.bias.zero_()
         layer.out.weight.zero_()
-        layer.out.weight[[0, 1], [0, 1], 1, 1] = 3.0        # passes (W + H + b) through unchanged
+        layer.out.weight[[0, 1], [0, 1], 1, 1] = 3.0  # passes (W + H + b) through unchanged
         keep = layer.w2.weight.clone()
         layer.w2.weight.zero_()
         layer.h2.weight.mul_(100)
@@ -206,10 +223,13 @@ def test_decoder_overfits_one_pair():
 
 # ------------------------------------------------------------------------------------------------- collection
 
+
 def test_tasks_share_one_initialisation(collected):
     """Every task starts from the same A, and the last `save_last` steps are kept."""
     run = make_run(collected)
-    manifests = [read_json(run.path / f"adapters/{t}/manifest.json") for t in run.cfg.data.train_tasks]
+    manifests = [
+        read_json(run.path / f"adapters/{t}/manifest.json") for t in run.cfg.data.train_tasks
+    ]
     assert len({m["init_sha"] for m in manifests}) == 1
     for m in manifests:
         assert sorted(m["sha256"]) == [f"step_000{i}.safetensors" for i in (7, 8, 9)]
@@ -240,7 +260,9 @@ def test_damaged_checkpoint_is_named(collected, damage):
         file.unlink()
     with pytest.raises(UserError) as e:
         train_generators(run)
-    assert str(file) in str(e.value) and "stage=collect" in str(e.value) and "delete" in str(e.value)
+    assert (
+        str(file) in str(e.value) and "stage=collect" in str(e.value) and "delete" in str(e.value)
+    )
 
 
 def test_collect_names_the_step_of_a_non_finite_loss(tiny_args, monkeypatch):
@@ -250,6 +272,7 @@ def test_collect_names_the_step_of_a_non_finite_loss(tiny_args, monkeypatch):
     def poisoned(lm, rows):
         calls.append(1)
         return real(lm, rows) * (float("nan") if len(calls) == 3 else 1)
+
     monkeypatch.setattr(generator, "lm_loss", poisoned)
     with pytest.raises(UserError, match=r"step 3 .*last finite") as e:
         collect_adapters(run)
@@ -263,6 +286,7 @@ def test_collect_names_the_step_of_a_non_finite_loss(tiny_args, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- prompts
 
+
 def test_prompt_batches_are_seeded_and_independent(tiny_args):
     """One key always gives one batch without repeats; other keys, tasks and seeds give others."""
     cfg, _ = load_config(tiny_args)
@@ -270,14 +294,19 @@ def test_prompt_batches_are_seeded_and_independent(tiny_args):
     assert first.tolist() == draw_prompts(cfg, "alpha", 16, "generate", 0).tolist()
     assert len(set(first.tolist())) == cfg.generator.num_prompts == len(first)
     other, _ = load_config([*tiny_args, "generator.seed=2"])
-    for again in (draw_prompts(cfg, "alpha", 16, "generate", 1), draw_prompts(cfg, "beta", 16, "generate", 0),
-                  draw_prompts(other, "alpha", 16, "generate", 0)):
+    for again in (
+        draw_prompts(cfg, "alpha", 16, "generate", 1),
+        draw_prompts(cfg, "beta", 16, "generate", 0),
+        draw_prompts(other, "alpha", 16, "generate", 0),
+    ):
         assert again.tolist() != first.tolist()
 
 
 def test_few_prompts_are_repeated_cyclically(tiny_args):
     """A task with fewer prompts than a batch needs repeats its one shuffled order."""
-    cfg, _ = load_config([*tiny_args, "generator.num_prompts=10", "generator.flow=[[10, 16, 32], [8, 8, 8]]"])
+    cfg, _ = load_config(
+        [*tiny_args, "generator.num_prompts=10", "generator.flow=[[10, 16, 32], [8, 8, 8]]"]
+    )
     index = draw_prompts(cfg, "alpha", 4, "generate", 0).tolist()
     assert sorted(index[:4]) == [0, 1, 2, 3]
     assert index == (index[:4] * 3)[:10]
@@ -293,11 +322,13 @@ def test_encode_prompts_runs_the_encoder_once(collected, monkeypatch):
 
     def never(*args, **kwargs):
         raise AssertionError("encoded again")
+
     monkeypatch.setattr(generator, "encode_texts", never)
     encode_prompts(run)
 
 
 # --------------------------------------------------------------------------------------------------- training
+
 
 def test_token_weights_have_mean_one():
     """Weights follow each token's spread over the checkpoints, averaged over tasks, and average to one."""
@@ -305,17 +336,27 @@ def test_token_weights_have_mean_one():
     targets = {"a": torch.cat([3 * unit, unit], 1), "b": torch.cat([unit, unit], 1)}
     got = token_weights({k: v.expand(3, 2, 4, 5) for k, v in targets.items()})
     assert got.shape == (1, 2, 1, 1)
-    torch.testing.assert_close(got.flatten(), torch.tensor([1.25, 0.75]))   # ((1.5, 0.5) + (1, 1)) / 2
+    torch.testing.assert_close(
+        got.flatten(), torch.tensor([1.25, 0.75])
+    )  # ((1.5, 0.5) + (1, 1)) / 2
 
 
 @pytest.mark.parametrize("kind", ["none", "std"])
 def test_first_loss_by_hand(collected, kind):
     """The recorded loss is the (weighted) mean squared error of the initial decoder on the first pairs."""
-    run = make_run(collected, f"generator.criterion_weight={kind}", "generator.scale_code=dnd",
-                   "generator.steps=1", "generator.noise=0", "data.targets=[delta]")
+    run = make_run(
+        collected,
+        f"generator.criterion_weight={kind}",
+        "generator.scale_code=dnd",
+        "generator.steps=1",
+        "generator.noise=0",
+        "data.targets=[delta]",
+    )
     cfg, layout = run.cfg, load_lm(run).layout
-    tokens = {t: torch.stack([to_tokens(a, layout) for a in load_checkpoints(run, load_lm(run), t)])
-              for t in cfg.data.train_tasks}
+    tokens = {
+        t: torch.stack([to_tokens(a, layout) for a in load_checkpoints(run, load_lm(run), t)])
+        for t in cfg.data.train_tasks
+    }
     code = TokenCode.fit("dnd", layout, torch.cat(list(tokens.values())))
     targets = {t: code.encode(v) for t, v in tokens.items()}
     states = {t: np.load(run.path / f"prompts/{t}/states.npy") for t in targets}
@@ -338,7 +379,11 @@ def test_pairs_are_dealt_evenly(tiny_args):
     states = {t: np.zeros((16, 1)) for t in ("alpha", "beta", "gamma")}
     targets = dict.fromkeys(states, [0, 1, 2])
     drawn = [p for step in range(40) for p in draw_pairs(cfg, states, targets, step)]
-    assert {t: sum(p[0] == t for p in drawn) for t in states} == {"alpha": 80, "beta": 80, "gamma": 80}
+    assert {t: sum(p[0] == t for p in drawn) for t in states} == {
+        "alpha": 80,
+        "beta": 80,
+        "gamma": 80,
+    }
     assert len({(t, tuple(i), c) for t, i, c in drawn}) <= 3 * 5
     assert len({(t, tuple(i)) for t, i, _ in drawn}) > 3
 
@@ -351,7 +396,10 @@ def test_generators_are_leave_one_out(collected, tmp_path):
         done = read_json(tmp_path / f"run/generator/{name}/DONE.json")
         assert done["tasks"] == [t for t in ("alpha", "beta", "gamma") if t != name]
     run = make_run(collected)
-    folder, manifest = run.path / "adapters/alpha", read_json(run.path / "adapters/alpha/manifest.json")
+    folder, manifest = (
+        run.path / "adapters/alpha",
+        read_json(run.path / "adapters/alpha/manifest.json"),
+    )
     for name in manifest["sha256"]:
         adapter = load_adapter(folder / name, load_lm(run).layout)
         save_tensors(folder / name, {k: 2 * v + 0.1 for k, v in adapter.items()})
@@ -392,6 +440,7 @@ def interrupt(monkeypatch, at: int) -> list[int]:
         if step == at:
             raise Killed
         return real(cfg, states, targets, step)
+
     monkeypatch.setattr(generator, "draw_pairs", dying)
     return asked
 
@@ -411,7 +460,9 @@ def test_killed_training_resumes_bit_equal(collected, tmp_path, monkeypatch):
     assert not (tmp_path / "run/generator/none/state.safetensors").exists()
 
 
-def test_half_trained_generator_is_not_mixed_with_another_configuration(collected, tmp_path, monkeypatch):
+def test_half_trained_generator_is_not_mixed_with_another_configuration(
+    collected, tmp_path, monkeypatch
+):
     """Steps under an old learning rate are never continued under a new one in silence."""
     shutil.copytree(tmp_path / "run", tmp_path / "twin")
     new = ["data.targets=[delta]", "generator.lr=1e-2"]
@@ -434,12 +485,17 @@ def test_non_finite_loss_names_step_and_saved_state(collected, tmp_path, monkeyp
 
     def poisoned(self, x):
         calls.append(1)
-        return real(self, x) * (float("inf") if len(calls) == 7 else 1)   # two micro batches a step: step 4
+        return real(self, x) * (
+            float("inf") if len(calls) == 7 else 1
+        )  # two micro batches a step: step 4
+
     monkeypatch.setattr(HyperConvDecoder, "forward", poisoned)
     with pytest.raises(UserError) as e:
         train(collected, "data.targets=[delta]")
     folder = tmp_path / "run/generator/none"
-    assert "step 4" in str(e.value) and str(folder) in str(e.value) and "generator.lr" in str(e.value)
+    assert (
+        "step 4" in str(e.value) and str(folder) in str(e.value) and "generator.lr" in str(e.value)
+    )
     assert re.search(r"last finite \d+\.\d+", str(e.value))
     assert int(generator.load_tensors(folder / "state.safetensors")["step"]) == 3
     assert not (folder / "DONE.json").exists()
@@ -463,11 +519,13 @@ def test_every_rank_is_dealt_generators_in_one_order(collected, monkeypatch):
     """Ranks take units by number from their own list, so it must not depend on how a process hashes text."""
     names, lists, real = ("alpha", "beta", "gamma", "none"), [], data.left_out_for
     monkeypatch.setattr(generator, "left_out_for", lambda cfg, t: Salted(real(cfg, t)))
-    monkeypatch.setattr(Run, "deal", lambda self, units: lists.append([str(u) for u in units]) or [])
+    monkeypatch.setattr(
+        Run, "deal", lambda self, units: lists.append([str(u) for u in units]) or []
+    )
     for order in (names, names[::-1], ("gamma", "none", "alpha", "beta")):
         monkeypatch.setattr(Salted, "order", order)
         run = make_run(collected)
-        with pytest.raises(UserError, match="DONE.json"):   # dealt to nobody, nothing is trained
+        with pytest.raises(UserError, match="DONE.json"):  # dealt to nobody, nothing is trained
             train_generators(run)
     wanted = [u for u in lists if "none" in u]
     assert len(wanted) == 3 and sorted(wanted[0]) == sorted(names)
@@ -475,6 +533,7 @@ def test_every_rank_is_dealt_generators_in_one_order(collected, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- generation
+
 
 def test_generated_adapter_carries_no_gradient(collected):
     """Generation ends the graph, even where gradients are on; the same batch gives the same adapter."""
@@ -517,10 +576,11 @@ def test_compiled_training_or_a_message(tiny_args, tmp_path, monkeypatch, works)
     """generator.compile goes through torch.compile; where that fails training goes on, says so, and is the same."""
     used = []
 
-    def stand_in(module):   # the real one needs a C++ compiler, which not every machine has
+    def stand_in(module):  # the real one needs a C++ compiler, which not every machine has
         if not works:
             raise RuntimeError("no compiler found")
         return lambda x: used.append(len(x)) or module(x)
+
     monkeypatch.setattr(torch, "compile", stand_in)
     states = {}
     for name, more in (("plain", []), ("compiled", ["generator.compile=true"])):

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"
+)
 
 
 class Browser:
@@ -21,28 +25,49 @@ class Browser:
     def __init__(self, folder: str):
         (self.read_end, to_us), (from_us, self.write_end) = os.pipe(), os.pipe()
 
-        def wire():   # Chromium reads commands from descriptor 3 and writes to 4
+        def wire():  # Chromium reads commands from descriptor 3 and writes to 4
             os.dup2(os.dup(from_us), 3)
             os.dup2(os.dup(to_us), 4)
-        ours = os.dup(from_us), os.dup(to_us)   # keep 3 and 4 free of what dup2 would close
+
+        ours = os.dup(from_us), os.dup(to_us)  # keep 3 and 4 free of what dup2 would close
         self.process = subprocess.Popen(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             f"--user-data-dir={folder}", "--remote-debugging-pipe", "about:blank"],
-            preexec_fn=wire, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [
+                CHROMIUM,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--no-first-run",
+                "--disable-quic",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                f"--user-data-dir={folder}",
+                "--remote-debugging-pipe",
+                "about:blank",
+            ],
+            preexec_fn=wire,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for end in (*ours, from_us, to_us):
             os.close(end)
         self.numbers, self.rest, self.events, self.session = count(1), b"", [], {}
         target = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        session = self("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        session = self("Target.attachToTarget", targetId=target["targetId"], flatten=True)[
+            "sessionId"
+        ]
         self.session = {"sessionId": session}
         for domain in ("Page", "Runtime", "Log"):
             self(f"{domain}.enable")
 
     def __call__(self, method: str, **params) -> dict:
         number = next(self.numbers)
-        os.write(self.write_end, json.dumps({"id": number, "method": method, "params": params, **self.session}).encode()
-                 + b"\0")
+        os.write(
+            self.write_end,
+            json.dumps({"id": number, "method": method, "params": params, **self.session}).encode()
+            + b"\0",
+        )
         while True:
             while b"\0" not in self.rest:
                 chunk = os.read(self.read_end, 1 << 20)
@@ -74,46 +99,74 @@ def page(full):
         browser = Browser(folder)
         try:
             browser("Page.navigate", url=(full / "report/report.html").as_uri())
-            browser.run("new Promise(done => document.readyState === 'complete' ? done()"
-                        " : addEventListener('load', done))")
+            browser.run(
+                "new Promise(done => document.readyState === 'complete' ? done()"
+                " : addEventListener('load', done))"
+            )
             yield browser
         finally:
             browser.close()
 
 
 def column(page, table: int, index: int) -> list[str]:
-    return page.run(f"[...document.querySelectorAll('table')[{table}].tBodies[0].rows]"
-                    f".map(r => r.cells[{index}].innerText.trim())")
+    return page.run(
+        f"[...document.querySelectorAll('table')[{table}].tBodies[0].rows]"
+        f".map(r => r.cells[{index}].innerText.trim())"
+    )
 
 
 def test_page_opens_without_a_complaint(page):
     """No error in the console, nothing fetched from elsewhere, every figure drawn."""
     page.run("new Promise(done => setTimeout(done, 300))")
-    bad = [e for e in page.events if e.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")
-           or (e.get("method") == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "warning"))]
+    bad = [
+        e
+        for e in page.events
+        if e.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")
+        or (
+            e.get("method") == "Runtime.consoleAPICalled"
+            and e["params"]["type"] in ("error", "warning")
+        )
+    ]
     assert bad == []
-    assert page.run("performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length") == 0
+    assert (
+        page.run(
+            "performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length"
+        )
+        == 0
+    )
     assert page.run("document.images.length + document.querySelectorAll('svg').length") >= 4
     assert page.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
 
 
 def test_tables_sort_by_a_click(page):
     """A heading sorts its table by number, a second click turns the order round, and readers are told by aria-sort."""
-    table = page.run("[...document.querySelectorAll('table')].findIndex("
-                     "t => t.tBodies[0].rows.length > 3 && t.querySelector('th button'))")
+    table = page.run(
+        "[...document.querySelectorAll('table')].findIndex("
+        "t => t.tBodies[0].rows.length > 3 && t.querySelector('th button'))"
+    )
     assert table >= 0
     before = column(page, table, 1)
 
     def click():
-        page.run(f"document.querySelectorAll('table')[{table}].querySelectorAll('th button')[1].click()")
-        got = [float(c.split()[0].replace("−", "-").lstrip("+")) for c in column(page, table, 1)
-               if c[:1] in "+-−0123456789"]
-        return got, page.run(f"document.querySelectorAll('table')[{table}].querySelector('th[aria-sort]')"
-                             ".getAttribute('aria-sort')")
+        page.run(
+            f"document.querySelectorAll('table')[{table}].querySelectorAll('th button')[1].click()"
+        )
+        got = [
+            float(c.split()[0].replace("−", "-").lstrip("+"))
+            for c in column(page, table, 1)
+            if c[:1] in "+-−0123456789"
+        ]
+        return got, page.run(
+            f"document.querySelectorAll('table')[{table}].querySelector('th[aria-sort]')"
+            ".getAttribute('aria-sort')"
+        )
+
     first, second = click(), click()
     assert {first[1], second[1]} == {"ascending", "descending"}
     assert first[0] == sorted(first[0], reverse=first[1] == "descending")
-    assert second[0] == sorted(second[0], reverse=second[1] == "descending") and len(set(first[0])) > 1
+    assert (
+        second[0] == sorted(second[0], reverse=second[1] == "descending") and len(set(first[0])) > 1
+    )
     assert sorted(column(page, table, 1)) == sorted(before)
 
 
@@ -121,7 +174,13 @@ def test_tables_sort_by_a_click(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_readable_on_any_screen(page, width, scheme, tmp_path):
     """The page itself never scrolls sideways, and its text stands out from what it lies on (WCAG AA, 4.5 : 1)."""
-    page("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+    page(
+        "Emulation.setDeviceMetricsOverride",
+        width=width,
+        height=900,
+        deviceScaleFactor=1,
+        mobile=width < 500,
+    )
     page("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     assert page.run("document.documentElement.scrollWidth") <= width
     worst = page.run("""(() => {

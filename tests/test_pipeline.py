@@ -31,6 +31,8 @@ from scoring import load_lm
 pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = {"alpha": "id", "beta": "id", "gamma": "id", "delta": "ood", "epsilon": "ood"}
 METHODS = ["base", "mean", "wrong_prompts", "own", "generator", "degaml", "degaml_plus", "no_meta"]
+
+
 def environment() -> dict:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -48,11 +50,15 @@ def stable(tree, drop=("seconds", "provenance")):
 
 def weights_of(folder: Path) -> dict[str, bytes]:
     parts = ("adapters", "generator", "adapted")
-    return {str(p.relative_to(folder)): p.read_bytes()
-            for part in parts for p in sorted(folder.glob(f"{part}/**/*.safetensors"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for part in parts
+        for p in sorted(folder.glob(f"{part}/**/*.safetensors"))
+    }
 
 
 # ------------------------------------------------------------------------------------------------ a whole run
+
 
 def test_results_have_the_promised_shape(full):
     """Every method on every task, with accuracy and error; averages per domain; seconds per stage."""
@@ -60,7 +66,9 @@ def test_results_have_the_promised_shape(full):
     assert results["config"] == "tiny" and results["seed"] == 1 and results["model"]
     assert set(results["tasks"]) == set(TASKS)
     for name, task in results["tasks"].items():
-        assert task["domain"] == TASKS[name] and task["n_test"] == 12 and task["stand_in_for"] is None
+        assert (
+            task["domain"] == TASKS[name] and task["n_test"] == 12 and task["stand_in_for"] is None
+        )
         assert 0 < task["chance"] < 1 and 0 < task["majority"] <= 1
         wanted = [m for m in METHODS if m != "own" or TASKS[name] == "id"]
         assert set(task["methods"]) == set(wanted)
@@ -74,7 +82,9 @@ def test_results_have_the_promised_shape(full):
                 mean = sum(t[method]["acc"] for t in mine) / len(mine)
                 assert results["averages"][domain][method]["acc"] == pytest.approx(mean)
     assert {"collect", "generator", "adapt", "baselines", "evaluate"} <= set(results["seconds"])
-    assert (full / "report/report.html").stat().st_size > 10_000 and (full / "report/report.md").exists()
+    assert (full / "report/report.html").stat().st_size > 10_000 and (
+        full / "report/report.md"
+    ).exists()
 
 
 def test_accuracies_are_those_of_the_score_files(full):
@@ -89,8 +99,11 @@ def test_accuracies_are_those_of_the_score_files(full):
 
 def test_several_families_were_chosen(full):
     """The run above exercises more than keeping the adapter (or the tests on it would be hollow)."""
-    chosen = {read_json(full / f"adapted/{m}/{t}/strategy.json")["strategy"]["family"]
-              for m in ("degaml", "degaml_plus") for t in TASKS}
+    chosen = {
+        read_json(full / f"adapted/{m}/{t}/strategy.json")["strategy"]["family"]
+        for m in ("degaml", "degaml_plus")
+        for t in TASKS
+    }
     assert len(chosen - {"none"}) >= 2, chosen
 
 
@@ -104,12 +117,19 @@ def test_test_ids_are_disjoint_from_train_and_support(full, words):
 
 def test_second_invocation_skips_everything(full, words, monkeypatch):
     """The same command again makes nothing, runs no model, and reports the same results."""
+
     def stamps():
         parts = ("adapters", "prompts", "generator", "adapted", "scores")
-        return {str(p): p.stat().st_mtime_ns for d in parts for p in full.glob(f"{d}/**/*") if p.is_file()}
+        return {
+            str(p): p.stat().st_mtime_ns
+            for d in parts
+            for p in full.glob(f"{d}/**/*")
+            if p.is_file()
+        }
 
     def never(*args, **kwargs):
         raise AssertionError("a model ran")
+
     before, files = results_of(full), stamps()
     monkeypatch.setattr(scoring, "hidden_states", never)
     start = time.monotonic()
@@ -117,7 +137,9 @@ def test_second_invocation_skips_everything(full, words, monkeypatch):
     took = time.monotonic() - start
     assert stamps() == files
     assert took < max(5.0, FULL_RUN["seconds"] / 2)
-    assert stable(results_of(full), ("seconds", "command")) == stable(before, ("seconds", "command"))
+    assert stable(results_of(full), ("seconds", "command")) == stable(
+        before, ("seconds", "command")
+    )
 
 
 def test_a_rerun_keeps_the_seconds_of_the_work(full, words):
@@ -133,17 +155,31 @@ def test_a_rerun_keeps_the_seconds_of_the_work(full, words):
 
 def test_the_critical_path_is_the_longest_unit_dealt_out(tmp_path):
     """Scoring: a task with all methods that share the generated adapter, or with one of the others."""
-    seconds_of = {"generator/x": 3, "wrong_prompts/x": 2, "generator/y": 4, "base/x": 4.5, "union/x": 1}
+    seconds_of = {
+        "generator/x": 3,
+        "wrong_prompts/x": 2,
+        "generator/y": 4,
+        "base/x": 4.5,
+        "union/x": 1,
+    }
     for unit, seconds in seconds_of.items():
         write_json(tmp_path / f"scores/{unit}/DONE.json", {"seconds": seconds})
     assert cost_of("evaluate", tmp_path, 99.0) == {"seconds": 14.5, "seconds_critical_path": 5.0}
     assert set(FAMILIES_OF) < set(GENERATED)
 
 
-@pytest.mark.parametrize("methods, idle", [
-    (["base", "maml"], {"collect", "generator", "adapt"}), (["base", "own"], {"generator", "adapt"}),
-    (["mean"], {"generator", "adapt"}), (["base", "wrong_prompts"], set()), (["aligned"], set()),
-    (["maml_matched"], set()), (["degaml_plus", "no_meta"], set())])
+@pytest.mark.parametrize(
+    "methods, idle",
+    [
+        (["base", "maml"], {"collect", "generator", "adapt"}),
+        (["base", "own"], {"generator", "adapt"}),
+        (["mean"], {"generator", "adapt"}),
+        (["base", "wrong_prompts"], set()),
+        (["aligned"], set()),
+        (["maml_matched"], set()),
+        (["degaml_plus", "no_meta"], set()),
+    ],
+)
 def test_stages_that_no_method_needs(methods, idle):
     """They are left out of stage=all, and of what the doctor asks for."""
     assert idle_stages(SimpleNamespace(evaluate=SimpleNamespace(methods=methods))) == idle
@@ -159,9 +195,18 @@ def test_one_generator_is_held_at_a_time(full, words):
 
 # -------------------------------------------------------------------------------------------- ranks and kills
 
+
 def ranks(*words: str) -> list[str]:
     """The command under torchrun with two ranks."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "degaml.py", *words]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "degaml.py",
+        *words,
+    ]
 
 
 def test_two_ranks_give_the_results_of_one(full, words, tmp_path):
@@ -169,7 +214,9 @@ def test_two_ranks_give_the_results_of_one(full, words, tmp_path):
     log = tmp_path / "ranks.log"
     command = ranks(*words, "stage=all", f"run={tmp_path / 'two'}")
     with open(log, "w") as out:
-        done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150
+        )
     assert done.returncode == 0, log.read_text()[-3000:]
     assert read_json(tmp_path / "two/env.json")["ranks"] == 2
     assert stable(results_of(tmp_path / "two")) == stable(results_of(full))
@@ -186,10 +233,19 @@ def test_two_ranks_train_one_generator_together(full, words, tmp_path):
         shutil.copytree(full, tmp_path / name)
         shutil.rmtree(tmp_path / name / "generator")
         log = tmp_path / "ranks.log"
-        command = ranks(*words, "stage=generator", f"run={tmp_path / name}", "data_parallel=true",
-                        "generator.recompute=true", "generator.micro_batch=1", f"generator.shard_optimizer={shared}")
+        command = ranks(
+            *words,
+            "stage=generator",
+            f"run={tmp_path / name}",
+            "data_parallel=true",
+            "generator.recompute=true",
+            "generator.micro_batch=1",
+            f"generator.shard_optimizer={shared}",
+        )
         with open(log, "w") as out:
-            done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150
+            )
         assert done.returncode == 0, log.read_text()[-3000:]
     cfg, _ = load_config(words)
     found = sorted(full.glob("generator/*/generator.safetensors"))
@@ -207,8 +263,14 @@ def test_two_ranks_train_one_generator_together(full, words, tmp_path):
 def test_ranks_that_share_out_moments_stop_and_resume(full, words, tmp_path):
     """Asked to stop, two ranks stop after the same step with the moments of all weights saved, and go on from there to
     the bits of an undisturbed training."""
-    mine = [*words, "stage=generator", "data_parallel=true", "data.targets=[delta]", "generator.steps=120",
-            "generator.save_every=1000"]
+    mine = [
+        *words,
+        "stage=generator",
+        "data_parallel=true",
+        "data.targets=[delta]",
+        "generator.steps=120",
+        "generator.save_every=1000",
+    ]
     log = tmp_path / "ranks.log"
     for name in ("whole", "stopped"):
         shutil.copytree(full, tmp_path / name, ignore=shutil.ignore_patterns("generator"))
@@ -219,7 +281,10 @@ def test_ranks_that_share_out_moments_stop_and_resume(full, words, tmp_path):
         process = subprocess.Popen(stopped, cwd=ROOT, env=environment(), stdout=out, stderr=out)
         try:
             limit = time.monotonic() + 90
-            while '"generator", "unit": "none", "step": 1' not in (tmp_path / "stopped/metrics.jsonl").read_text():
+            while (
+                '"generator", "unit": "none", "step": 1'
+                not in (tmp_path / "stopped/metrics.jsonl").read_text()
+            ):
                 assert process.poll() is None and time.monotonic() < limit, log.read_text()[-2000:]
                 time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
@@ -231,7 +296,9 @@ def test_ranks_that_share_out_moments_stop_and_resume(full, words, tmp_path):
     assert 10 <= int(saved["step"]) < 120 and sum(k.startswith("m.") for k in saved) == weights > 4
     for command in (stopped, [*ranks(*mine), f"run={tmp_path / 'whole'}"]):
         with open(log, "w") as out:
-            done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150
+            )
         assert done.returncode == 0, log.read_text()[-3000:]
     a, b = (tmp_path / n / "generator/none/generator.safetensors" for n in ("whole", "stopped"))
     assert a.read_bytes() == b.read_bytes() and not state.exists()
@@ -240,21 +307,46 @@ def test_ranks_that_share_out_moments_stop_and_resume(full, words, tmp_path):
 def test_two_ranks_train_baselines_and_vae_together(copy, words, tmp_path):
     """data_parallel: the losses, step by step, the starts and the reconstruction of one rank, up to the order of sums.
     Batches of five leave one rank three rows and the other two; Reptile's of three are not divided."""
-    more = [f"evaluate.methods=[base, degaml_plus, aligned, {', '.join(META_TRAINED)}]", "data.targets=[alpha, delta]",
-            "baselines.union.step_share=1.0", "align.meta_epochs=5", "align.draws=2", "align.prompts=2",
-            "align.latent=4", "align.batch_size=3", "baselines.reptile.meta_steps=6", "baselines.reptile.inner_steps=2",
-            "baselines.reptile.inner_lr=0.01", "baselines.reptile.batch_size=3", "baselines.maml.meta_steps=6",
-            "baselines.maml.inner_steps=2", "baselines.maml.batch_size=5", "baselines.maml.inner_lr=0.03",
-            "baselines.maml.outer_lr=0.01", "baselines.abmll.meta_steps=6", "baselines.abmll.inner_steps=2",
-            "baselines.abmll.batch_size=5", "baselines.abmll.inner_lr=0.01", "baselines.abmll.outer_lr=0.01",
-            "baselines.abmll.beta=0.00001", "baselines.abmll.clip=1000"]
+    more = [
+        f"evaluate.methods=[base, degaml_plus, aligned, {', '.join(META_TRAINED)}]",
+        "data.targets=[alpha, delta]",
+        "baselines.union.step_share=1.0",
+        "align.meta_epochs=5",
+        "align.draws=2",
+        "align.prompts=2",
+        "align.latent=4",
+        "align.batch_size=3",
+        "baselines.reptile.meta_steps=6",
+        "baselines.reptile.inner_steps=2",
+        "baselines.reptile.inner_lr=0.01",
+        "baselines.reptile.batch_size=3",
+        "baselines.maml.meta_steps=6",
+        "baselines.maml.inner_steps=2",
+        "baselines.maml.batch_size=5",
+        "baselines.maml.inner_lr=0.03",
+        "baselines.maml.outer_lr=0.01",
+        "baselines.abmll.meta_steps=6",
+        "baselines.abmll.inner_steps=2",
+        "baselines.abmll.batch_size=5",
+        "baselines.abmll.inner_lr=0.01",
+        "baselines.abmll.outer_lr=0.01",
+        "baselines.abmll.beta=0.00001",
+        "baselines.abmll.clip=1000",
+    ]
     shutil.copytree(copy, tmp_path / "two")
-    assert run_command([*words, *more, "stage=align"]) == 0 and run_command([*words, *more, "stage=baselines"]) == 0
+    assert (
+        run_command([*words, *more, "stage=align"]) == 0
+        and run_command([*words, *more, "stage=baselines"]) == 0
+    )
     log = tmp_path / "ranks.log"
     for stage in ("align", "baselines"):
-        command = ranks(*words, *more, f"stage={stage}", f"run={tmp_path / 'two'}", "data_parallel=true")
+        command = ranks(
+            *words, *more, f"stage={stage}", f"run={tmp_path / 'two'}", "data_parallel=true"
+        )
         with open(log, "w") as out:
-            done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150)
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment(), stdout=out, stderr=out, timeout=150
+            )
         assert done.returncode == 0, log.read_text()[-3000:]
     curves = sorted(copy.glob("baselines/*/*/losses.json"))
     fits = sorted(copy.glob("align/*/DONE.json"))
@@ -276,30 +368,38 @@ def learned(folder: Path) -> torch.Tensor:
     """What a meta-training has changed: B, which is zero before, and ABMLL's log standard deviations, -7 before."""
     files = [load_file(f) for f in sorted(folder.glob("*.safetensors"))]
     spread = [v + 7 for f in files[1:] for _, v in sorted(f.items())]
-    return torch.cat([v.flatten() for v in [*(v for k, v in sorted(files[0].items()) if "lora_B" in k), *spread]])
+    return torch.cat(
+        [v.flatten() for v in [*(v for k, v in sorted(files[0].items()) if "lora_B" in k), *spread]]
+    )
 
 
 def decode(g, state: dict) -> torch.Tensor:
     """What stored generator weights make of one fixed input."""
     weights = {k[8:]: v for k, v in state.items() if k.startswith("decoder.")}
     last = len(g.flow) - 1
-    decoder = HyperConvDecoder([*g.flow, [len(weights[f"{last}.out.bias"]), *weights[f"{last}.bias"].shape]], g.kernel)
+    decoder = HyperConvDecoder(
+        [*g.flow, [len(weights[f"{last}.out.bias"]), *weights[f"{last}.bias"].shape]], g.kernel
+    )
     decoder.load_state_dict(weights)
     with torch.no_grad():
         return decoder(torch.randn(1, *g.flow[0], generator=torch.Generator().manual_seed(0)))
 
 
-BEGUN = {   # the first trace each stage leaves
-    "collect": "adapters/*/step_*.safetensors", "generator": "generator/*/state.safetensors",
-    "adapt": "adapted/rewards*/*.jsonl", "baselines": "adapted/no_meta/*/adapter_model.safetensors",
-    "evaluate": "scores/*/*.jsonl"}
+BEGUN = {  # the first trace each stage leaves
+    "collect": "adapters/*/step_*.safetensors",
+    "generator": "generator/*/state.safetensors",
+    "adapt": "adapted/rewards*/*.jsonl",
+    "baselines": "adapted/no_meta/*/adapter_model.safetensors",
+    "evaluate": "scores/*/*.jsonl",
+}
 
 
 def kill_in(stage: str, command: list[str], folder: Path, log: Path) -> None:
     """Start the command and kill it, without warning, as soon as the stage has left a trace."""
     with open(log, "w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=out, stderr=out, start_new_session=True
+        )
     try:
         limit = time.monotonic() + 90
         while not next(folder.glob(BEGUN[stage]), None):
@@ -329,7 +429,11 @@ def test_killed_in_every_stage(full, words, tmp_path):
 
 
 def children_of(pid: int) -> list[int]:
-    return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
+    return [
+        int(c)
+        for t in Path(f"/proc/{pid}/task").iterdir()
+        for c in (t / "children").read_text().split()
+    ]
 
 
 def wait_for(pattern: str, folder: Path, process, log: Path) -> None:
@@ -342,14 +446,26 @@ def wait_for(pattern: str, folder: Path, process, log: Path) -> None:
 def test_a_dead_worker_is_restarted(full, words, tmp_path):
     """torchrun's elastic agent starts the ranks again, and they go on from what is finished: the same results."""
     log, folder = tmp_path / "elastic.log", tmp_path / "elastic"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2",
-               "degaml.py", *words, "stage=all", f"run={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=2",
+        "degaml.py",
+        *words,
+        "stage=all",
+        f"run={folder}",
+    ]
     with open(log, "w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out)
     try:
         for i, stage in enumerate(("generator", "adapt")):
             wait_for(BEGUN[stage], folder, process, log)
-            while len((folder / "command.txt").read_text().splitlines()) <= i:   # the ranks are up again
+            while (
+                len((folder / "command.txt").read_text().splitlines()) <= i
+            ):  # the ranks are up again
                 time.sleep(0.1)
             os.kill(children_of(process.pid)[i], signal.SIGKILL)
         assert process.wait(timeout=150) == 0, log.read_text()[-3000:]
@@ -365,15 +481,33 @@ def test_two_nodes_give_the_results_of_one_process(full, words, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
-               f"--rdzv-endpoint=localhost:{port}", "--max-restarts=3", "degaml.py", *words, "stage=all",
-               f"run={tmp_path / 'two'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=localhost:{port}",
+        "--max-restarts=3",
+        "degaml.py",
+        *words,
+        "stage=all",
+        f"run={tmp_path / 'two'}",
+    ]
     logs, nodes = [tmp_path / "head.log", tmp_path / "other.log"], []
     try:
         for log in logs:
             with open(log, "w") as out:
-                nodes.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out,
-                                              env=environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}))
+                nodes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        stdout=out,
+                        stderr=out,
+                        env=environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+                    )
+                )
         for node, log in zip(nodes, logs, strict=True):
             assert node.wait(timeout=200) == 0, log.read_text()[-3000:]
     finally:
@@ -388,10 +522,21 @@ def test_two_nodes_give_the_results_of_one_process(full, words, tmp_path):
 def test_asked_to_stop_it_saves_and_goes(words, tmp_path, number):
     """Within seconds, with a message and no traceback; the generator's steps so far are not lost."""
     log, folder = tmp_path / "stop.log", tmp_path / "stopped"
-    mine = [*words, "stage=all", f"run={folder}", "generator.steps=100000", "generator.save_every=1000000"]
+    mine = [
+        *words,
+        "stage=all",
+        f"run={folder}",
+        "generator.steps=100000",
+        "generator.save_every=1000000",
+    ]
     with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, "degaml.py", *mine], cwd=ROOT, env=environment(), stdout=out,
-                                   stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, "degaml.py", *mine],
+            cwd=ROOT,
+            env=environment(),
+            stdout=out,
+            stderr=out,
+        )
     try:
         wait_for("prompts/epsilon/DONE.json", folder, process, log)
         time.sleep(2)
@@ -408,6 +553,7 @@ def test_asked_to_stop_it_saves_and_goes(words, tmp_path, number):
 def test_one_process_per_folder(full, words, capsys):
     """A folder another process works in is refused, not shared."""
     import fcntl
+
     with open(full / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert run_command([*words, "stage=report", f"run={full}"]) == 2
@@ -416,11 +562,17 @@ def test_one_process_per_folder(full, words, capsys):
 
 # --------------------------------------------------------------------------------------------------- refusals
 
-@pytest.mark.parametrize("stage, file", [
-    ("generator", "adapters/beta/step_0008.safetensors"),
-    ("evaluate", "adapted/no_meta/delta/adapter_model.safetensors"),
-    ("evaluate", "generator/none/generator.safetensors"), ("generator", "prompts/beta/states.npy"),
-    ("evaluate", "prompts/delta/pooled.npy")])
+
+@pytest.mark.parametrize(
+    "stage, file",
+    [
+        ("generator", "adapters/beta/step_0008.safetensors"),
+        ("evaluate", "adapted/no_meta/delta/adapter_model.safetensors"),
+        ("evaluate", "generator/none/generator.safetensors"),
+        ("generator", "prompts/beta/states.npy"),
+        ("evaluate", "prompts/delta/pooled.npy"),
+    ],
+)
 def test_truncated_file_is_named(copy, words, capsys, stage, file):
     """A file cut short ends in status 2 and one line with its name and what to do."""
     (copy / file).write_bytes((copy / file).read_bytes()[:-64])
@@ -430,16 +582,21 @@ def test_truncated_file_is_named(copy, words, capsys, stage, file):
     assert str(copy / file) in err and "delete" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("stage, gone, file", [
-    ("collect", "adapters", "adapters/alpha/step_0007.safetensors"),
-    ("generator", "prompts", "prompts/alpha/states.npy"),
-    ("generator", "generator", "generator/none/generator.safetensors"),
-    ("adapt", "adapted/rewards* adapted/degaml*", "adapted/rewards*/delta.jsonl"),
-    ("adapt", "adapted/degaml*", "adapted/degaml/delta/episodes.jsonl"),
-    ("baselines", "adapted/no_meta", "adapted/no_meta/delta/adapter_model.safetensors"),
-    ("evaluate", "scores", "scores/generator/delta.jsonl"),
-    ("report", "report", "report/results.json"), ("report", "report", "report/report.html"),
-    ("report", "report", "report/figures/accuracy.png")])
+@pytest.mark.parametrize(
+    "stage, gone, file",
+    [
+        ("collect", "adapters", "adapters/alpha/step_0007.safetensors"),
+        ("generator", "prompts", "prompts/alpha/states.npy"),
+        ("generator", "generator", "generator/none/generator.safetensors"),
+        ("adapt", "adapted/rewards* adapted/degaml*", "adapted/rewards*/delta.jsonl"),
+        ("adapt", "adapted/degaml*", "adapted/degaml/delta/episodes.jsonl"),
+        ("baselines", "adapted/no_meta", "adapted/no_meta/delta/adapter_model.safetensors"),
+        ("evaluate", "scores", "scores/generator/delta.jsonl"),
+        ("report", "report", "report/results.json"),
+        ("report", "report", "report/report.html"),
+        ("report", "report", "report/figures/accuracy.png"),
+    ],
+)
 def test_a_disk_that_fills_up(copy, full, words, capsys, stage, gone, file):
     """Where a file of this kind finds no room (here: none may grow to its size) the run ends with status 2 and a
     line that says so; the same command with room gives what an undisturbed run gave."""
@@ -455,16 +612,33 @@ def test_a_disk_that_fills_up(copy, full, words, capsys, stage, gone, file):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     err = capsys.readouterr().err
-    assert status == 2 and "free space" in err and "the same command continues" in err and "Traceback" not in err
-    assert run_command([*words, f"stage={stage}"]) == 0 and run_command([*words, "stage=report"]) == 0
+    assert (
+        status == 2
+        and "free space" in err
+        and "the same command continues" in err
+        and "Traceback" not in err
+    )
+    assert (
+        run_command([*words, f"stage={stage}"]) == 0 and run_command([*words, "stage=report"]) == 0
+    )
     drop = ("seconds", "provenance", "forwards", "backwards")
     assert stable(results_of(copy), drop) == stable(before, drop)
     assert weights_of(copy) == weights_of(full)
 
 
-@pytest.mark.parametrize("word", ["collect.pretrain_lr=5e-3", "generator.steps=21", "policy.folds=4",
-                                  "strategies.ttl_threshold=0", "evaluate.metric=raw", "data.num_support=9",
-                                  "model.rank=2", "seed=2"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "collect.pretrain_lr=5e-3",
+        "generator.steps=21",
+        "policy.folds=4",
+        "strategies.ttl_threshold=0",
+        "evaluate.metric=raw",
+        "data.num_support=9",
+        "model.rank=2",
+        "seed=2",
+    ],
+)
 def test_changed_configuration_is_refused_by_name(copy, words, capsys, word):
     """A finished unit made under another value is never mixed with the new one; nothing is touched."""
     files = weights_of(copy)
@@ -476,8 +650,14 @@ def test_changed_configuration_is_refused_by_name(copy, words, capsys, word):
 
 def test_a_refused_command_does_not_describe_the_folder(copy, words):
     """config.yaml says how the folder's contents were made; a refused command made none of them."""
+
     def described():
-        return {k: v for k, v in yaml.safe_load((copy / "config.yaml").read_text()).items() if k != "run"}
+        return {
+            k: v
+            for k, v in yaml.safe_load((copy / "config.yaml").read_text()).items()
+            if k != "run"
+        }
+
     before = described()
     assert run_command([*words, "stage=all", "seed=2"]) == 2
     assert described() == before and before["seed"] == 1
@@ -494,8 +674,14 @@ def test_other_number_of_prompt_batches_is_not_ignored(copy, words, capsys):
 
 def test_overwrite_redoes_what_changed(copy, words, tmp_path):
     """overwrite=true: the results are a fresh adaptation's under the new configuration."""
-    change = [*words, "data.targets=[delta]", "evaluate.methods=[base, degaml, degaml_plus]",
-              "overwrite=true", "strategies.ttl_threshold=0", "policy.folds=4"]
+    change = [
+        *words,
+        "data.targets=[delta]",
+        "evaluate.methods=[base, degaml, degaml_plus]",
+        "overwrite=true",
+        "strategies.ttl_threshold=0",
+        "policy.folds=4",
+    ]
     shutil.copytree(copy, tmp_path / "fresh")
     for part in ("adapted", "scores", "stages"):
         shutil.rmtree(tmp_path / "fresh" / part)
@@ -505,9 +691,13 @@ def test_overwrite_redoes_what_changed(copy, words, tmp_path):
             assert run_command([*change, f"stage={stage}", f"run={folder}"]) == 0
         for method in ("degaml", "degaml_plus"):
             mine = folder / f"adapted/{method}/delta"
-            found.setdefault(method, []).append((
-                stable(read_jsonl(mine / "episodes.jsonl"), ("seconds",)), read_json(mine / "strategy.json"),
-                read_jsonl(folder / f"scores/{method}/delta.jsonl")))
+            found.setdefault(method, []).append(
+                (
+                    stable(read_jsonl(mine / "episodes.jsonl"), ("seconds",)),
+                    read_json(mine / "strategy.json"),
+                    read_jsonl(folder / f"scores/{method}/delta.jsonl"),
+                )
+            )
     for method, (redone, fresh) in found.items():
         assert redone == fresh, method
 
@@ -521,34 +711,55 @@ def test_unknown_stage_is_a_users_mistake(words, capsys):
 
 # -------------------------------------------------------------------------------------- seeds and portability
 
+
 def test_second_generator_seed(copy, words):
     """generator.seed alone: the collected checkpoints are kept, generators and generated adapters differ."""
     before = weights_of(copy)
     for part in ("generator", "adapted", "scores"):
         shutil.rmtree(copy / part)
     for stage in ("collect", "generator", "adapt"):
-        assert run_command([*words, f"stage={stage}", "generator.seed=2", "data.targets=[alpha, delta]",
-                            "evaluate.methods=[degaml]"]) == 0
+        assert (
+            run_command(
+                [
+                    *words,
+                    f"stage={stage}",
+                    "generator.seed=2",
+                    "data.targets=[alpha, delta]",
+                    "evaluate.methods=[degaml]",
+                ]
+            )
+            == 0
+        )
     after = weights_of(copy)
-    assert {f"adapted/{m}/{t}/adapter_model.safetensors" for m in ("degaml", "generator")
-            for t in ("alpha", "delta")} < set(after)
+    assert {
+        f"adapted/{m}/{t}/adapter_model.safetensors"
+        for m in ("degaml", "generator")
+        for t in ("alpha", "delta")
+    } < set(after)
     for key in after:
         assert (before[key] == after[key]) == key.startswith("adapters/"), key
 
 
 def test_several_seeds_run_and_are_pooled(words, tmp_path, capsys):
     """Each seed in its folder with its own splits and generator; the report of the first pools them."""
-    words = [*words, "seeds=[1, 2]", "data.targets=[delta]", "evaluate.methods=[base, generator]",
-             f"run={tmp_path / 's'}"]
+    words = [
+        *words,
+        "seeds=[1, 2]",
+        "data.targets=[delta]",
+        "evaluate.methods=[base, generator]",
+        f"run={tmp_path / 's'}",
+    ]
     assert run_command([*words, "stage=all"]) == 0
     first, second = (tmp_path / "s" / f"seed_{n}" for n in (1, 2))
     pooled = results_of(first)["seeds"]
     assert [r["seed"] for r in pooled["runs"]] == [1, 2] and "seeds" not in results_of(second)
     values = [results_of(f)["averages"]["ood"]["generator"]["acc"] for f in (first, second)]
     spread = pooled["pooled"]["averages"]["ood"]["generator"]["seed_std"]
-    assert spread == pytest.approx(abs(values[0] - values[1]) / 2**.5)
+    assert spread == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert "pooled over seeds 1, 2" in capsys.readouterr().out
-    splits = [json.loads((f / "tasks.json").read_text())["delta"]["test_ids"] for f in (first, second)]
+    splits = [
+        json.loads((f / "tasks.json").read_text())["delta"]["test_ids"] for f in (first, second)
+    ]
     assert splits[0] != splits[1]
     before = weights_of(second)
     assert run_command([*words, "stage=all"]) == 0 and weights_of(second) == before
@@ -559,6 +770,7 @@ def test_adapted_folder_loads_elsewhere(full, words, tiny_model_dir, task):
     """The adapted folder is a complete adapter for its base model: every weight arrives, the logits agree."""
     from peft import PeftModel, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
+
     folder = full / f"adapted/degaml_plus/{task}"
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     ids = torch.arange(5, 45)[None]
@@ -568,7 +780,10 @@ def test_adapted_folder_loads_elsewhere(full, words, tiny_model_dir, task):
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base, folder).eval()
     assert not [str(w.message) for w in caught if "key" in str(w.message).lower()]
-    stored, loaded = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(model)
+    stored, loaded = (
+        load_file(folder / "adapter_model.safetensors"),
+        get_peft_model_state_dict(model),
+    )
     assert set(stored) == set(loaded) and all(torch.equal(stored[k], loaded[k]) for k in stored)
     assert any(v.any() for k, v in stored.items() if "lora_B" in k)
     cfg, _ = load_config([*words, f"run={full}"])

@@ -38,7 +38,9 @@ def make_run(tmp_path, *words) -> Run:
     return Run(tmp_path, load_config([f"run={tmp_path}", *words])[0], quiet=True)
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+)
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
     """An interruption before the rename leaves text and tensor files as they were; afterwards writing
     works again."""
@@ -48,10 +50,13 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
 
     def fail(*_):
         raise failure
+
     with monkeypatch.context() as m:
         m.setattr(runtime.os, "replace", fail)
-        for write in (lambda: write_json(text, {"v": 2}),
-                      lambda: save_tensors(tensors, {"x": torch.zeros(3)})):
+        for write in (
+            lambda: write_json(text, {"v": 2}),
+            lambda: save_tensors(tensors, {"x": torch.zeros(3)}),
+        ):
             with pytest.raises(type(failure)):
                 write()
     assert read_json(text) == {"v": 1} and torch.equal(load_tensors(tensors)["x"], torch.ones(3))
@@ -82,6 +87,7 @@ def test_full_disk_ends_with_a_message(tmp_path, tiny_args, monkeypatch, capsys)
 
     def full(src, dst):
         raise OSError(errno.ENOSPC, "No space left on device", str(dst))
+
     monkeypatch.setattr(runtime.os, "replace", full)
     assert degaml.main(["stage=collect", *tiny_args]) == 2
     err = capsys.readouterr().err
@@ -91,8 +97,10 @@ def test_full_disk_ends_with_a_message(tmp_path, tiny_args, monkeypatch, capsys)
 
 def test_other_system_errors_are_not_hidden(tmp_path, tiny_args, monkeypatch):
     """Only errors a user can mend are shortened; a programming error keeps its traceback."""
+
     def wrong(run):
         raise FileNotFoundError(errno.ENOENT, "No such file", "x")
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(degaml.STAGES, "collect", wrong)
     with pytest.raises(FileNotFoundError):
@@ -111,7 +119,9 @@ def test_unit_is_finished_only_under_its_configuration(tmp_path):
     assert run.finished("adapters/arc_e", "collect")
     with pytest.raises(UserError) as e:
         make_run(tmp_path, "collect.pretrain_lr=2e-4").finished("adapters/arc_e", "collect")
-    assert "(collect.pretrain_lr: 0.0001 -> 0.0002)" in str(e.value) and "overwrite=true" in str(e.value)
+    assert "(collect.pretrain_lr: 0.0001 -> 0.0002)" in str(e.value) and "overwrite=true" in str(
+        e.value
+    )
 
 
 def test_overwrite_removes_the_old_unit(tmp_path):
@@ -120,27 +130,52 @@ def test_overwrite_removes_the_old_unit(tmp_path):
     (tmp_path / "u").mkdir()
     (tmp_path / "u/old.txt").write_text("x")
     run.finish("u", "collect", 0.0)
-    assert make_run(tmp_path, "overwrite=true").finished("u", "collect") and (tmp_path / "u/old.txt").exists()
+    assert (
+        make_run(tmp_path, "overwrite=true").finished("u", "collect")
+        and (tmp_path / "u/old.txt").exists()
+    )
     assert not make_run(tmp_path, "overwrite=true", "seed=1").finished("u", "collect")
     assert not (tmp_path / "u").exists()
 
 
-@pytest.mark.parametrize("stage, word", [
-    ("collect", "seed=1"), ("collect", "data.num_train=10"), ("collect", "model.rank=4"),
-    ("prompts", "data.prompts_from=test"), ("generator", "generator.lr=1e-4"),
-    ("generator", "collect.clip=2"),
-    ("policy", "policy.epochs=1"), ("adapt", "strategies.mix=halves"), ("adapt", "evaluate.metric=raw"),
-    ("evaluate", "evaluate.max_new_tokens=3"), ("evaluate", "evaluate.prompt_batches=7"),
-    ("evaluate", "data.jsonl={arc_e: x.jsonl}"), ("evaluate", "data.skip_test=5")])
+@pytest.mark.parametrize(
+    "stage, word",
+    [
+        ("collect", "seed=1"),
+        ("collect", "data.num_train=10"),
+        ("collect", "model.rank=4"),
+        ("prompts", "data.prompts_from=test"),
+        ("generator", "generator.lr=1e-4"),
+        ("generator", "collect.clip=2"),
+        ("policy", "policy.epochs=1"),
+        ("adapt", "strategies.mix=halves"),
+        ("adapt", "evaluate.metric=raw"),
+        ("evaluate", "evaluate.max_new_tokens=3"),
+        ("evaluate", "evaluate.prompt_batches=7"),
+        ("evaluate", "data.jsonl={arc_e: x.jsonl}"),
+        ("evaluate", "data.skip_test=5"),
+    ],
+)
 def test_keys_that_change_an_output_change_its_fingerprint(tmp_path, stage, word):
     """A key that changes what a stage writes is part of the stage's record."""
-    assert fingerprint(make_run(tmp_path, word).cfg, stage) != fingerprint(make_run(tmp_path).cfg, stage)
+    assert fingerprint(make_run(tmp_path, word).cfg, stage) != fingerprint(
+        make_run(tmp_path).cfg, stage
+    )
 
 
-@pytest.mark.parametrize("method, word, others", [
-    ("maml", "baselines.maml.outer_lr=1e-3", ("degaml", "no_meta", "tempo")),
-    ("no_meta", "baselines.sft=[{sft_steps: 1, learning_rate: 1e-3, batch_size: 1, loss: lm}]", ("degaml", "aligned")),
-    ("tempo", "align.latent=7", ("degaml", "maml")), ("aligned", "align.kl_weight=0", ("generator", "abmll"))])
+@pytest.mark.parametrize(
+    "method, word, others",
+    [
+        ("maml", "baselines.maml.outer_lr=1e-3", ("degaml", "no_meta", "tempo")),
+        (
+            "no_meta",
+            "baselines.sft=[{sft_steps: 1, learning_rate: 1e-3, batch_size: 1, loss: lm}]",
+            ("degaml", "aligned"),
+        ),
+        ("tempo", "align.latent=7", ("degaml", "maml")),
+        ("aligned", "align.kl_weight=0", ("generator", "abmll")),
+    ],
+)
 def test_a_method_depends_on_its_own_section(tmp_path, method, word, others):
     """A baseline's or the alignment's settings make their own units stale and no other method's."""
     plain, changed = make_run(tmp_path).cfg, make_run(tmp_path, word).cfg
@@ -153,16 +188,25 @@ def test_a_method_depends_on_its_own_section(tmp_path, method, word, others):
 @pytest.mark.parametrize("stage", sorted(set(DEPENDS) - {"evaluate"}))
 def test_another_part_of_the_test_split_makes_nothing_else_stale(tmp_path, stage):
     """Only scores depend on which test examples are scored: adapters are kept."""
-    assert fingerprint(make_run(tmp_path, "data.skip_test=5").cfg, stage) == fingerprint(make_run(tmp_path).cfg, stage)
+    assert fingerprint(make_run(tmp_path, "data.skip_test=5").cfg, stage) == fingerprint(
+        make_run(tmp_path).cfg, stage
+    )
 
 
 @pytest.mark.parametrize("stage", DEPENDS)
 def test_keys_that_change_no_output_leave_the_fingerprint(tmp_path, stage):
     """Names, folders and the choice of targets and methods do not make finished work stale; a record
     survives JSON."""
-    words = ["data.targets=[arc_e]", "evaluate.methods=[base]", "name=x", "run=elsewhere", "device=cpu",
-             "generator.save_every=7", "data.jsonl={arc_e: x.jsonl}",
-             "strategies.proposal_grid={LORA.lambda: [0.5]}"]
+    words = [
+        "data.targets=[arc_e]",
+        "evaluate.methods=[base]",
+        "name=x",
+        "run=elsewhere",
+        "device=cpu",
+        "generator.save_every=7",
+        "data.jsonl={arc_e: x.jsonl}",
+        "strategies.proposal_grid={LORA.lambda: [0.5]}",
+    ]
     a = fingerprint(make_run(tmp_path, *words).cfg, stage)
     assert a == fingerprint(make_run(tmp_path, *words[-2:]).cfg, stage) == json.loads(json.dumps(a))
 
@@ -170,7 +214,10 @@ def test_keys_that_change_no_output_leave_the_fingerprint(tmp_path, stage):
 def test_dependencies_name_existing_keys(tmp_path):
     """A misspelt dependency would silently depend on nothing."""
     keys = list(flatten(make_run(tmp_path).cfg.model_dump()))
-    for wanted in (*(d for v in (*DEPENDS.values(), *runtime.METHOD_DEPENDS.values()) for d in v), *runtime._CHOICES):
+    for wanted in (
+        *(d for v in (*DEPENDS.values(), *runtime.METHOD_DEPENDS.values()) for d in v),
+        *runtime._CHOICES,
+    ):
         assert any(k == wanted or k.startswith(wanted + ".") for k in keys), wanted
 
 
@@ -186,17 +233,26 @@ def test_jsonl_torn_last_line_is_dropped(tmp_path):
         read_jsonl(path)
 
 
-@pytest.mark.parametrize("text", ["plain", "é 雪 \U0001f600", "line\nbreak\r\ttab", 'quo"te\\',
-                                  "a\u2028b\u2029c",
-                                  "a\x85b\x1cc\x0bd"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain",
+        "é 雪 \U0001f600",
+        "line\nbreak\r\ttab",
+        'quo"te\\',
+        "a\u2028b\u2029c",
+        "a\x85b\x1cc\x0bd",
+    ],
+)
 def test_jsonl_round_trip_of_any_text(tmp_path, text):
     """What is written is read back, whatever characters a question or an answer holds."""
     write_jsonl(tmp_path / "a.jsonl", [{"t": text}, {"t": 1}])
     assert read_jsonl(tmp_path / "a.jsonl") == [{"t": text}, {"t": 1}]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:5], lambda b: b"",
-                                    lambda b: b"\xff" * len(b)])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-7], lambda b: b[:5], lambda b: b"", lambda b: b"\xff" * len(b)]
+)
 def test_corrupt_tensor_file_is_named(tmp_path, damage):
     """A truncated or overwritten safetensors file gives a UserError with its path and the way out."""
     path = tmp_path / "w.safetensors"
@@ -210,9 +266,11 @@ def test_corrupt_tensor_file_is_named(tmp_path, damage):
 def test_missing_and_damaged_files_are_named(tmp_path):
     """Missing tensors, missing JSON and damaged JSON each name the file."""
     (tmp_path / "bad.json").write_text('{"a": ')
-    for call, text in ((lambda: load_tensors(tmp_path / "no.safetensors"), "no.safetensors: no such file"),
-                       (lambda: read_json(tmp_path / "no.json"), "no.json: no such file"),
-                       (lambda: read_json(tmp_path / "bad.json"), "bad.json: damaged JSON")):
+    for call, text in (
+        (lambda: load_tensors(tmp_path / "no.safetensors"), "no.safetensors: no such file"),
+        (lambda: read_json(tmp_path / "no.json"), "no.json: no such file"),
+        (lambda: read_json(tmp_path / "bad.json"), "bad.json: damaged JSON"),
+    ):
         with pytest.raises(UserError, match=text):
             call()
 
@@ -223,7 +281,9 @@ def test_tensors_round_trip_bit_for_bit(tmp_path):
     save_tensors(tmp_path / "a", x)
     save_tensors(tmp_path / "b", x)
     got = load_tensors(tmp_path / "a")
-    assert set(got) == set(x) and all(torch.equal(got[k], x[k]) and got[k].dtype == x[k].dtype for k in x)
+    assert set(got) == set(x) and all(
+        torch.equal(got[k], x[k]) and got[k].dtype == x[k].dtype for k in x
+    )
     assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
 
 
@@ -232,10 +292,16 @@ def test_second_process_in_the_folder_is_refused(tmp_path, tiny_args, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     holder = subprocess.Popen(
-        [sys.executable, "-c",
-         "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
-         "print('held', flush=True); sys.stdin.read()", str(tmp_path / "run/.lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "print('held', flush=True); sys.stdin.read()",
+            str(tmp_path / "run/.lock"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         assert holder.stdout.readline() == b"held\n"
         assert degaml.main(["stage=config", *tiny_args]) == 2
@@ -269,7 +335,9 @@ def test_run_folder_holds_its_provenance(tmp_path, tiny_args):
     assert load_config([f"config={run.path / 'config.yaml'}"])[0] == cfg
     assert (run.path / "command.txt").read_text() == "python degaml.py stage=collect seed=1\n"
     env = read_json(run.path / "env.json")
-    assert env["torch"] == torch.__version__ and env["device"] == "cpu" and env["dtype"] == "float32"
+    assert (
+        env["torch"] == torch.__version__ and env["device"] == "cpu" and env["dtype"] == "float32"
+    )
     assert os.uname().nodename not in json.dumps(env) or len(os.uname().nodename) < 4
     assert "stage collect" in (run.path / "log.txt").read_text()
 
@@ -277,7 +345,7 @@ def test_run_folder_holds_its_provenance(tmp_path, tiny_args):
 def test_seeds_are_stable():
     """Golden values: the same on every machine and in every later version."""
     assert seed_for(999, "split", "arc_e") == 6320981990255165257
-    assert seed_for("a", "bc") != seed_for("ab", "c") and seed_for(1) == seed_for("1") < 2 ** 63
+    assert seed_for("a", "bc") != seed_for("ab", "c") and seed_for(1) == seed_for("1") < 2**63
     assert rng_for(999, "split", "arc_e").permutation(5).tolist() == [2, 3, 4, 1, 0]
     assert np.array_equal(rng_for(3, "x").random(4), rng_for(3, "x").random(4))
 
@@ -287,7 +355,7 @@ def test_ranks_share_the_units():
     cfg, units = load_config([])[0], list("abcdefg")
     store = HashStore()
     runs = [Run(None, cfg, rank, store=store) for rank in (0, 1)]
-    for _ in range(2):   # a second deal starts its own count
+    for _ in range(2):  # a second deal starts its own count
         first, second = (r.deal(units) for r in runs)
         taken = [[next(first)], [next(second)]]
         taken[0] += list(first)

@@ -47,21 +47,36 @@ from scoring import (
 )
 
 EXAMPLES = [
-    Example("1", "Question: which stone is here?\nAnswer:", ("river", "forest and a very long engine", "x"),
-            1, ""),
+    Example(
+        "1",
+        "Question: which stone is here?\nAnswer:",
+        ("river", "forest and a very long engine", "x"),
+        1,
+        "",
+    ),
     Example("2", "Is it", ("a", "bb"), 0, ""),
-    Example("3", "Question: " + "the market and the bridge, " * 12 + "where?\nAnswer:",
-            ("the mirror", "the ladder"), 1, ""),
-    Example("4", "The engine fell on the window as", ("the engine", "the window"), 0, "", " was heavy."),
-    Example("5", "Pick", ("silver", "silver and copper", "silver", "si", "garden"), 4, "")]
+    Example(
+        "3",
+        "Question: " + "the market and the bridge, " * 12 + "where?\nAnswer:",
+        ("the mirror", "the ladder"),
+        1,
+        "",
+    ),
+    Example(
+        "4", "The engine fell on the window as", ("the engine", "the window"), 0, "", " was heavy."
+    ),
+    Example("5", "Pick", ("silver", "silver and copper", "silver", "si", "garden"), 4, ""),
+]
 
 
 @pytest.fixture
 def plain(tiny_model_dir):
     """The tiny model as transformers alone loads it."""
     from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32,
-                                                attn_implementation="eager").eval()
+
+    return AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def pairs_of(e: Example) -> list[tuple[str, str]]:
@@ -80,7 +95,7 @@ def loglikelihood(model, tokenizer, context: str, continuation: str) -> float:
     cut = len(tokenizer(context, add_special_tokens=False)["input_ids"])
     logp = F.log_softmax(model(torch.tensor([whole[:-1]])).logits[0].float(), -1)
     target = torch.tensor(whole[cut:])
-    return logp[-len(target):].gather(1, target[:, None]).sum().item()
+    return logp[-len(target) :].gather(1, target[:, None]).sum().item()
 
 
 def assert_close(scores: list[Scores], expected: list[list[float]], atol: float) -> None:
@@ -90,26 +105,33 @@ def assert_close(scores: list[Scores], expected: list[list[float]], atol: float)
 
 # ------------------------------------------------------------------------------------- packed = separate
 
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_packed_scores_equal_separate_forwards(kind, tiny_architecture):
     """Options of one row and rows of one batch, of any length, score as if each were alone in a plain model,
     in every architecture."""
     from transformers import AutoModelForCausalLM
+
     folder = tiny_architecture(kind)
     model, tokenizer = load_base(str(folder), "main", torch.float32, "cpu")
     layout = find_layout(model, 4, 8, 16, ["q_proj", "v_proj"])
     attach_lora(model, layout)
-    ref = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                               attn_implementation="eager").eval()
+    ref = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     expected = [[loglikelihood(ref, tokenizer, *p) for p in pairs_of(e)] for e in EXAMPLES]
-    assert_close(score_examples(LM(model, tokenizer, layout, budget=4096), None, EXAMPLES), expected, 1e-3)
+    assert_close(
+        score_examples(LM(model, tokenizer, layout, budget=4096), None, EXAMPLES), expected, 1e-3
+    )
     assert max(abs(a - b) for e in expected for a, b in zip(e, e[1:], strict=False)) > 1
 
 
 @pytest.mark.parametrize("budget", [1, 128, 4096])
 def test_batch_composition_does_not_matter(tiny_lm, plain, budget):
     """Whatever shares the batch, whatever the order, a row's scores stay."""
-    expected = {e.id: [loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)] for e in EXAMPLES}
+    expected = {
+        e.id: [loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)] for e in EXAMPLES
+    }
     tiny_lm.budget = budget
     for seed in range(2):
         order = random.Random(seed).sample(EXAMPLES * 2, len(EXAMPLES) * 2)
@@ -125,8 +147,11 @@ def test_scores_with_an_adapter(tiny_lm, plain):
     got = score_examples(tiny_lm, adapter, EXAMPLES)
     for (path, *_), (a, _, b, _) in zip(tiny_lm.layout.modules, tiny_lm.layout.keys(), strict=True):
         plain.get_submodule(path).weight.data += 2.0 * adapter[b] @ adapter[a]
-    assert_close(got, [[loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)] for e in EXAMPLES],
-                 1e-3)
+    assert_close(
+        got,
+        [[loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)] for e in EXAMPLES],
+        1e-3,
+    )
     assert got[0].raw != pytest.approx(bare[0].raw, abs=0.1)
     assert score_examples(tiny_lm, None, EXAMPLES) == bare
 
@@ -142,8 +167,9 @@ def test_training_path_scores_the_same(tiny_lm, plain):
         bare = branch_logprobs(tiny_lm, rows, *hidden_states(tiny_lm, rows))
     for e, a, b in zip(EXAMPLES, got, bare, strict=True):
         assert torch.allclose(a, b, atol=1e-4)
-        assert a.tolist() == pytest.approx([loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)],
-                                           abs=1e-4)
+        assert a.tolist() == pytest.approx(
+            [loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)], abs=1e-4
+        )
 
 
 def test_the_model_is_causal_with_and_without_gradients(tiny_lm, plain):
@@ -168,30 +194,51 @@ def test_norm_is_raw_per_character(tiny_lm):
 def test_blank_at_the_start(tiny_lm, plain):
     """A WinoGrande sentence that opens with the blank: the options' contexts share no token, none borrows
     another's."""
-    e = make_example("winogrande", {"id": "w", "question": "_ was heavy so the window broke.", "gold": 0,
-                                    "choices": ["engine", "candle"]}, "cloze")
-    assert_close(score_examples(tiny_lm, None, [e]),
-                 [[loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)]], 1e-4)
+    e = make_example(
+        "winogrande",
+        {
+            "id": "w",
+            "question": "_ was heavy so the window broke.",
+            "gold": 0,
+            "choices": ["engine", "candle"],
+        },
+        "cloze",
+    )
+    assert_close(
+        score_examples(tiny_lm, None, [e]),
+        [[loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)]],
+        1e-4,
+    )
 
 
 # ------------------------------------------------------------------------------------ the real model
+
 
 def harness_requests(name: str, r: dict) -> list[tuple[str, str]]:
     """lm-evaluation-harness' (context, continuation) pairs, from its task templates."""
     if name == "winogrande":
         at = r["question"].index("_")
-        return [(r["question"][:at] + o, " " + r["question"][at + 1:].strip()) for o in r["choices"]]
-    context = {"arc_e": f"Question: {r['question']}\nAnswer:", "hellaswag": r["question"],
-               "boolq": f"{r.get('context')}\nQuestion: {r['question'].rstrip('?')}?\nAnswer:"}[name]
+        return [
+            (r["question"][:at] + o, " " + r["question"][at + 1 :].strip()) for o in r["choices"]
+        ]
+    context = {
+        "arc_e": f"Question: {r['question']}\nAnswer:",
+        "hellaswag": r["question"],
+        "boolq": f"{r.get('context')}\nQuestion: {r['question'].rstrip('?')}?\nAnswer:",
+    }[name]
     return [(context, f" {c}") for c in r["choices"]]
 
 
 @pytest.mark.parametrize("name", ["arc_e", "hellaswag", "boolq", "winogrande"])
 def test_real_model_agrees_with_lm_eval(real_lm, name):
     """On the embedded model, log-likelihoods equal lm-evaluation-harness' computation within 1e-3."""
-    records = sorted(read_records(load_config([])[0], name)["test"][:40], key=lambda r: len(str(r)))[:3]
+    records = sorted(
+        read_records(load_config([])[0], name)["test"][:40], key=lambda r: len(str(r))
+    )[:3]
     model, tokenizer = real_lm.model, real_lm.tokenizer
-    expected = [[loglikelihood(model, tokenizer, *p) for p in harness_requests(name, r)] for r in records]
+    expected = [
+        [loglikelihood(model, tokenizer, *p) for p in harness_requests(name, r)] for r in records
+    ]
     got = score_examples(real_lm, None, [make_example(name, r, "cloze") for r in records])
     assert_close(got, expected, 1e-3)
     assert all(-300 < v < -0.1 for e in expected for v in e)
@@ -199,14 +246,17 @@ def test_real_model_agrees_with_lm_eval(real_lm, name):
 
 def test_real_model_prefers_the_truth(real_lm):
     """A sanity check of the embedded weights: plain facts are chosen."""
-    facts = [("Question: What is the capital of France?\nAnswer:", ("Paris", "Rome", "Oslo")),
-             ("Question: How many legs does a dog have?\nAnswer:", ("four", "nine", "none")),
-             ("Question: Which is a colour?\nAnswer:", ("blue", "seven", "walking"))]
+    facts = [
+        ("Question: What is the capital of France?\nAnswer:", ("Paris", "Rome", "Oslo")),
+        ("Question: How many legs does a dog have?\nAnswer:", ("four", "nine", "none")),
+        ("Question: Which is a colour?\nAnswer:", ("blue", "seven", "walking")),
+    ]
     examples = [Example("", p, o, 0, "") for p, o in facts]
     assert accuracy(score_examples(real_lm, None, examples), examples, "raw") == 1
 
 
 # ----------------------------------------------------------------------------------------------- rows
+
 
 def test_row_golden(tiny_lm):
     """Context once, options behind it, nothing scored but the options."""
@@ -235,15 +285,22 @@ def test_long_contexts_are_cut_on_the_left(tiny_lm):
     row = make_row(tiny_lm, EXAMPLES[2])
     assert row.context == whole.context[-20:] and row.branches == whole.branches
     assert row.starts == whole.starts
-    assert prompt_row(tiny_lm, EXAMPLES[2].prompt).context == tuple(encode(tiny_lm, EXAMPLES[2].prompt)[-20:])
+    assert prompt_row(tiny_lm, EXAMPLES[2].prompt).context == tuple(
+        encode(tiny_lm, EXAMPLES[2].prompt)[-20:]
+    )
 
 
 def test_letter_rows(tiny_lm):
     """Letter format: the chat template with our system line, answers in brackets."""
     tiny_lm.form = "letter"
-    e = make_example("arc_e", {"id": "x", "question": "Why?", "choices": ["a", "b"], "gold": 1}, "letter")
+    e = make_example(
+        "arc_e", {"id": "x", "question": "Why?", "choices": ["a", "b"], "gold": 1}, "letter"
+    )
     text = input_text(tiny_lm, e)
-    assert text.startswith("<|im_start|>system\nYou answer multiple-choice") and "in square brackets" in text
+    assert (
+        text.startswith("<|im_start|>system\nYou answer multiple-choice")
+        and "in square brackets" in text
+    )
     assert text.endswith("<|im_start|>user\nWhy?\nA: a\nB: b<|im_end|>\n<|im_start|>assistant\n")
     row = make_row(tiny_lm, e)
     # the bracket both answers open with belongs to the answers: it is scored
@@ -260,12 +317,16 @@ def test_opening_token(tiny_lm):
     closing token."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
+
     plain = encode(tiny_lm, "a stone")
     tok = tiny_lm.tokenizer.backend_tokenizer
-    tok.post_processor = TemplateProcessing(single="<|endoftext|> $A <|im_end|>",
-                                            special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 2)])
-    tiny_lm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<|endoftext|>",
-                                                eos_token="<|im_end|>")
+    tok.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A <|im_end|>",
+        special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 2)],
+    )
+    tiny_lm.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
     assert encode(tiny_lm, "a stone") == [0, *plain]
     assert encode(tiny_lm, "<|endoftext|>a stone") == [0, *plain]
     row = make_row(tiny_lm, EXAMPLES[0])
@@ -294,14 +355,22 @@ def test_pack_golden():
     assert ids.tolist() == [[10, 11, 12, 13, 14], [20, 21, 0, 0, 0]] and starts == [0, 5]
     assert pos[0].tolist() == [0, 1, 2, 3, 2] and pos[1, :2].tolist() == [0, 1]
     assert mask.shape == (2, 1, 5, 5) and mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
     assert mask[1, 0, 1].int().tolist() == [1, 1, 0, 0, 0] and mask.any(-1).all()
 
 
 def test_rows_sharing_a_sequence_do_not_see_each_other():
     """First fit: three rows in one sequence, masked from each other."""
-    rows = [Row((1, 2, 3, 4, 5, 6), (), (), ()), Row((7, 8), ((9,),), (0,), (1,)),
-            Row((10, 11, 12), (), (), ())]
+    rows = [
+        Row((1, 2, 3, 4, 5, 6), (), (), ()),
+        Row((7, 8), ((9,),), (0,), (1,)),
+        Row((10, 11, 12), (), (), ()),
+    ]
     with torch.no_grad():
         ids, _, mask, starts = pack(rows, "cpu")
     assert ids.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]] and starts == [0, 6, 9]
@@ -319,6 +388,7 @@ def test_passes_are_counted_in_rows(tiny_lm):
 
 
 # ----------------------------------------------------------------------------------------------- losses
+
 
 def test_losses_by_hand(tiny_lm, plain):
     """lm: mean over examples of the mean NLL of the gold tokens; choice adds the cross-entropy over
@@ -349,6 +419,7 @@ def test_prompt_nll_is_cross_entropy(tiny_lm, plain):
 
 # ---------------------------------------------------------------------------------------------- steering
 
+
 def states(lm, rows):
     with torch.no_grad():
         return hidden_states(lm, rows)
@@ -357,7 +428,7 @@ def states(lm, rows):
 def autograd_delta(lm, row, hidden, start, steps, lr):
     """The same optimisation by autograd and torch's AdamW."""
     n = len(row.context)
-    h, target = hidden[start:start + n - 1].clone(), torch.tensor(row.context[1:])
+    h, target = hidden[start : start + n - 1].clone(), torch.tensor(row.context[1:])
     delta = torch.zeros(h.shape[-1], requires_grad=True)
     opt = torch.optim.AdamW([delta], lr=lr, weight_decay=1e-8, eps=1e-5)
     for _ in range(steps):
@@ -397,7 +468,9 @@ def test_no_steps_of_steering_change_nothing(tiny_lm):
         assert slot_deltas(tiny_lm, rows, *states(tiny_lm, rows), 0, 0.1).abs().max() == 0
         one = [Row((5,), ((6,),), (0,), (1,), 0)]
         assert slot_deltas(tiny_lm, one, *states(tiny_lm, one), 3, 0.1).abs().max() == 0
-    assert score_examples(tiny_lm, None, EXAMPLES, slot=(0, 0.1)) == score_examples(tiny_lm, None, EXAMPLES)
+    assert score_examples(tiny_lm, None, EXAMPLES, slot=(0, 0.1)) == score_examples(
+        tiny_lm, None, EXAMPLES
+    )
 
 
 def test_steered_scores(tiny_lm, plain):
@@ -406,7 +479,9 @@ def test_steered_scores(tiny_lm, plain):
     got = score_examples(tiny_lm, None, EXAMPLES, slot=(4, 0.2))
     for e, s in zip(EXAMPLES, got, strict=True):
         row = make_row(tiny_lm, e)
-        delta = autograd_delta(tiny_lm, row, *(lambda h, st: (h, st[0]))(*states(tiny_lm, [row])), 4, 0.2)
+        delta = autograd_delta(
+            tiny_lm, row, *(lambda h, st: (h, st[0]))(*states(tiny_lm, [row])), 4, 0.2
+        )
         expected = []
         for context, continuation in pairs_of(e):
             ids, cut = encode(tiny_lm, context + continuation), len(encode(tiny_lm, context))
@@ -420,6 +495,7 @@ def test_steered_scores(tiny_lm, plain):
 
 # -------------------------------------------------------------------------------------------- generation
 
+
 def test_greedy_answers_equal_generate(tiny_lm, plain):
     """Left-padded batches give what transformers' greedy search gives for each prompt alone, in the
     order asked."""
@@ -427,9 +503,14 @@ def test_greedy_answers_equal_generate(tiny_lm, plain):
     got = generate_answers(tiny_lm, None, examples, 12, batch_size=3)
     for e, text in zip(examples, got, strict=True):
         ids = torch.tensor([encode(tiny_lm, e.prompt)])
-        out = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
-                             pad_token_id=tiny_lm.tokenizer.pad_token_id)
-        assert text == tiny_lm.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+        out = plain.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=tiny_lm.tokenizer.pad_token_id,
+        )
+        assert text == tiny_lm.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert len(set(got)) > 1 and tiny_lm.forwards == 5
 
 
@@ -441,45 +522,91 @@ def test_answers_with_an_adapter(tiny_lm):
     assert all(m.A is None for m in tiny_lm.model.modules() if isinstance(m, LoraLinear))
 
 
-@pytest.mark.parametrize("text, options, strict, lenient", [
-    ("[B]", 4, 1, 1), (" \n[C] because", 4, 2, 2), ("The answer is [B].", 4, None, 1), ("[ d ]", 4, None, 3),
-    ("[2]", 4, None, 1), ("B", 4, None, 1), ("(C)", 4, None, 2), ("Answer: D.", 4, None, 3),
-    ("B) two", 4, None, 1),
-    ("The answer is 3", 4, None, 2), ("A or [C]", 4, None, 2), ("[E]", 4, None, None), ("[A]", 2, 0, 0),
-    ("[C]", 2, None, None), ("Because", 4, None, None), ("D's", 4, None, None), ("none", 4, None, None),
-    ("", 4, None, None), ("12", 4, None, None), ("5", 4, None, None), ("[5]", 5, None, 4), ("E", 5, None, 4),
-    ("[J]", 10, 9, 9), ("[7]", 10, None, 6), ("[0]", 10, None, None)])
+@pytest.mark.parametrize(
+    "text, options, strict, lenient",
+    [
+        ("[B]", 4, 1, 1),
+        (" \n[C] because", 4, 2, 2),
+        ("The answer is [B].", 4, None, 1),
+        ("[ d ]", 4, None, 3),
+        ("[2]", 4, None, 1),
+        ("B", 4, None, 1),
+        ("(C)", 4, None, 2),
+        ("Answer: D.", 4, None, 3),
+        ("B) two", 4, None, 1),
+        ("The answer is 3", 4, None, 2),
+        ("A or [C]", 4, None, 2),
+        ("[E]", 4, None, None),
+        ("[A]", 2, 0, 0),
+        ("[C]", 2, None, None),
+        ("Because", 4, None, None),
+        ("D's", 4, None, None),
+        ("none", 4, None, None),
+        ("", 4, None, None),
+        ("12", 4, None, None),
+        ("5", 4, None, None),
+        ("[5]", 5, None, 4),
+        ("E", 5, None, 4),
+        ("[J]", 10, 9, 9),
+        ("[7]", 10, None, 6),
+        ("[0]", 10, None, None),
+    ],
+)
 def test_parse_letter(text, options, strict, lenient):
     """Strict: the bracketed letter opens the answer. Lenient: first bracketed option, else first
     standalone one."""
-    assert parse_letter(text, options, True) == strict and parse_letter(text, options, False) == lenient
+    assert (
+        parse_letter(text, options, True) == strict
+        and parse_letter(text, options, False) == lenient
+    )
 
 
-@pytest.mark.parametrize("text, answer, strict, lenient", [
-    ("so\n#### 42", "42", True, True), ("#### 1,234", "1234", True, True), ("#### $42.", "42", True, True),
-    ("#### 42 \n", "42", True, True), ("the answer is 42", "42", False, True),
-    ("42 apples, no 43.", "42", False, False),
-    ("1,234 in all", "1234", False, True), ("#### 41 or 42", "42", False, False),
-    ("it is -7.", "-7", False, True),
-    (r"thus $\boxed{\frac{1}{2}}$", r"\frac{1}{2}", False, True), (r"\boxed{3} of 5", "3", False, True),
-    (r"#### \left( 1, 2 \right)", "(1,2)", True, True), ("", "0", False, False), ("none", "0", False, False),
-    ("3.5 m", "3.5", False, True), ("#### 420", "42", False, False)])
+@pytest.mark.parametrize(
+    "text, answer, strict, lenient",
+    [
+        ("so\n#### 42", "42", True, True),
+        ("#### 1,234", "1234", True, True),
+        ("#### $42.", "42", True, True),
+        ("#### 42 \n", "42", True, True),
+        ("the answer is 42", "42", False, True),
+        ("42 apples, no 43.", "42", False, False),
+        ("1,234 in all", "1234", False, True),
+        ("#### 41 or 42", "42", False, False),
+        ("it is -7.", "-7", False, True),
+        (r"thus $\boxed{\frac{1}{2}}$", r"\frac{1}{2}", False, True),
+        (r"\boxed{3} of 5", "3", False, True),
+        (r"#### \left( 1, 2 \right)", "(1,2)", True, True),
+        ("", "0", False, False),
+        ("none", "0", False, False),
+        ("3.5 m", "3.5", False, True),
+        ("#### 420", "42", False, False),
+    ],
+)
 def test_match_answer(text, answer, strict, lenient):
     """Strict: after ####. Lenient: also the last box or the last number. Commas, spaces and $ do
     not count."""
-    assert match_answer(text, answer, True) is strict and match_answer(text, answer, False) is lenient
+    assert (
+        match_answer(text, answer, True) is strict and match_answer(text, answer, False) is lenient
+    )
 
 
 # ------------------------------------------------------------------------------------------------ figures
+
 
 def test_figures_by_hand():
     """accuracy, mean gold log-probability, and paired wins, losses and gain."""
     ln = math.log
     examples = [Example(str(i), "p", ("a", "b"), g, "") for i, g in enumerate((0, 1, 0))]
-    old = [Scores((ln(0.6), ln(0.4)), (-1.0, -2.0)), Scores((ln(0.6), ln(0.4)), (-1.0, -2.0)),
-           Scores((ln(0.6), ln(0.4)), (-1.0, -2.0))]
-    new = [Scores((ln(0.8), ln(0.2)), (-2.0, -1.0)), Scores((ln(0.2), ln(0.8)), (-2.0, -1.0)),
-           Scores((ln(0.3), ln(0.7)), (-2.0, -1.0))]
+    old = [
+        Scores((ln(0.6), ln(0.4)), (-1.0, -2.0)),
+        Scores((ln(0.6), ln(0.4)), (-1.0, -2.0)),
+        Scores((ln(0.6), ln(0.4)), (-1.0, -2.0)),
+    ]
+    new = [
+        Scores((ln(0.8), ln(0.2)), (-2.0, -1.0)),
+        Scores((ln(0.2), ln(0.8)), (-2.0, -1.0)),
+        Scores((ln(0.3), ln(0.7)), (-2.0, -1.0)),
+    ]
     assert [s.pick("raw") for s in new] == [0, 1, 1] and [s.pick("norm") for s in old] == [0, 0, 0]
     assert accuracy(old, examples, "raw") == 2 / 3 and accuracy(new, examples, "norm") == 1 / 3
     assert gold_logprob(old, examples, "raw") == pytest.approx([ln(0.6), ln(0.4), ln(0.6)])
@@ -487,7 +614,9 @@ def test_figures_by_hand():
     assert raw["new"]["correct"] == [1, 1, 0] and raw["old"]["correct"] == [1, 0, 1]
     found = compare(raw["new"], raw["old"])
     assert (found["wins"], found["losses"]) == (1, 1)
-    assert found["gold_logp_gain"] == pytest.approx((ln(0.8) + ln(0.8) + ln(0.3) - 2 * ln(0.6) - ln(0.4)) / 3, abs=1e-6)
+    assert found["gold_logp_gain"] == pytest.approx(
+        (ln(0.8) + ln(0.8) + ln(0.3) - 2 * ln(0.6) - ln(0.4)) / 3, abs=1e-6
+    )
     found = compare(judge(new, examples, "norm"), judge(old, examples, "norm"))
     assert (found["wins"], found["losses"]) == (1, 2)
     assert compare(raw["old"], raw["old"]) == {"wins": 0, "losses": 0, "gold_logp_gain": 0.0}
@@ -507,6 +636,7 @@ def test_equal_scores_pick_the_first():
 
 
 # ------------------------------------------------------------------------------------------------ loading
+
 
 def test_model_that_cannot_be_loaded(tmp_path):
     """A folder without a model gives one line that names the key and the ways out."""
@@ -531,7 +661,9 @@ def test_bfloat16_base_scores_in_float32(tiny_model_dir, tiny_lm):
     swap_adapter(model, layout, adapter)
     assert model.model.layers[0].self_attn.q_proj.A.dtype == torch.bfloat16
     assert all(v.dtype == torch.float32 for v in adapter.values())
-    for a, b in zip(score_examples(lm, None, EXAMPLES), score_examples(tiny_lm, None, EXAMPLES), strict=True):
+    for a, b in zip(
+        score_examples(lm, None, EXAMPLES), score_examples(tiny_lm, None, EXAMPLES), strict=True
+    ):
         assert a.raw == pytest.approx(b.raw, rel=0.05, abs=0.3)
     rows = [make_row(lm, e) for e in EXAMPLES[:1]]
     hidden, starts = states(lm, rows)
@@ -546,7 +678,10 @@ def test_batches_are_divided_for_a_gpu_alone(tiny_lm):
     assert parts_of(tiny_lm, rows) == [rows]
     gpu = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), budget=4096)
     for parts, most in ((parts_of(gpu, rows), 2048), (parts_of(gpu, rows, all_scored=True), 1024)):
-        assert sorted(map(id, (r for p in parts for r in p))) == sorted(map(id, rows)) and len(parts) > 1
+        assert (
+            sorted(map(id, (r for p in parts for r in p))) == sorted(map(id, rows))
+            and len(parts) > 1
+        )
         assert most / 2 < max(len(p) * max(r.length for r in p) for p in parts) <= most
 
 
@@ -558,7 +693,7 @@ def test_mean_softmax_survives_underflow():
     base, add = torch.exp(z - z.amax(1, keepdim=True)), torch.exp(shift - shift.max())
     torch.testing.assert_close(_mean_softmax([base], add[None])[0], want, rtol=1e-4, atol=1e-7)
     far = torch.zeros(50)
-    far[7] = 85.0   # the shift's peak lies where the base model gives e^-80
+    far[7] = 85.0  # the shift's peak lies where the base model gives e^-80
     z[:, 7] = z.amax(1) - 80
     want = torch.softmax(z + far, -1).mean(0)
     base, add = torch.exp(z - z.amax(1, keepdim=True)), torch.exp(far - far.max())

@@ -37,12 +37,24 @@ BOUNDS = load_config([])[0].strategies
 FAMILIES = ["TTT", "LORA", "TTS", "Latent", "SFT"]
 ENSEMBLES = ("max_confidence", "majority_vote", "sum_logprobs")
 GOOD = {
-    "TTT": {"family": "TTT", "ttl_steps": 25, "learning_rate": 1e-5, "batch_size": 4, "shuffle_data": True},
+    "TTT": {
+        "family": "TTT",
+        "ttl_steps": 25,
+        "learning_rate": 1e-5,
+        "batch_size": 4,
+        "shuffle_data": True,
+    },
     "LORA": {"family": "LORA", "lambda": 0.5},
     "TTS": {"family": "TTS", "num_prompt_batches": 3, "method": "majority_vote"},
     "Latent": {"family": "Latent", "slot_steps": 5, "slot_lr": 0.1},
-    "SFT": {"family": "SFT", "sft_steps": 10, "learning_rate": 2e-4, "batch_size": 4, "loss": "choice",
-            "init_scale": 0.5},
+    "SFT": {
+        "family": "SFT",
+        "sft_steps": 10,
+        "learning_rate": 2e-4,
+        "batch_size": 4,
+        "loss": "choice",
+        "init_scale": 0.5,
+    },
 }
 
 
@@ -72,10 +84,15 @@ def target(tiny_lm) -> Target:
 
     def embed(words):
         g = [torch.Generator().manual_seed(len(w) * 1000 + ord(w[-2])) for w in words]
-        return torch.nn.functional.normalize(torch.stack([torch.randn(6, generator=x) for x in g]), dim=-1)
+        return torch.nn.functional.normalize(
+            torch.stack([torch.randn(6, generator=x) for x in g]), dim=-1
+        )
+
     start = random_adapter(tiny_lm.layout, 0)
     bounds = BOUNDS.model_copy()
-    return Target("delta", tiny_lm, start, drawn.__getitem__, texts, embed(texts), embed, bounds, seed=1)
+    return Target(
+        "delta", tiny_lm, start, drawn.__getitem__, texts, embed(texts), embed, bounds, seed=1
+    )
 
 
 def same(a: dict, b: dict) -> bool:
@@ -83,6 +100,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------- validation
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_good_objects_are_read(family):
@@ -92,24 +110,41 @@ def test_good_objects_are_read(family):
 
 
 BAD = [
-    ("TTT", {"ttl_steps": 0}, "ttl_steps"), ("TTT", {"ttl_steps": 51}, "ttl_steps"),
-    ("TTT", {"ttl_steps": 2.5}, "ttl_steps"), ("TTT", {"ttl_steps": "many"}, "ttl_steps"),
-    ("TTT", {"ttl_steps": True}, "ttl_steps"), ("TTT", {"ttl_steps": None}, "ttl_steps"),
-    ("TTT", {"learning_rate": 0}, "learning_rate"), ("TTT", {"learning_rate": 2e-3}, "learning_rate"),
-    ("TTT", {"learning_rate": -1e-4}, "learning_rate"), ("TTT", {"learning_rate": math.nan}, "learning_rate"),
+    ("TTT", {"ttl_steps": 0}, "ttl_steps"),
+    ("TTT", {"ttl_steps": 51}, "ttl_steps"),
+    ("TTT", {"ttl_steps": 2.5}, "ttl_steps"),
+    ("TTT", {"ttl_steps": "many"}, "ttl_steps"),
+    ("TTT", {"ttl_steps": True}, "ttl_steps"),
+    ("TTT", {"ttl_steps": None}, "ttl_steps"),
+    ("TTT", {"learning_rate": 0}, "learning_rate"),
+    ("TTT", {"learning_rate": 2e-3}, "learning_rate"),
+    ("TTT", {"learning_rate": -1e-4}, "learning_rate"),
+    ("TTT", {"learning_rate": math.nan}, "learning_rate"),
     ("TTT", {"learning_rate": "1e-4"}, "learning_rate"),
-    ("TTT", {"batch_size": 0}, "batch_size"), ("TTT", {"batch_size": 65}, "batch_size"),
-    ("TTT", {"shuffle_data": "true"}, "shuffle_data"), ("TTT", {"shuffle_data": 1}, "shuffle_data"),
-    ("LORA", {"lambda": "half"}, "lambda"), ("LORA", {"lambda": math.nan}, "lambda"),
-    ("LORA", {"lambda": math.inf}, "lambda"), ("LORA", {"lambda": False}, "lambda"),
-    ("LORA", {"lambda": [1]}, "lambda"), ("TTS", {"num_prompt_batches": 0}, "num_prompt_batches"),
-    ("TTS", {"num_prompt_batches": 51}, "num_prompt_batches"), ("TTS", {"method": "vote"}, "method"),
-    ("TTS", {"method": None}, "method"), ("TTS", {"method": ["x"]}, "method"),
-    ("Latent", {"slot_steps": -1}, "slot_steps"), ("Latent", {"slot_steps": 21}, "slot_steps"),
-    ("Latent", {"slot_lr": 0}, "slot_lr"), ("Latent", {"slot_lr": 1.5}, "slot_lr"),
-    ("SFT", {"sft_steps": 0}, "sft_steps"), ("SFT", {"sft_steps": 51}, "sft_steps"),
-    ("SFT", {"learning_rate": 1e-2}, "learning_rate"), ("SFT", {"batch_size": 1.5}, "batch_size"),
-    ("SFT", {"loss": "mse"}, "loss"), ("SFT", {"init_scale": 1.5}, "init_scale"),
+    ("TTT", {"batch_size": 0}, "batch_size"),
+    ("TTT", {"batch_size": 65}, "batch_size"),
+    ("TTT", {"shuffle_data": "true"}, "shuffle_data"),
+    ("TTT", {"shuffle_data": 1}, "shuffle_data"),
+    ("LORA", {"lambda": "half"}, "lambda"),
+    ("LORA", {"lambda": math.nan}, "lambda"),
+    ("LORA", {"lambda": math.inf}, "lambda"),
+    ("LORA", {"lambda": False}, "lambda"),
+    ("LORA", {"lambda": [1]}, "lambda"),
+    ("TTS", {"num_prompt_batches": 0}, "num_prompt_batches"),
+    ("TTS", {"num_prompt_batches": 51}, "num_prompt_batches"),
+    ("TTS", {"method": "vote"}, "method"),
+    ("TTS", {"method": None}, "method"),
+    ("TTS", {"method": ["x"]}, "method"),
+    ("Latent", {"slot_steps": -1}, "slot_steps"),
+    ("Latent", {"slot_steps": 21}, "slot_steps"),
+    ("Latent", {"slot_lr": 0}, "slot_lr"),
+    ("Latent", {"slot_lr": 1.5}, "slot_lr"),
+    ("SFT", {"sft_steps": 0}, "sft_steps"),
+    ("SFT", {"sft_steps": 51}, "sft_steps"),
+    ("SFT", {"learning_rate": 1e-2}, "learning_rate"),
+    ("SFT", {"batch_size": 1.5}, "batch_size"),
+    ("SFT", {"loss": "mse"}, "loss"),
+    ("SFT", {"init_scale": 1.5}, "init_scale"),
     ("SFT", {"init_scale": -0.1}, "init_scale"),
 ]
 
@@ -143,19 +178,24 @@ def test_unknown_field_and_family_are_named():
 def test_a_number_of_any_length_is_only_invalid():
     """A proposal is text of a model: no digit string may do more than make it invalid."""
     with pytest.raises(ValueError, match="ttl_steps"):
-        parse_strategy(json.dumps(GOOD["TTT"] | {"ttl_steps": 10 ** 400}), BOUNDS, FAMILIES)
+        parse_strategy(json.dumps(GOOD["TTT"] | {"ttl_steps": 10**400}), BOUNDS, FAMILIES)
 
 
-@pytest.mark.parametrize("given, meant", [
-    (GOOD["TTT"] | {"family": "TTL"}, GOOD["TTT"]),
-    (GOOD["LORA"] | {"family": "LoRA"}, GOOD["LORA"]),
-    (GOOD["Latent"] | {"family": "LS"}, GOOD["Latent"]),
-    ({"family": "Latent", "times": 5, "learning_rate": 0.1}, GOOD["Latent"]),
-    ({"family": "TTS", "num_lora_adpt": 3, "method": "majority_vote"}, GOOD["TTS"]),
-])
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        (GOOD["TTT"] | {"family": "TTL"}, GOOD["TTT"]),
+        (GOOD["LORA"] | {"family": "LoRA"}, GOOD["LORA"]),
+        (GOOD["Latent"] | {"family": "LS"}, GOOD["Latent"]),
+        ({"family": "Latent", "times": 5, "learning_rate": 0.1}, GOOD["Latent"]),
+        ({"family": "TTS", "num_lora_adpt": 3, "method": "majority_vote"}, GOOD["TTS"]),
+    ],
+)
 def test_aliases(given, meant):
     """Names the papers also use mean the canonical ones and give the same identity."""
-    assert str(parse_strategy(given, BOUNDS, FAMILIES)) == str(parse_strategy(meant, BOUNDS, FAMILIES))
+    assert str(parse_strategy(given, BOUNDS, FAMILIES)) == str(
+        parse_strategy(meant, BOUNDS, FAMILIES)
+    )
 
 
 def test_only_the_mixing_ratio_is_clipped():
@@ -166,8 +206,10 @@ def test_only_the_mixing_ratio_is_clipped():
 
 def test_first_balanced_object_of_noisy_text():
     """Text around the object, broken braces before it and objects after it do not matter."""
-    text = ('Sure {so}: {"family": "TTS", {"family": "LORA", "lambda": 0.25} or '
-            '{"family": "LORA", "lambda": 1}')
+    text = (
+        'Sure {so}: {"family": "TTS", {"family": "LORA", "lambda": 0.25} or '
+        '{"family": "LORA", "lambda": 1}'
+    )
     assert parse_strategy(text, BOUNDS, FAMILIES) == strategy("LORA", **{"lambda": 0.25})
     for text in ("", "no object", '{"family": "LORA", "lambda": 0.', "[1, 2]"):
         with pytest.raises(ValueError, match="JSON"):
@@ -177,8 +219,10 @@ def test_first_balanced_object_of_noisy_text():
 def test_identity_ignores_order_and_spelling():
     """Field order, 5 or 5.0 and 1e-3 or 0.001 are one strategy, one key."""
     one = '{"family": "TTT", "ttl_steps": 5, "learning_rate": 1e-3, "batch_size": 4, "shuffle_data": false}'
-    two = '{"shuffle_data": false, "batch_size": 4.0, "learning_rate": 0.001, "ttl_steps": 5.0, ' \
-          '"family": "TTT"}'
+    two = (
+        '{"shuffle_data": false, "batch_size": 4.0, "learning_rate": 0.001, "ttl_steps": 5.0, '
+        '"family": "TTT"}'
+    )
     a, b = (parse_strategy(t, BOUNDS, FAMILIES) for t in (one, two))
     assert a == b and hash(a) == hash(b) and str(a) == str(b)
     assert json.loads(str(a)) == a.as_dict()
@@ -196,6 +240,7 @@ def test_proposal_schema_offers_the_grid():
 
 
 # ----------------------------------------------------------------------------------------------------- mixing
+
 
 def halves(rank: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(3)
@@ -234,7 +279,9 @@ def test_mix_magnitude_and_direction(lam):
     adapter, a, b = halves(4)
     plain, full = b @ a, (b[:, :2] + b[:, 2:]) @ (a[:2] + a[2:])
     got = update(mix_subspaces(adapter, lam, "magdir"))
-    assert float(got.norm()) == pytest.approx(float((1 - lam) * plain.norm() + lam * full.norm()), rel=1e-5)
+    assert float(got.norm()) == pytest.approx(
+        float((1 - lam) * plain.norm() + lam * full.norm()), rel=1e-5
+    )
     direction = (1 - lam) * plain / plain.norm() + lam * full / full.norm()
     torch.testing.assert_close(got / got.norm(), direction / direction.norm())
 
@@ -260,6 +307,7 @@ def test_mix_of_an_untrained_adapter_is_no_update(mode):
 
 # ----------------------------------------------------------------------------------------- test-time training
 
+
 def test_ttt_sample_weights(target, monkeypatch):
     """S = 0.1 exp(nll - 3) above the threshold, 0 at or below, detached; mean over the selected prompts."""
     caught = {}
@@ -267,6 +315,7 @@ def test_ttt_sample_weights(target, monkeypatch):
     def catch(model, layout, adapter, batches, loss_fn, **kwargs):
         caught["loss_fn"] = loss_fn
         return adapter
+
     monkeypatch.setattr(strategies, "train_adapter", catch)
     train_on_prompts(target, ttt(1, 1e-3, 4))
 
@@ -275,6 +324,7 @@ def test_ttt_sample_weights(target, monkeypatch):
         monkeypatch.setattr(strategies, "prompt_nll", lambda lm, rows: nll)
         parts = [loss / count for loss, count in caught["loss_fn"](list(range(len(values))))]
         return parts[0] if parts else None, nll
+
     loss, nll = loss_of([3.5, 2.9, 3.0])
     assert loss.item() == pytest.approx(0.16487 * 3.5, rel=1e-4)
     loss.backward()
@@ -304,6 +354,7 @@ def test_ttt_lowers_the_prompts_nll(target):
             value = float(prompt_nll(lm, rows).mean())
         swap_adapter(lm.model, lm.layout, None)
         return value
+
     many = train_on_prompts(target, ttt(20, 1e-2, 6))
     assert mean_nll(many.adapters[0]) < mean_nll(target.start) - 0.1
     assert many.notes == {"selected": 120, "seen": 120}
@@ -314,17 +365,28 @@ def test_parts_of_a_batch_train_like_the_whole(target, monkeypatch, family):
     """Where a GPU cannot hold a batch: the same mean over what a gate leaves, from unequal parts."""
     lm, labelled = target.lm, examples_of("delta", 5)
     with torch.no_grad():
-        target.bounds.ttl_threshold = float(prompt_nll(lm, [prompt_row(lm, t) for t in target.texts]).median())
-    chosen = ttt(3, 1e-2, 5) if family == "TTT" else strategy(
-        "SFT", sft_steps=3, learning_rate=1e-2, batch_size=5, loss="choice", init_scale=1.0)
+        target.bounds.ttl_threshold = float(
+            prompt_nll(lm, [prompt_row(lm, t) for t in target.texts]).median()
+        )
+    chosen = (
+        ttt(3, 1e-2, 5)
+        if family == "TTT"
+        else strategy(
+            "SFT", sft_steps=3, learning_rate=1e-2, batch_size=5, loss="choice", init_scale=1.0
+        )
+    )
     whole = execute(target, chosen, labelled)
     for module in (strategies, scoring):
-        monkeypatch.setattr(module, "parts_of", lambda lm, rows, all_scored=False: [rows[:3], rows[3:]])
+        monkeypatch.setattr(
+            module, "parts_of", lambda lm, rows, all_scored=False: [rows[:3], rows[3:]]
+        )
     parts = execute(target, chosen, labelled)
     assert parts.notes == whole.notes and not same(whole.adapters[0], target.start)
-    off, moved = (sum(float((a[k] - b[k]).abs().sum()) for k in a) for a, b in
-                  ((parts.adapters[0], whole.adapters[0]), (whole.adapters[0], target.start)))
-    assert off < 0.01 * moved   # not none: AdamW steps on the rounding of a zero gradient
+    off, moved = (
+        sum(float((a[k] - b[k]).abs().sum()) for k in a)
+        for a, b in ((parts.adapters[0], whole.adapters[0]), (whole.adapters[0], target.start))
+    )
+    assert off < 0.01 * moved  # not none: AdamW steps on the rounding of a zero gradient
 
 
 def test_ttt_continues_from_the_given_adapter(target):
@@ -337,10 +399,14 @@ def test_ttt_continues_from_the_given_adapter(target):
 
 # -------------------------------------------------------------------------------------------- the frozen base
 
-EXECUTED = [KEEP, ttt(2, 1e-2, 4),
-            strategy("LORA", **{"lambda": 0.5}), strategy("Latent", slot_steps=2, slot_lr=0.1),
-            strategy("SFT", sft_steps=2, learning_rate=1e-2, batch_size=4, loss="choice", init_scale=1.0),
-            *(strategy("TTS", num_prompt_batches=2, method=m) for m in METHODS)]
+EXECUTED = [
+    KEEP,
+    ttt(2, 1e-2, 4),
+    strategy("LORA", **{"lambda": 0.5}),
+    strategy("Latent", slot_steps=2, slot_lr=0.1),
+    strategy("SFT", sft_steps=2, learning_rate=1e-2, batch_size=4, loss="choice", init_scale=1.0),
+    *(strategy("TTS", num_prompt_batches=2, method=m) for m in METHODS),
+]
 
 
 @pytest.mark.parametrize("choice", EXECUTED, ids=str)
@@ -367,14 +433,22 @@ def test_a_failed_training_leaves_the_base_bare(target):
     start[next(iter(start))] = torch.full_like(next(iter(start.values())), math.nan)
     target.start = start
     with pytest.raises(FloatingPointError):
-        execute(target, strategy("SFT", sft_steps=1, learning_rate=1e-3, batch_size=2, loss="lm", init_scale=1.0),
-                examples_of("delta", 4))
+        execute(
+            target,
+            strategy(
+                "SFT", sft_steps=1, learning_rate=1e-3, batch_size=2, loss="lm", init_scale=1.0
+            ),
+            examples_of("delta", 4),
+        )
     assert all(m.A is None for m in target.lm.model.modules() if isinstance(m, LoraLinear))
 
 
 # -------------------------------------------------------------------------------------------------- ensembles
 
-TABLE = [tuple(math.log(p) for p in row) for row in ((.5, .4, .1), (.5, .4, .1), (.001, .3, .699))]
+TABLE = [
+    tuple(math.log(p) for p in row)
+    for row in ((0.5, 0.4, 0.1), (0.5, 0.4, 0.1), (0.001, 0.3, 0.699))
+]
 
 
 def pick(values) -> int:
@@ -383,22 +457,32 @@ def pick(values) -> int:
 
 def test_combine_by_hand():
     """Three adapters on which the three ensembles disagree."""
-    assert pick(combine(TABLE, "majority_vote")) == 0      # two votes of three
-    assert pick(combine(TABLE, "sum_logprobs")) == 1       # ln .4 + ln .4 + ln .3 is the largest sum
-    assert pick(combine(TABLE, "max_confidence")) == 2     # .699 is the largest probability
+    assert pick(combine(TABLE, "majority_vote")) == 0  # two votes of three
+    assert pick(combine(TABLE, "sum_logprobs")) == 1  # ln .4 + ln .4 + ln .3 is the largest sum
+    assert pick(combine(TABLE, "max_confidence")) == 2  # .699 is the largest probability
     sums = combine(TABLE, "sum_logprobs")
-    want = [sum(math.log(p) for p in column) for column in ((.5, .5, .001), (.4, .4, .3), (.1, .1, .699))]
+    want = [
+        sum(math.log(p) for p in column)
+        for column in ((0.5, 0.5, 0.001), (0.4, 0.4, 0.3), (0.1, 0.1, 0.699))
+    ]
     assert [s - sums[0] for s in sums] == pytest.approx([(w - want[0]) / 3 for w in want])
-    assert combine(TABLE, "max_confidence") == pytest.approx([math.log(p) for p in (.5, .4, .699)])
+    assert combine(TABLE, "max_confidence") == pytest.approx(
+        [math.log(p) for p in (0.5, 0.4, 0.699)]
+    )
 
 
 def test_majority_ties():
     """Equal votes go to the larger summed probability, and to the first option if that ties as well."""
-    tie = [tuple(math.log(p) for p in row) for row in ((.6, .3, .1), (.1, .8, .1))]
+    tie = [tuple(math.log(p) for p in row) for row in ((0.6, 0.3, 0.1), (0.1, 0.8, 0.1))]
     assert pick(combine(tie, "majority_vote")) == 1
     assert pick(combine([(1.0, 0.0), (0.0, 1.0)], "majority_vote")) == 0
-    three = [tuple(math.log(p) for p in row) for row in ((.05, .5, .45), (.05, .5, .45), (.05, .01, .94))]
-    assert pick(combine(three, "majority_vote")) == 1, "one vote weighs more than any summed probability"
+    three = [
+        tuple(math.log(p) for p in row)
+        for row in ((0.05, 0.5, 0.45), (0.05, 0.5, 0.45), (0.05, 0.01, 0.94))
+    ]
+    assert pick(combine(three, "majority_vote")) == 1, (
+        "one vote weighs more than any summed probability"
+    )
 
 
 @pytest.mark.parametrize("method", ENSEMBLES)
@@ -415,18 +499,25 @@ def test_ensemble_of_one_is_the_adapter(target, method):
     assert combine([row], method) == pytest.approx(torch.log_softmax(torch.tensor(row), 0).tolist())
     items = examples_of("delta", 8)
     alone = score_examples(target.lm, target.draw(0)[0], items)
-    got = score_refined(target, execute(target, strategy("TTS", num_prompt_batches=1, method=method)), items)
+    got = score_refined(
+        target, execute(target, strategy("TTS", num_prompt_batches=1, method=method)), items
+    )
     for g, a in zip(got, alone, strict=True):
         for metric in ("raw", "norm"):
             want = torch.log_softmax(torch.tensor(a.of(metric), dtype=torch.float64), 0).tolist()
-            assert g.of(metric) == pytest.approx(want, abs=1e-9) and g.pick(metric) == a.pick(metric)
+            assert g.of(metric) == pytest.approx(want, abs=1e-9) and g.pick(metric) == a.pick(
+                metric
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_tts_draws_independent_batches(target, method):
     """m batches give the first m drawn adapters and their prompts, in order."""
     got = execute(target, strategy("TTS", num_prompt_batches=3, method=method))
-    assert all(same(a, target.draw(b)[0]) for b, a in enumerate(got.adapters)) and len(got.adapters) == 3
+    assert (
+        all(same(a, target.draw(b)[0]) for b, a in enumerate(got.adapters))
+        and len(got.adapters) == 3
+    )
     assert [p.tolist() for p in got.prompts] == [target.draw(b)[1].tolist() for b in range(3)]
     assert got.combine == method
 
@@ -449,7 +540,7 @@ def test_route_takes_the_nearest_batch(target, method):
 def test_routers_differ_where_a_batch_is_spread(target):
     """M1 averages distances, M2 measures the distance to the average."""
     pooled = [[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
-    question = [[0.0, 0.1]]       # M1: 2.0 against 0.9; M2: 0.1 against 0.9
+    question = [[0.0, 0.1]]  # M1: 2.0 against 0.9; M2: 0.1 against 0.9
     assert routed(target, pooled, question, "avg_sim_score") == [1]
     assert routed(target, pooled, question, "avg_prompt_embed") == [0]
 
@@ -461,6 +552,7 @@ def test_mean_embedding_is_never_farther(target, monkeypatch):
     def spy(tensors, *args, **kwargs):
         seen.append(real(tensors, *args, **kwargs))
         return seen[-1]
+
     monkeypatch.setattr(torch, "stack", spy)
     g = torch.Generator().manual_seed(0)
     target.pooled, target.embed = torch.randn(20, 5, generator=g), lambda texts: torch.ones(3, 5)
@@ -468,7 +560,9 @@ def test_mean_embedding_is_never_farther(target, monkeypatch):
     for method in ROUTERS:
         route(target, Refined([{}] * 3, method, prompts=prompts), ["?"] * 3)
     m1, m2 = seen
-    assert m1.shape == m2.shape == (3, 3) and bool((m2 <= m1 + 1e-6).all()) and bool((m2 < m1).any())
+    assert (
+        m1.shape == m2.shape == (3, 3) and bool((m2 <= m1 + 1e-6).all()) and bool((m2 < m1).any())
+    )
 
 
 def test_routed_scores_come_back_in_order(target, monkeypatch):
@@ -480,8 +574,11 @@ def test_routed_scores_come_back_in_order(target, monkeypatch):
     def score(lm, adapter, examples):
         calls.append(adapter["number"])
         return [Scores((float(adapter["number"]),), (float(e.id.split("-")[1]),)) for e in examples]
+
     monkeypatch.setattr(strategies, "score_examples", score)
-    refined = Refined([{"number": i} for i in range(4)], "avg_sim_score", prompts=[np.arange(2)] * 4)
+    refined = Refined(
+        [{"number": i} for i in range(4)], "avg_sim_score", prompts=[np.arange(2)] * 4
+    )
     got = score_refined(target, refined, items)
     assert [s.raw[0] for s in got] == wanted and [s.norm[0] for s in got] == list(range(7))
     assert calls == [0, 2, 3]
@@ -489,12 +586,15 @@ def test_routed_scores_come_back_in_order(target, monkeypatch):
 
 # ------------------------------------------------------------------------------------------- steering and SFT
 
+
 def test_latent_zero_steps_is_the_adapter(target):
     """No steps, no steering; some steps change the scores."""
     items = examples_of("delta", 6)
     plain = score_examples(target.lm, target.start, items)
-    none, some = (score_refined(target, execute(target, strategy("Latent", slot_steps=n, slot_lr=0.1)), items)
-                  for n in (0, 3))
+    none, some = (
+        score_refined(target, execute(target, strategy("Latent", slot_steps=n, slot_lr=0.1)), items)
+        for n in (0, 3)
+    )
     assert none == plain and some != plain
 
 
@@ -504,8 +604,11 @@ def test_sft_prefix_property(target, loss):
     items = examples_of("delta", 7)
 
     def train(steps, at=()):
-        s = strategy("SFT", sft_steps=steps, learning_rate=1e-2, batch_size=4, loss=loss, init_scale=1.0)
+        s = strategy(
+            "SFT", sft_steps=steps, learning_rate=1e-2, batch_size=4, loss=loss, init_scale=1.0
+        )
         return train_on_support(target, s, items, list(at))
+
     long = train(6, (1, 2, 4, 6))
     assert sorted(long) == [1, 2, 4, 6]
     for steps in (1, 2, 4):
@@ -517,20 +620,29 @@ def test_sft_prefix_property(target, loss):
 def test_sft_learns_the_support(target):
     """Supervised steps raise the log-probability of the labelled answers."""
     items = examples_of("delta", 6)
-    s = strategy("SFT", sft_steps=12, learning_rate=1e-2, batch_size=64, loss="choice", init_scale=1.0)
+    s = strategy(
+        "SFT", sft_steps=12, learning_rate=1e-2, batch_size=64, loss="choice", init_scale=1.0
+    )
     out = execute(target, s, items)
     after, before = (score_examples(target.lm, a, items) for a in (out.adapters[0], target.start))
-    assert np.mean(gold_logprob(after, items, "raw")) > np.mean(gold_logprob(before, items, "raw")) + 0.5
+    assert (
+        np.mean(gold_logprob(after, items, "raw"))
+        > np.mean(gold_logprob(before, items, "raw")) + 0.5
+    )
 
 
 def test_sft_starts_from_a_share_of_the_generated_adapter(target):
     """With a vanishing rate what comes out is the start: between the plain initialisation and the generated adapter."""
     plain = init_adapter(target.lm.layout, target.seed)
     for share in (0.0, 0.5, 1.0):
-        s = strategy("SFT", sft_steps=1, learning_rate=1e-30, batch_size=2, loss="lm", init_scale=share)
+        s = strategy(
+            "SFT", sft_steps=1, learning_rate=1e-30, batch_size=2, loss="lm", init_scale=share
+        )
         got = execute(target, s, examples_of("delta", 4)).adapters[0]
         for k, v in target.start.items():
-            torch.testing.assert_close(got[k], share * v + (1 - share) * plain[k], rtol=1e-6, atol=1e-20)
+            torch.testing.assert_close(
+                got[k], share * v + (1 - share) * plain[k], rtol=1e-6, atol=1e-20
+            )
 
 
 def test_costs_are_counted(target):
@@ -543,15 +655,22 @@ def test_costs_are_counted(target):
         if score:
             score_refined(target, refined, items)
         return lm.forwards - before[0], lm.backwards - before[1]
-    assert cost(strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=4, loss="lm", init_scale=1.0),
-                False) == (12, 12)
-    assert cost(strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=9, loss="lm", init_scale=1.0),
-                False) == (18, 18)
+
+    assert cost(
+        strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=4, loss="lm", init_scale=1.0),
+        False,
+    ) == (12, 12)
+    assert cost(
+        strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=9, loss="lm", init_scale=1.0),
+        False,
+    ) == (18, 18)
     assert cost(ttt(2, 1e-3, 5)) == (10 + 6, 10)
     assert cost(strategy("LORA", **{"lambda": 0.5})) == (6, 0)
     assert cost(strategy("Latent", slot_steps=2, slot_lr=0.1)) == (6, 0)
     assert cost(strategy("TTS", num_prompt_batches=3, method="majority_vote")) == (18, 0)
-    assert cost(strategy("TTS", num_prompt_batches=3, method="sum_logprobs")) == (0, 0), "scored already"
+    assert cost(strategy("TTS", num_prompt_batches=3, method="sum_logprobs")) == (0, 0), (
+        "scored already"
+    )
     assert cost(strategy("TTS", num_prompt_batches=4, method="max_confidence")) == (6, 0)
     assert cost(strategy("TTS", num_prompt_batches=4, method="avg_sim_score")) == (6, 0)
 
@@ -559,9 +678,17 @@ def test_costs_are_counted(target):
 def test_exploring_offers_half_of_each_grid():
     """With `explore` a random half of every listed field is offered, and over many draws each value is."""
     grid = {"LORA.lambda": [0.1, 0.25, 0.5, 0.75, 1.0]}
-    bounds = load_config(["strategies.proposal_grid={LORA.lambda: [0.1, 0.25, 0.5, 0.75, 1.0]}"])[0].strategies
+    bounds = load_config(["strategies.proposal_grid={LORA.lambda: [0.1, 0.25, 0.5, 0.75, 1.0]}"])[
+        0
+    ].strategies
     rng = np.random.default_rng(0)
-    seen = [proposal_schema(bounds, ["LORA"], rng)["anyOf"][0]["properties"]["lambda"]["enum"] for _ in range(40)]
+    seen = [
+        proposal_schema(bounds, ["LORA"], rng)["anyOf"][0]["properties"]["lambda"]["enum"]
+        for _ in range(40)
+    ]
     assert all(len(s) == 3 and s == sorted(s) for s in seen)
     assert {v for s in seen for v in s} == set(grid["LORA.lambda"])
-    assert proposal_schema(bounds, ["LORA"])["anyOf"][0]["properties"]["lambda"]["enum"] == grid["LORA.lambda"]
+    assert (
+        proposal_schema(bounds, ["LORA"])["anyOf"][0]["properties"]["lambda"]["enum"]
+        == grid["LORA.lambda"]
+    )
