@@ -32,7 +32,7 @@ import runtime
 import scoring
 import strategies
 from config import UserError
-from lora import Adapter, Layout
+from lora import Adapter, AdapterTrainer, Layout
 from policy import Rewards
 from runtime import Run
 from strategies import Strategy, Target
@@ -108,14 +108,10 @@ def _meta_train(run: Run, method: str, left_out: str) -> None:
         scoring.load_lm(run),
         run.path / f"baselines/{method}/{left_out}",
     )
-    draws, losses, extra = Draws(run, left_out, method), [], {}
-    passes, failed = lm.backwards, None
+    draws, losses = Draws(run, left_out, method), []
+    passes = lm.backwards
     train = {"union": _train_union, "maml": _train_maml, "abmll": _train_abmll}[method]
-    try:
-        start, extra = train(run, draws, losses)
-    except FloatingPointError as e:
-        failed, _, start, *rest = e.args
-        extra = rest[0] if rest else {}
+    start, extra, failed = train(run, draws, losses)
     lora.save_adapter(folder, start, lm.layout, cfg.model.name, cfg.model.revision)
     if extra:
         runtime.save_tensors(
@@ -140,31 +136,25 @@ def _meta_train(run: Run, method: str, left_out: str) -> None:
     )
 
 
-def _train_union(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
+def _train_union(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict, int | None]:
     """One adapter on the shuffled union: `collect`'s schedule, longer by the number of tasks (`step_share` of it)."""
     cfg = run.cfg
     c, lm = cfg.collect, scoring.load_lm(run)
     longer = cfg.baselines.union.step_share * len(draws.tasks)
     first, second = (max(1, round(s * longer)) for s in (c.pretrain_steps, c.finetune_steps))
 
-    def batches():
-        for _ in run.track(range(first + second), "union"):
-            yield [r for _ in range(c.batch_size) for r in draws.rows(draws.task(), 1)]
-
-    def lr(s):
-        if s < first:
-            return lora.rate(s, first, c.pretrain_lr, c.warmup_steps, "constant")
-        return lora.rate(s - first, second, c.finetune_lr, 0, "constant")
-
-    return lora.train_adapter(
-        lm.model,
-        lm.layout,
-        lora.init_adapter(lm.layout, cfg.seed),
-        batches(),
-        lambda rows: scoring.loss_in_parts(lm, rows, scoring.lm_loss),
-        lr=lr,
-        on_step=lambda s, loss, _: losses.append(loss),
-    ), {}
+    start = lora.init_adapter(lm.layout, cfg.seed)
+    with AdapterTrainer(lm.model, lm.layout, start) as trainer:
+        for step in run.track(range(first + second), "union"):
+            rows = []
+            for _ in range(c.batch_size):
+                rows += draws.rows(draws.task(), 1)
+            loss = trainer.backward(scoring.loss_in_parts(lm, rows, scoring.lm_loss))
+            if not math.isfinite(loss):
+                return trainer.adapter(), {}, step
+            trainer.step(collect.learning_rate(c, step, first))
+            losses.append(loss)
+    return trainer.adapter(), {}, None
 
 
 # ---------------------------------------------------------------------------------------------------------------- MAML
@@ -237,7 +227,7 @@ def _clip(grad: Tensor, limit: float) -> Tensor:
     return grad * (limit / (grad.norm() + 1e-6)).clamp(max=1.0)
 
 
-def _train_maml(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
+def _train_maml(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict, int | None]:
     """MAML-en-LLM: n tasks per step, k inner steps each, query batches that share no row with the inner ones."""
     cfg = run.cfg
     b, lm = cfg.baselines.maml, scoring.load_lm(run)
@@ -256,14 +246,12 @@ def _train_maml(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, d
                 episodes.append((parts[:-1], parts[-1]))
             grad, loss = meta_gradient(theta, state, episodes, b.inner_lr, WEIGHT_DECAY, b.order)
             if not (math.isfinite(loss) and torch.isfinite(grad).all()):
-                raise FloatingPointError(
-                    step, losses[-1:], lora.unflatten_adapter(theta.cpu(), lm.layout)
-                )
+                return lora.unflatten_adapter(theta.cpu(), lm.layout), {}, step
             theta = shared_update(theta, _clip(grad, lora.CLIP), state, b.outer_lr, WEIGHT_DECAY)
             losses.append(loss)
     finally:
         lora.clear_adapters(lm.model)
-    return lora.unflatten_adapter(theta.cpu(), lm.layout), {}
+    return lora.unflatten_adapter(theta.cpu(), lm.layout), {}, None
 
 
 # --------------------------------------------------------------------------------------------------------------- ABMLL
@@ -325,7 +313,7 @@ def initial_posterior(lm: scoring.LM, b, seed: int) -> Tensor:
     return torch.stack([mean, lora.flatten_adapter(spread, lm.layout)])
 
 
-def _train_abmll(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict]:
+def _train_abmll(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, dict, int | None]:
     """Amortised Bayesian meta-learning: a diagonal Gaussian over the entries of A and B, or of dW (`space`).
 
     Each step infers the posterior of one batch of tasks (K first-order steps), then moves theta along the gradient of
@@ -357,13 +345,13 @@ def _train_abmll(run: Run, draws: Draws, losses: list[float]) -> tuple[Adapter, 
                 value += nll.detach()
             value = float(value)
             if not (math.isfinite(value) and torch.isfinite(total).all()):
-                raise FloatingPointError(step, losses[-1:], *split())
+                return *split(), step
             theta.grad = _clip(total / b.tasks_per_step, lora.CLIP)
             opt.step()
             losses.append(value / b.tasks_per_step)
     finally:
         lora.clear_adapters(lm.model)
-    return split()
+    return *split(), None
 
 
 def _adapt_posterior(run: Run, method: str, task) -> None:
@@ -433,9 +421,7 @@ def _adapt_start(run: Run, method: str, task) -> None:
             1.0,
         )
         name = f"{task.name}.{method}-{lora.adapter_hash(start)[:8]}"  # rewards know nothing of cfg.baselines
-    target = Target(
-        task.name, lm, start, None, [], None, None, cfg.strategies, cfg.seed
-    )  # SFT needs no generator
+    target = Target(task.name, lm, start, cfg.strategies, cfg.seed)
     candidates = candidate_sft(run, task.name, share)
     if len(cfg.baselines.sft) == 1:  # nothing to choose: fine-tune as told
         strategy, result = candidates[0], {"wins": None, "losses": None, "gold_logp_gain": None}

@@ -131,7 +131,7 @@ def _variants(
     ):
         method = "aligned" if method in methods.ALIGNED else "generator"
     if method in ("generator", "aligned"):
-        return [Refined([target.draw(b)[0]]) for b in range(cfg.evaluate.prompt_batches)]
+        return [Refined([target.source.draw(b)[0]]) for b in range(cfg.evaluate.prompt_batches)]
     if method == "abmll":
         b, rng = (
             cfg.baselines.abmll,
@@ -169,13 +169,8 @@ def _test_rows(
             *(a and lora.adapter_hash(a) for a in refined.adapters),
         )
         if key not in memo:
-            memo[key] = (
-                strategies.score_refined(target, refined, test)
-                if target
-                else strategies.pool_scores(
-                    [scoring.score_examples(lm, a, test) for a in refined.adapters], refined.combine
-                )
-            )
+            cache = target.cache if target else None
+            memo[key] = strategies.score_refined(lm, refined, test, cache)
         scored.append(memo[key])
         if cfg.evaluate.generate or not test[0].options:
             tokens = (

@@ -202,71 +202,83 @@ def average_adapters(adapters: list[Adapter]) -> Adapter:
 # ------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def train_adapter(
-    model: nn.Module,
-    layout: Layout,
-    adapter: Adapter,
-    batches: Iterable,
-    loss_fn,
-    *,
-    lr,
-    on_step=None,
-) -> Adapter:
-    """Gradient steps on an adapter: AdamW without decay, fp32 masters, gradients clipped by their global norm.
+class AdapterTrainer:
+    """AdamW without decay on one adapter inside the model, gradients clipped by their global norm.
 
-    The base stays in its own dtype; the model sees copies of the masters in that dtype, so bf16 rounding never
-    accumulates in the adapter.
+    The base model stays in its own dtype. The model sees copies of float32 masters in that dtype,
+    so that bf16 rounding never accumulates in the adapter. Leaving the `with` block leaves the
+    model bare.
 
-    Args:
-        batches: one item per step, handed to `loss_fn(batch)`, which returns a scalar loss, or yields (sum, count) of
-            parts of the batch, whose graphs are not held at once: the loss is the sums over the counts. Nothing: no
-            step.
-        lr: step (from 0) -> learning rate. on_step: called as on_step(step, loss, adapter()) after each update.
-    Returns: the trained adapter; the model is left bare.
-    Raises: FloatingPointError: a loss that is not finite; its args are (step, last finite loss, adapter before it).
+        with AdapterTrainer(model, layout, adapter) as trainer:
+            for rows in batches:
+                loss = trainer.backward(lm_loss(lm, rows))
+                trainer.step(lr)
+        trained = trainer.adapter()
     """
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    master = flatten_adapter(adapter, layout).to(device)
-    copy = torch.empty_like(master, dtype=dtype)
-    leaves = [v.requires_grad_() for v in unflatten_adapter(copy, layout).values()]
-    for (path, *_), a, b in zip(layout.modules, leaves[::2], leaves[1::2], strict=True):
-        m = model.get_submodule(path)
-        m.A, m.B, m.scale = a, b, layout.scale
-    opt = torch.optim.AdamW([master], lr=1.0, weight_decay=0.0, fused=device.type == "cuda")
 
-    def snapshot() -> Adapter:
-        return unflatten_adapter(master.detach().cpu().clone(), layout)
+    def __init__(self, model: nn.Module, layout: Layout, adapter: Adapter):
+        parameter = next(model.parameters())
+        self.model = model
+        self.layout = layout
+        self.master = flatten_adapter(adapter, layout).to(parameter.device)
+        self.copy = self.master.to(parameter.dtype, copy=True)
 
-    last = float("nan")
-    try:
-        for step, batch in enumerate(batches):
-            with torch.no_grad():
-                copy.copy_(master)
-            found, grad, value, count = loss_fn(batch), 0, 0, 0
-            for loss, n in [(found, 1)] if torch.is_tensor(found) else found:
-                grad = (
-                    grad
-                    + torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, leaves)]).float()
-                )
-                value, count = value + loss.detach(), count + n
-            if not count:
-                continue
-            master.grad, value = grad / count, value / count
-            value = float(value)
-            if not math.isfinite(value):
-                raise FloatingPointError(step, last, snapshot())
-            norm = master.grad.norm()
-            if not torch.isfinite(norm):
-                raise FloatingPointError(step, last, snapshot())
-            master.grad.mul_((CLIP / (norm + 1e-6)).clamp(max=1.0))
-            opt.param_groups[0]["lr"] = lr(step)
-            opt.step()
-            last = value
-            if on_step is not None:
-                on_step(step, value, snapshot)
-        return snapshot()
-    finally:
-        clear_adapters(model)
+        # the model's A and B are views of the copy: one tensor to cast, one gradient to gather
+        views = unflatten_adapter(self.copy, layout)
+        self.leaves = [view.requires_grad_() for view in views.values()]
+        for (path, *_), a, b in zip(
+            layout.modules, self.leaves[::2], self.leaves[1::2], strict=True
+        ):
+            module = model.get_submodule(path)
+            module.A = a
+            module.B = b
+            module.scale = layout.scale
+
+        fused = parameter.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW([self.master], lr=1.0, weight_decay=0.0, fused=fused)
+
+    def __enter__(self) -> AdapterTrainer:
+        return self
+
+    def __exit__(self, *error) -> None:
+        clear_adapters(self.model)
+
+    def backward(self, loss: Tensor | Iterable[tuple[Tensor, int]]) -> float | None:
+        """Leave the clipped gradient of a loss on the masters.
+
+        Args:
+            loss: () tensor, or (sum, count) of one part of a batch after another. Then the loss is
+                the sums over the counts, and the graphs of two parts are never held at once.
+        Returns: the loss; nan if it or its gradient is not finite; None if nothing was counted.
+        """
+        parts = [(loss, 1)] if torch.is_tensor(loss) else loss
+        gradient = 0
+        total = 0
+        count = 0
+        for part, size in parts:
+            pieces = torch.autograd.grad(part, self.leaves)
+            gradient = gradient + torch.cat([piece.reshape(-1) for piece in pieces]).float()
+            total = total + part.detach()
+            count += size
+        if not count:
+            return None
+
+        self.master.grad = gradient / count
+        norm = self.master.grad.norm()
+        self.master.grad.mul_((CLIP / (norm + 1e-6)).clamp(max=1.0))
+        value = float(total / count)
+        return value if math.isfinite(norm) else math.nan
+
+    def step(self, lr: float) -> None:
+        """One update of the masters, and fresh copies for the model."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        with torch.no_grad():
+            self.copy.copy_(self.master)
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now."""
+        return unflatten_adapter(self.master.detach().cpu().clone(), self.layout)
 
 
 def rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:

@@ -1,7 +1,7 @@
 """Every method of the results, in one table: whatever asks "which methods …" asks here.
 
-A method is a row of the tables. It begins from some adapter (its start), may refine it by a strategy of some family,
-and needs certain stages to have run.
+A method is a row of the tables. It begins from some adapter (its start), a policy may refine that
+adapter by a strategy of some family, and certain stages have to run before it can be evaluated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LABEL_FREE = ("TTT", "LORA", "TTS", "Latent")  # the papers' strategy families
-ALL_FAMILIES = (*LABEL_FREE, "SFT")  # SFT is ours: it trains on the support labels
+WITH_LABELS = (*LABEL_FREE, "SFT")  # SFT is ours: it trains on the support labels
+
+# What has to run before an adapter of each start is there. Starts are adapters:
+STAGES_OF_START = {
+    "none": (),  # the frozen base model
+    "plain": ("baselines",),  # A drawn once, B = 0
+    "generated": ("collect", "generator", "adapt"),
+    "wrong prompts": ("collect", "generator", "adapt"),  # generated from another task's prompts
+    "aligned": ("collect", "generator", "align", "adapt"),  # generated, then the Fusion VAE
+    "mean": ("collect",),  # of the training tasks' adapters
+    "collected": ("collect",),  # the task's own training adapter
+    "union": ("baselines",),  # the last three have a meta-training of their own
+    "maml": ("baselines",),
+    "abmll": ("baselines",),
+    "maml, matched": ("collect", "generator", "adapt", "baselines"),
+}
+META_TRAINED = ("maml", "abmll", "union")  # longest first, as ranks take them
 
 
 @dataclass(frozen=True)
@@ -19,11 +35,9 @@ class Method:
     Attributes:
         id: the name in YAML and in paths.
         label: the name in tables and figures.
-        color, marker: of matplotlib; colours are Okabe and Ito's, safe for colour-blind readers.
-        start: the adapter the method begins from: nothing | plain (B = 0) | generated | aligned | wrong prompts |
-            mean | collected | union | maml | abmll.
+        color, marker: of matplotlib; the colours are Okabe and Ito's, safe for colour-blind readers.
+        start: the adapter the method begins from.
         families: the strategy families its policy may propose; () where no policy proposes.
-        stages: the stages that make what it needs before `evaluate`.
         domain: both, or id where only training tasks have it.
     """
 
@@ -33,85 +47,68 @@ class Method:
     marker: str
     start: str
     families: tuple[str, ...] = ()
-    stages: tuple[str, ...] = ()
     domain: str = "both"
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that must have run before `evaluate`."""
+        policy = ("policy",) if self.families else ()
+        return (*STAGES_OF_START[self.start], *policy)
 
-# what the generated adapter, and everything that begins from it, needs
-_GENERATED = ("collect", "generator", "adapt")
-_ALIGNED = ("collect", "generator", "align", "adapt")
 
-# In the order of the tables. The first eight rows say "not run" where they have no scores; others are left out.
+# In the order of the tables. The first eight say "not run" where they have no scores.
 TABLE = (
-    Method("base", "Base model", "#000000", "o", "nothing"),
-    Method("generator", "Generalization (generator)", "#0072B2", "s", "generated", (), _GENERATED),
-    Method("degaml", "Adaptation (DeGAML)", "#D55E00", "D", "generated", LABEL_FREE, _GENERATED),
-    Method(
-        "degaml_plus",
-        "Adaptation, SFT allowed",
-        "#CC79A7",
-        "D",
-        "generated",
-        ALL_FAMILIES,
-        _GENERATED,
-    ),
-    Method("mean", "Mean adapter (control)", "#56B4E9", "v", "mean", (), ("collect",)),
-    Method(
-        "wrong_prompts", "Wrong prompts (control)", "#E69F00", "^", "wrong prompts", (), _GENERATED
-    ),
-    Method("no_meta", "No Meta-Train LoRA", "#009E73", "P", "plain", (), ("baselines",)),
-    Method("full_data", "Full-data LoRA", "#7F7F7F", "*", "collected", (), ("collect",), "id"),
-    Method("aligned", "Aligned (+ Fusion VAE)", "#56B4E9", "X", "aligned", (), _ALIGNED),
-    Method("tempo", "TEMPO", "#E69F00", "D", "aligned", LABEL_FREE, _ALIGNED),
-    Method("tempo_plus", "TEMPO, SFT allowed", "#CC79A7", "X", "aligned", ALL_FAMILIES, _ALIGNED),
-    Method("union", "Union Train LoRA", "#009E73", "p", "union", (), ("baselines",)),
-    Method("maml", "MAML-en-LLM", "#0072B2", "p", "maml", (), ("baselines",)),
-    Method(
-        "maml_matched",
-        "MAML-en-LLM, matched update norm",
-        "#0072B2",
-        "h",
-        "maml",
-        (),
-        (*_GENERATED, "baselines"),
-    ),
-    Method("abmll", "ABMLL", "#D55E00", "p", "abmll", (), ("baselines",)),
+    Method("base", "Base model", "#000000", "o", "none"),
+    Method("generator", "Generalization (generator)", "#0072B2", "s", "generated"),
+    Method("degaml", "Adaptation (DeGAML)", "#D55E00", "D", "generated", LABEL_FREE),
+    Method("degaml_plus", "Adaptation, SFT allowed", "#CC79A7", "D", "generated", WITH_LABELS),
+    Method("mean", "Mean adapter (control)", "#56B4E9", "v", "mean"),
+    Method("wrong_prompts", "Wrong prompts (control)", "#E69F00", "^", "wrong prompts"),
+    Method("no_meta", "No Meta-Train LoRA", "#009E73", "P", "plain"),
+    Method("full_data", "Full-data LoRA", "#7F7F7F", "*", "collected", domain="id"),
+    Method("aligned", "Aligned (+ Fusion VAE)", "#56B4E9", "X", "aligned"),
+    Method("tempo", "TEMPO", "#E69F00", "D", "aligned", LABEL_FREE),
+    Method("tempo_plus", "TEMPO, SFT allowed", "#CC79A7", "X", "aligned", WITH_LABELS),
+    Method("union", "Union Train LoRA", "#009E73", "p", "union"),
+    Method("maml", "MAML-en-LLM", "#0072B2", "p", "maml"),
+    Method("maml_matched", "MAML-en-LLM, matched update", "#0072B2", "h", "maml, matched"),
+    Method("abmll", "ABMLL", "#D55E00", "p", "abmll"),
 )
 METHODS = {method.id: method for method in TABLE}
 ALWAYS_SHOWN = tuple(METHODS)[:8]
 
+
+def _ids_by_start(*starts: str) -> tuple[str, ...]:
+    return tuple(method.id for method in TABLE if method.start in starts)
+
+
 # methods whose policy searches for a strategy
-PROPOSING = tuple(m.id for m in TABLE if m.families)
+PROPOSING = tuple(method.id for method in TABLE if method.families)
 # methods that begin from an adapter moved by the Fusion VAE (TEMPO, stage 2)
-ALIGNED = tuple(m.id for m in TABLE if m.start == "aligned")
+ALIGNED = _ids_by_start("aligned")
 # methods that need one generator, and often keep one and the same adapter: scored together
-GENERATED = tuple(m.id for m in TABLE if m.start in ("generated", "aligned", "wrong prompts"))
-# the names of starts that have a meta-training of their own, longest first
-META_TRAINED = ("maml", "abmll", "union")
-# methods that fine-tune on the support labels from a start without a generator
-BASELINES = tuple(m.id for m in TABLE if m.start in ("plain", *META_TRAINED))
-# methods that can do without a single label of the target
-LABEL_FREE_METHODS = tuple(
-    m.id
-    for m in TABLE
-    if m.start in ("nothing", "generated", "aligned", "wrong prompts", "mean") and not m.families
-)
+GENERATED = _ids_by_start("generated", "wrong prompts", "aligned")
+# methods that fine-tune on the support labels without a policy of their own
+BASELINES = _ids_by_start("plain", "union", "maml", "maml, matched", "abmll")
+# methods that need not one label of the target
+NEEDS_NO_LABELS = ("base", "generator", "mean", "wrong_prompts", "aligned")
 
 
 def families_of(method: str, wanted: list[str]) -> list[str]:
-    """The strategy families a method may propose: its own, as far as `policy.families` lists them; SFT always."""
+    """The families a method's policy may propose: its own that `policy.families` lists; SFT last."""
     own = METHODS[method].families
     chosen = [family for family in wanted if family in own and family != "SFT"]
     return [*chosen, "SFT"] if "SFT" in own else chosen
 
 
 def sampled_families(method_ids: list[str], wanted: list[str]) -> set[str]:
-    """The families that at least one of some methods may propose, and those of `policy.families`."""
-    searching = [m for m in method_ids if "SFT" in METHODS[m].families]
-    return {*wanted, "SFT"} if searching else set(wanted)
+    """The families of `policy.families`, and SFT where one of the methods may propose it."""
+    with_labels = [m for m in method_ids if "SFT" in METHODS[m].families]
+    return {*wanted, "SFT"} if with_labels else set(wanted)
 
 
 def idle_stages(method_ids: list[str]) -> set[str]:
     """The stages before `evaluate` whose results none of these methods uses."""
+    everything = {"collect", "generator", "align", "policy", "adapt", "baselines"}
     needed = {stage for m in method_ids for stage in METHODS[m].stages}
-    return {"collect", "generator", "align", "policy", "adapt", "baselines"} - needed
+    return everything - needed

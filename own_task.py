@@ -8,11 +8,7 @@ python degaml.py stage=predict adapter=my_adapter input=new.jsonl output=answers
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-
-import numpy as np
-import torch
 
 import baselines
 import data
@@ -27,7 +23,7 @@ import scoring
 import strategies
 from config import Config, UserError
 from runtime import Run
-from strategies import Refined, Target
+from strategies import Refined, Router
 
 
 def adapt_own(run: Run) -> dict:
@@ -42,7 +38,7 @@ def adapt_own(run: Run) -> dict:
             "finished one by run="
         )
     if not task.support:
-        cfg.evaluate.methods = [m for m in cfg.evaluate.methods if m in methods.LABEL_FREE_METHODS]
+        cfg.evaluate.methods = [m for m in cfg.evaluate.methods if m in methods.NEEDS_NO_LABELS]
     generator.encode_prompts(run)
     policy.adapt_targets(run)
     if task.support:
@@ -148,7 +144,7 @@ def export_adapter(run: Run) -> dict:
     if refined.combine in strategies.ROUTERS:
         runtime.save_tensors(
             folder / "routing.safetensors",
-            {str(i): target.pooled[torch.as_tensor(p)] for i, p in enumerate(refined.prompts)},
+            {str(i): batch for i, batch in enumerate(refined.router.batches)},
         )
     runtime.write_json(
         folder / "strategy.json",
@@ -190,8 +186,8 @@ def usage(cfg: Config, folder: Path, refined: Refined, lm) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ predict
 
 
-def load_exported(folder: Path, run: Run) -> tuple[Target, Refined]:
-    """An exported folder, ready to score: what it holds, and a target that can route and knows of its task the name.
+def load_exported(folder: Path, run: Run) -> tuple[str, Refined]:
+    """An exported folder, ready to score. Returns: the name of its task, and what it holds.
 
     Raises: UserError: a file is missing, damaged, or names what this code does not know.
     """
@@ -236,21 +232,8 @@ def load_exported(folder: Path, run: Run) -> tuple[Target, Refined]:
             f"{folder}/routing.safetensors: holds {sorted(routing)}, expected one entry per adapter"
         )
     parts = [routing[str(i)] for i in range(len(routing))]
-    ends = np.cumsum([0, *map(len, parts)])
-    target = Target(
-        str(facts.get("task")),
-        lm,
-        adapters[0],
-        None,
-        [],
-        torch.cat(parts) if parts else torch.empty(0),
-        lambda texts: generator.encode_texts(run, texts)[1],
-        cfg.strategies,
-        cfg.seed,
-    )
-    return target, Refined(
-        adapters, combine, slot, [np.arange(a, b) for a, b in itertools.pairwise(ends)]
-    )
+    router = Router(parts, lambda texts: generator.encode_texts(run, texts)[1]) if parts else None
+    return str(facts.get("task")), Refined(adapters, combine, slot, router)
 
 
 def predict(run: Run) -> dict:
@@ -269,10 +252,11 @@ def predict(run: Run) -> dict:
         raise UserError(
             f"adapter={folder}: no such folder; stage=adapt task=… or stage=export task=… makes one"
         )
-    target, refined = load_exported(folder, run)
+    lm = scoring.load_lm(run)
+    task_name, refined = load_exported(folder, run)
     rows = data.read_user_file(Path(cfg.input), labels=None)
     examples = [
-        data.make_example(target.name, r, cfg.data.format) for r in rows
+        data.make_example(task_name, r, cfg.data.format) for r in rows
     ]  # prompts as its task has them
     choose, write = (
         [i for i, e in enumerate(examples) if bool(e.options) is b] for b in (True, False)
@@ -281,7 +265,7 @@ def predict(run: Run) -> dict:
     if choose:
         for i, s in zip(
             choose,
-            strategies.score_refined(target, refined, [examples[i] for i in choose]),
+            strategies.score_refined(lm, refined, [examples[i] for i in choose]),
             strict=True,
         ):
             index = s.pick(cfg.evaluate.metric)
@@ -293,7 +277,7 @@ def predict(run: Run) -> dict:
             }
     if write:
         texts = scoring.generate_answers(
-            target.lm,
+            lm,
             refined.adapters[0],
             [examples[i] for i in write],
             cfg.evaluate.max_new_tokens,

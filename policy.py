@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import time
 
 import torch
@@ -27,10 +28,10 @@ import scoring
 import strategies
 from config import UserError
 from data import Task
-from lora import Adapter, Layout
+from lora import Adapter, AdapterTrainer, Layout
 from runtime import Run
 from scoring import Row, Scores
-from strategies import Strategy, Target
+from strategies import Source, Strategy, Target
 
 MAX_SAMPLES = 10  # rewarded proposals per task, at most (ReST-EM)
 SYSTEM = (
@@ -205,17 +206,13 @@ def make_target(run: Run, task: Task, left_out: str | None = None, aligned: bool
             drawn[batch] = adapter, index
         return drawn[batch]
 
-    return Target(
-        task.name,
-        lm,
-        draw(0)[0],
+    source = Source(
         draw,
-        generator.task_texts(run, task.name),
-        generator.load_pooled(run, task.name),
-        lambda texts: generator.encode_texts(run, texts)[1],
-        cfg.strategies,
-        cfg.seed,
+        texts=generator.task_texts(run, task.name),
+        pooled=generator.load_pooled(run, task.name),
+        embed=lambda texts: generator.encode_texts(run, texts)[1],
     )
+    return Target(task.name, lm, draw(0)[0], cfg.strategies, cfg.seed, source)
 
 
 def evaluate_strategy(
@@ -237,7 +234,7 @@ def evaluate_strategy(
     if strategy.family != "SFT":
         found = {
             strategy: strategies.score_refined(
-                target, strategies.execute(target, strategy), support
+                lm, strategies.execute(target, strategy), support, target.cache
             )
         }
     else:
@@ -405,18 +402,17 @@ def train_policy(
                     )
                 )
 
-    def loss_fn(row):
-        sums = scoring.branch_logprobs(lm, [row], *scoring.hidden_states(lm, [row]))[0]
-        return -(sums / torch.tensor([len(b) for b in row.branches], device=sums.device)).mean()
-
-    return lora.train_adapter(
-        lm.model,
-        layout,
-        lora.init_adapter(layout, runtime.seed_for(seed, "policy")),
-        rows,
-        loss_fn,
-        lr=lambda s: lora.rate(s, len(rows), p.lr, 0, "cosine"),
-    )
+    start = lora.init_adapter(layout, runtime.seed_for(seed, "policy"))
+    with AdapterTrainer(lm.model, layout, start) as trainer:
+        for step, row in enumerate(rows):
+            hidden, starts = scoring.hidden_states(lm, [row])
+            sums = scoring.branch_logprobs(lm, [row], hidden, starts)[0]
+            lengths = torch.tensor([len(branch) for branch in row.branches], device=sums.device)
+            loss = trainer.backward(-(sums / lengths).mean())
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"policy, step {step + 1}")
+            trainer.step(lora.rate(step, len(rows), p.lr, 0, "cosine"))
+    return trainer.adapter()
 
 
 def run_episodes(
@@ -575,7 +571,7 @@ def _meta_train(run: Run, left_out: str, method: str) -> None:
                 layout,
                 policy,
                 it,
-                f"{method}-without-{left_out}",
+                f"{method}-without-{data.seed_name(left_out)}",
             )
             episodes += [{"task": task.name, **e} for e in new]
             samples += rewarded(new, prompt, MAX_SAMPLES)

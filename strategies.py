@@ -11,8 +11,8 @@ Each family takes (target, parameters) and returns a `Refined` that `score_refin
 
 from __future__ import annotations
 
-import functools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,8 +25,8 @@ import runtime
 import scoring
 from config import UserError
 from data import Example
-from lora import Adapter
-from scoring import Scores
+from lora import Adapter, AdapterTrainer
+from scoring import LM, Row, Scores
 
 METHODS = ("avg_sim_score", "avg_prompt_embed", "max_confidence", "majority_vote", "sum_logprobs")
 ROUTERS = METHODS[:2]
@@ -224,37 +224,64 @@ def _check(name: str, value, spec: dict):
 
 
 @dataclass
-class Target:
-    """A task as the strategies see it: unlabelled prompts, the adapter to refine, and a way to draw more adapters.
+class Source:
+    """Where further adapters of a task come from.
 
     Attributes:
-        start: adapter to refine. draw: prompt-batch number -> (adapter, prompt indices). texts: unlabelled prompts as
-        the model reads them. pooled: (prompts, d) their embeddings. embed: texts -> (n, d). bounds: cfg.strategies.
+        draw: prompt-batch number -> (adapter, indices of the prompts it was generated from).
+        texts: the unlabelled prompts as the model reads them.
+        pooled: (prompts, d) their embeddings.
+        embed: texts -> (n, d) embeddings.
     """
 
-    name: str
-    lm: scoring.LM
-    start: Adapter
     draw: Callable[[int], tuple[Adapter, np.ndarray]]
     texts: list[str]
     pooled: Tensor
     embed: Callable[[list[str]], Tensor]
+
+
+@dataclass
+class Target:
+    """A task as the strategies see it.
+
+    Attributes:
+        start: the adapter to refine.
+        bounds: the section `strategies`.
+        source: where further adapters come from; None for a baseline's start, which only SFT refines.
+        cache: scores of drawn adapters, so that ensembles share them.
+    """
+
+    name: str
+    lm: LM
+    start: Adapter
     bounds: object
     seed: int
+    source: Source | None = None
     cache: dict = field(default_factory=dict)
+
+
+@dataclass
+class Router:
+    """Chooses an adapter per question: the one whose prompts lie nearest.
+
+    Attributes: batches: per adapter (n, d), the embeddings of its prompts. embed: texts -> (n, d).
+    """
+
+    batches: list[Tensor]
+    embed: Callable[[list[str]], Tensor]
 
 
 @dataclass
 class Refined:
     """What a strategy made: one adapter, or several with a way to combine them, or latent steering on top.
 
-    Attributes: combine: "" for one adapter, else a TTS method. prompts: prompt indices per adapter, for routing.
+    Attributes: combine: "" for one adapter, else a TTS method. router: of a method that routes.
     """
 
     adapters: list[Adapter]
     combine: str = ""
     slot: tuple[int, float] | None = None
-    prompts: list[np.ndarray] = field(default_factory=list)
+    router: Router | None = None
     notes: dict = field(default_factory=dict)
 
 
@@ -266,8 +293,13 @@ def execute(target: Target, strategy: Strategy, labelled: list[Example] = ()) ->
         lam = strategy["lambda"]
         return Refined([mix_subspaces(target.start, lam, target.bounds.mix)])
     if strategy.family == "TTS":
-        draws = [target.draw(b) for b in range(strategy["num_prompt_batches"])]
-        return Refined([a for a, _ in draws], strategy["method"], prompts=[i for _, i in draws])
+        source = target.source
+        draws = [source.draw(batch) for batch in range(strategy["num_prompt_batches"])]
+        adapters = [adapter for adapter, _ in draws]
+        if strategy["method"] not in ROUTERS:
+            return Refined(adapters, strategy["method"])
+        batches = [source.pooled[torch.as_tensor(index)] for _, index in draws]
+        return Refined(adapters, strategy["method"], router=Router(batches, source.embed))
     if strategy.family == "Latent":
         return Refined([target.start], slot=(strategy["slot_steps"], strategy["slot_lr"]))
     if strategy.family == "SFT":
@@ -282,36 +314,55 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
     lambda * exp(nll - threshold) where nll > threshold, else 0, detached; mean over the selected prompts. Continues
     from the generated adapter; one step is one update.
     """
-    lm, b, size = target.lm, target.bounds, strategy["batch_size"]
-    order = np.arange(len(target.texts))
+    lm = target.lm
+    bounds = target.bounds
+    texts = target.source.texts
+    steps = strategy["ttl_steps"]
+    size = strategy["batch_size"]
+
+    # the prompts in order or shuffled once, repeated as often as the steps need
+    order = np.arange(len(texts))
     if strategy["shuffle_data"]:
         order = runtime.rng_for(target.seed, "ttt", target.name).permutation(order)
-    index = np.resize(order, strategy["ttl_steps"] * size).reshape(-1, size)
-    row = functools.cache(lambda i: scoring.prompt_row(lm, target.texts[i]))
-    selected = []
+    batches = np.resize(order, steps * size).reshape(-1, size)
 
-    def loss_fn(batch):
-        parts = scoring.parts_of(lm, [row(i) for i in batch], all_scored=True)
-        for part in parts:
-            nll = scoring.prompt_nll(lm, part)
-            gate = (
-                nll.detach() > b.ttl_threshold
-                if b.ttl_threshold
-                else torch.ones_like(nll, dtype=torch.bool)
-            )
-            n = int(gate.sum())
-            selected.append(n)
-            if n:
-                weight = b.ttl_lambda * torch.exp(nll.detach() - b.ttl_threshold)
-                total = (weight * nll)[gate].sum()
-                yield (total / n, 1) if len(parts) == 1 else (total, n)
-            else:
-                del nll  # its graph, before the next part's
+    rows: dict[int, Row] = {}
+    selected: list[int] = []
+    with AdapterTrainer(lm.model, lm.layout, target.start) as trainer:
+        for batch in batches:
+            for i in batch:
+                if i not in rows:
+                    rows[i] = scoring.prompt_row(lm, texts[i])
+            losses = _surprise_losses(lm, [rows[i] for i in batch], bounds, selected)
+            loss = trainer.backward(losses)
+            if loss is None:  # no prompt of the batch passes the gate
+                continue
+            if not math.isfinite(loss):
+                raise FloatingPointError("test-time training")
+            trainer.step(strategy["learning_rate"])
+    notes = {"selected": sum(selected), "seen": batches.size}
+    return Refined([trainer.adapter()], notes=notes)
 
-    adapter = lora.train_adapter(
-        lm.model, lm.layout, target.start, index, loss_fn, lr=lambda s: strategy["learning_rate"]
-    )
-    return Refined([adapter], notes={"selected": sum(selected), "seen": index.size})
+
+def _surprise_losses(lm: LM, rows: list[Row], bounds, selected: list[int]):
+    """Yield (weighted sum, count) of the prompts above the threshold, in parts that fit the memory.
+
+    Their numbers are appended to `selected`.
+    """
+    parts = scoring.parts_of(lm, rows, all_scored=True)
+    for part in parts:
+        nll = scoring.prompt_nll(lm, part)
+        gate = torch.ones_like(nll, dtype=torch.bool)
+        if bounds.ttl_threshold:
+            gate = nll.detach() > bounds.ttl_threshold
+        count = int(gate.sum())
+        selected.append(count)
+        if not count:
+            del nll  # its graph, before the next part's
+            continue
+        weight = bounds.ttl_lambda * torch.exp(nll.detach() - bounds.ttl_threshold)
+        total = (weight * nll)[gate].sum()
+        yield (total / count, 1) if len(parts) == 1 else (total, count)
 
 
 def mix_subspaces(adapter: Adapter, lam: float, mode: str) -> Adapter:
@@ -358,31 +409,34 @@ def train_on_support(
     are the training of s steps, so one trajectory yields every step count in `at_steps` exactly.
     Returns: {steps: adapter} for `sft_steps` and `at_steps`.
     """
-    lm, steps, size = target.lm, strategy["sft_steps"], min(strategy["batch_size"], len(labelled))
-    rows = [scoring.make_row(lm, e) for e in labelled]
-    rng = runtime.rng_for(target.seed, "sft", target.name, len(labelled), size)
-    share, plain = strategy["init_scale"], lora.init_adapter(lm.layout, target.seed)
+    lm = target.lm
+    steps = strategy["sft_steps"]
+    size = min(strategy["batch_size"], len(labelled))
+
+    # the start: a share of the target's adapter, the rest plain
+    share = strategy["init_scale"]
+    plain = lora.init_adapter(lm.layout, target.seed)
     start = {k: share * v + (1 - share) * plain[k] for k, v in target.start.items()}
-    order = np.concatenate(
-        [rng.permutation(len(rows)) for _ in range(1 + steps * size // len(rows))]
-    )
+
+    # whole passes over the examples, each shuffled anew
+    rows = [scoring.make_row(lm, example) for example in labelled]
+    rng = runtime.rng_for(target.seed, "sft", target.name, len(labelled), size)
+    passes = 1 + steps * size // len(rows)
+    order = np.concatenate([rng.permutation(len(rows)) for _ in range(passes)])
+
     loss_fn = scoring.choice_loss if strategy["loss"] == "choice" else scoring.lm_loss
-    out: dict[int, Adapter] = {}
-
-    def on_step(s, loss, snapshot):
-        if s + 1 == steps or s + 1 in at_steps:
-            out[s + 1] = snapshot()
-
-    lora.train_adapter(
-        lm.model,
-        lm.layout,
-        start,
-        order[: steps * size].reshape(steps, size),
-        lambda batch: scoring.loss_in_parts(lm, [rows[i] for i in batch], loss_fn),
-        lr=lambda s: strategy["learning_rate"] * min(1.0, (s + 1) / 3),
-        on_step=on_step,
-    )
-    return out
+    trained: dict[int, Adapter] = {}
+    with AdapterTrainer(lm.model, lm.layout, start) as trainer:
+        for step in range(steps):
+            batch = [rows[i] for i in order[step * size : (step + 1) * size]]
+            loss = trainer.backward(scoring.loss_in_parts(lm, batch, loss_fn))
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"at step {step + 1}")
+            # two steps of warm-up
+            trainer.step(strategy["learning_rate"] * min(1.0, (step + 1) / 3))
+            if step + 1 == steps or step + 1 in at_steps:
+                trained[step + 1] = trainer.adapter()
+    return trained
 
 
 def execute_finite(target: Target, strategy: Strategy, support: list) -> Refined:
@@ -391,7 +445,7 @@ def execute_finite(target: Target, strategy: Strategy, support: list) -> Refined
         return execute(target, strategy, support)
     except FloatingPointError as e:
         raise UserError(
-            f"{target.name}: the loss of {strategy} is not finite at step {e.args[0] + 1}; lower the rate "
+            f"{target.name}: the loss of {strategy} is not finite ({e}); lower the rate "
             "(strategies.max_sft_lr, strategies.proposal_grid or baselines.sft)"
         ) from None
 
@@ -399,28 +453,32 @@ def execute_finite(target: Target, strategy: Strategy, support: list) -> Refined
 # ------------------------------------------------------------------------------------------------------------ scoring
 
 
-def score_refined(target: Target, refined: Refined, examples: list[Example]) -> list[Scores]:
-    """Score examples with what a strategy made."""
-    lm = target.lm
-    if refined.combine in ROUTERS:
-        choice = route(
-            target, refined, [scoring.input_text(lm, e) for e in examples]
-        )  # as the prompts it compares with
-        out: list[Scores] = [None] * len(examples)
-        for i, adapter in enumerate(refined.adapters):  # grouped by adapter: one swap per group
-            group = [j for j, c in enumerate(choice) if c == i]
-            if group:
-                for j, s in zip(
-                    group,
-                    scoring.score_examples(lm, adapter, [examples[j] for j in group]),
-                    strict=True,
-                ):
-                    out[j] = s
-        return out
-    return pool_scores(
-        [_score_cached(target, a, examples, refined.slot) for a in refined.adapters],
-        refined.combine,
-    )
+def score_refined(
+    lm: LM, refined: Refined, examples: list[Example], cache: dict | None = None
+) -> list[Scores]:
+    """Score examples with what a strategy made.
+
+    Args: cache: scores of adapters that several ensembles share.
+    """
+    if refined.router is None:
+        each = [
+            _score_cached(lm, adapter, examples, refined.slot, cache)
+            for adapter in refined.adapters
+        ]
+        return pool_scores(each, refined.combine)
+
+    # routed: questions grouped by their adapter, so that each adapter is swapped in once
+    texts = [scoring.input_text(lm, example) for example in examples]
+    choice = route(refined, texts)
+    scores: list[Scores | None] = [None] * len(examples)
+    for number, adapter in enumerate(refined.adapters):
+        group = [i for i, chosen in enumerate(choice) if chosen == number]
+        if not group:
+            continue
+        found = scoring.score_examples(lm, adapter, [examples[i] for i in group])
+        for i, score in zip(group, found, strict=True):
+            scores[i] = score
+    return scores
 
 
 def pool_scores(each: list[list[Scores]], method: str) -> list[Scores]:
@@ -433,31 +491,32 @@ def pool_scores(each: list[list[Scores]], method: str) -> list[Scores]:
     ]
 
 
-def _score_cached(target: Target, adapter: Adapter, examples: list[Example], slot) -> list[Scores]:
+def _score_cached(
+    lm: LM, adapter: Adapter, examples: list[Example], slot, cache: dict | None
+) -> list[Scores]:
     """Drawn adapters are scored once per example set, however many ensembles share them."""
-    key = (id(adapter), slot, tuple(e.id for e in examples))
-    if key not in target.cache:
-        target.cache[key] = (
-            adapter,
-            scoring.score_examples(target.lm, adapter, examples, slot=slot),
-        )
-    return target.cache[key][1]
+    if cache is None:
+        return scoring.score_examples(lm, adapter, examples, slot=slot)
+    key = (id(adapter), slot, tuple(example.id for example in examples))
+    if key not in cache:
+        # the adapter is kept beside its scores, so that its id stays its own
+        cache[key] = adapter, scoring.score_examples(lm, adapter, examples, slot=slot)
+    return cache[key][1]
 
 
-def route(target: Target, refined: Refined, texts: list[str]) -> list[int]:
-    """Adapter per question: the prompt batch nearest to it in Euclidean distance (paper D, footnote 6).
+def route(refined: Refined, texts: list[str]) -> list[int]:
+    """Adapter per question: the prompt batch nearest to it in Euclidean distance (DeGAML, footnote 6).
 
-    avg_sim_score (M1): mean distance to the batch's prompts. avg_prompt_embed (M2): distance to their mean embedding.
+    avg_sim_score (M1): mean distance to the batch's prompts.
+    avg_prompt_embed (M2): distance to their mean embedding.
     """
-    q = target.embed(texts)
+    questions = refined.router.embed(texts)
     distances = []
-    for index in refined.prompts:
-        p = target.pooled[torch.as_tensor(index)]
-        distances.append(
-            torch.cdist(q, p).mean(1)
-            if refined.combine == "avg_sim_score"
-            else (q - p.mean(0)).norm(dim=1)
-        )
+    for batch in refined.router.batches:
+        if refined.combine == "avg_sim_score":
+            distances.append(torch.cdist(questions, batch).mean(1))
+        else:
+            distances.append((questions - batch.mean(0)).norm(dim=1))
     return torch.stack(distances).argmin(0).tolist()
 
 
