@@ -86,7 +86,7 @@ DISK_FAULTS = (
 
 
 def run_stage(name: str, run: Run) -> dict:
-    """Run one stage on every rank; keep its seconds and rank 0's peak memory in stages/<name>.json."""
+    """Run one stage on every rank; keep its seconds and peak memory in stages/<name>.json."""
     began = time.monotonic()
     own_task_given = name == "adapt" and run.cfg.task
     stage = own_task.adapt_own if own_task_given else STAGES[name]

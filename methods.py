@@ -35,7 +35,7 @@ class Method:
     Attributes:
         id: the name in YAML and in paths.
         label: the name in tables and figures.
-        color, marker: of matplotlib; the colours are Okabe and Ito's, safe for colour-blind readers.
+        color, marker: of matplotlib; Okabe and Ito's colours, for colour-blind readers too.
         start: the adapter the method begins from.
         families: the strategy families its policy may propose; () where no policy proposes.
         domain: both, or id where only training tasks have it.
@@ -95,7 +95,7 @@ NEEDS_NO_LABELS = ("base", "generator", "mean", "wrong_prompts", "aligned")
 
 
 def families_of(method: str, wanted: list[str]) -> list[str]:
-    """The families a method's policy may propose: its own that `policy.families` lists; SFT last."""
+    """The families a method's policy may propose: its own in `policy.families`, then SFT."""
     own = METHODS[method].families
     chosen = [family for family in wanted if family in own and family != "SFT"]
     return [*chosen, "SFT"] if "SFT" in own else chosen

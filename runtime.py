@@ -1,7 +1,12 @@
-"""The run folder, its DONE records, atomic writes, seeds, ranks and progress: what every stage needs and none owns.
+"""The run folder: units of work and their records, whole files, ranks, seeds and progress.
 
-A unit of work (one task, one left-out set) is finished when its folder holds DONE.json, written last. Ranks started by
-torchrun take units from one shared counter, longest first, so they change how soon a run ends and nothing else.
+A unit of work is one task or one left-out set. It is finished when its folder holds DONE.json,
+which is written last. Ranks started by torchrun take units from one shared counter, longest first,
+so that they change how soon a run ends and nothing else.
+
+A process may be killed at any moment. A file is written under another name and then renamed, so it
+is there whole or not at all. The same command then continues: it does the unfinished unit again,
+a generator from its last save.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,42 +38,30 @@ import config
 import methods
 from config import Config, UserError
 
-# What a stage's output depends on. Keys that only choose *which* units are worked on are left out.
+# The keys that a stage's output depends on, by section or by name.
 _DATA = ["seed", "dtype", "model", "data"]
-_ADAPTER = ["model.name", "model.revision", "model.rank", "model.alpha", "model.modules"]
+_GENERATED = [*_DATA, "collect", "generator"]
+_SEARCHED = [*_GENERATED, "strategies", "policy"]
 DEPENDS = {
-    "collect": ["seed", "dtype", *_ADAPTER, "data", "collect"],
+    # a token's width does not matter to a checkpoint
+    "collect": [
+        *("seed", "dtype", "data", "collect", "model.name", "model.revision"),
+        *("model.rank", "model.alpha", "model.modules"),
+    ],
     "prompts": [
-        "seed",
-        "model.name",
-        "model.revision",
-        "data",
-        "generator.encoder",
-        "generator.max_length",
+        *("seed", "data", "model.name", "model.revision"),
+        *("generator.encoder", "generator.max_length"),
     ],
-    "generator": [*_DATA, "collect", "generator"],
-    "rewards": [
-        *_DATA,
-        "collect",
-        "generator",
-        "strategies.ttl_threshold",
-        "strategies.ttl_lambda",
-        "strategies.mix",
-        "policy.folds",
-        "evaluate.metric",
-    ],
-    "policy": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
-    "adapt": [*_DATA, "collect", "generator", "strategies", "policy", "evaluate.metric"],
-    "align": [*_DATA, "collect", "generator", "align"],
+    "generator": _GENERATED,
+    "align": [*_GENERATED, "align"],
+    "policy": [*_SEARCHED, "evaluate.metric"],
+    "adapt": [*_SEARCHED, "evaluate.metric"],
     "baselines": [*_DATA, "collect", "baselines"],
-    "evaluate": [
-        *_DATA,
-        "data.skip_test",
-        "collect",
-        "generator",
-        "strategies",
-        "policy",
-        "evaluate",
+    "evaluate": [*_SEARCHED, "data.skip_test", "evaluate"],
+    # what a strategy makes of a support set, whoever proposed it
+    "rewards": [
+        *(*_GENERATED, "policy.folds", "evaluate.metric"),
+        *("strategies.ttl_threshold", "strategies.ttl_lambda", "strategies.mix"),
     ],
 }
 # What a method's adapters and scores depend on besides.
@@ -76,7 +70,7 @@ METHOD_DEPENDS = {
     "no_meta": ["baselines.sft"],
     **dict.fromkeys(methods.ALIGNED, ["align"]),
 }
-# Keys that choose which units are worked on; they change no unit, unless named above.
+# Keys that choose which units are worked on. They change no unit, unless DEPENDS names them.
 _CHOICES = (
     "data.test_tasks",
     "data.targets",
@@ -84,6 +78,7 @@ _CHOICES = (
     "evaluate.methods",
     "generator.save_every",
 )
+_LOG_EVERY_S = 15
 
 
 @dataclass
@@ -91,8 +86,13 @@ class Run:
     """One run folder as seen by one rank.
 
     Attributes:
-        path: the folder. cfg: the validated configuration. rank, world: of torchrun, 0 and 1 without it.
+        path: the folder.
+        cfg: the validated configuration.
+        rank, world: of torchrun; 0 and 1 without it.
         device, dtype: of the frozen base model.
+        store: what the ranks count units in; None for a single rank.
+        quiet: log to the file alone.
+        cache: base model, encoder and tasks, loaded once per process.
     """
 
     path: Path
@@ -101,15 +101,13 @@ class Run:
     world: int = 1
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    store: object = None
+    store: dist.Store | None = None
     quiet: bool = False
-    cache: dict = field(
-        default_factory=dict
-    )  # the base model, tokenizer and tasks, loaded once per process
+    cache: dict = field(default_factory=dict)
     _deals: int = 0
 
     def log(self, text: str, every_rank: bool = False) -> None:
-        """Print a line and append it to log.txt (rank 0, unless `every_rank`)."""
+        """Print a line and append it to log.txt: on rank 0, or on every rank."""
         if self.rank and not every_rank:
             return
         line = f"[{self.rank}] {text}" if self.world > 1 and every_rank else text
@@ -120,183 +118,160 @@ class Run:
             f.write(f"{datetime.datetime.now():%H:%M:%S} {line}\n")
 
     def metric(self, **row) -> None:
-        """Append one flat object to metrics.jsonl; a single write, so that ranks do not tear each other's lines."""
-        if self.cfg.task:  # the curves are the run's
+        """Append one flat object to metrics.jsonl. One write, so ranks do not tear lines apart."""
+        if self.cfg.task:  # the curves are of the run, not of what is later done with it
             return
         with open(self.path / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
 
-    def track(self, items, label: str, total: int | None = None):
-        """Iterate with a progress bar on a terminal, or a line with an ETA every 15 s in a log."""
-        total = len(items) if total is None else total
-        bar = sys.stderr.isatty() and self.rank == 0
-        start = last = time.monotonic()
-        for i, item in enumerate(
-            tqdm(items, desc=label, total=total, leave=False) if bar else items
-        ):
-            yield item
-            if bar:
-                continue
-            now = time.monotonic()
-            if now - last > 15 and i + 1 < total:
-                last = now
-                eta = (now - start) / (i + 1) * (total - i - 1)
-                self.log(
-                    f"{label} {i + 1}/{total} {100 * (i + 1) / total:.0f}% | eta {eta / 60:.1f}m",
-                    True,
-                )
+    def track(self, items, label: str) -> Iterator:
+        """Iterate with a progress bar on a terminal, or with a line and an ETA now and then."""
+        if sys.stderr.isatty() and self.rank == 0:
+            yield from tqdm(items, desc=label, leave=False)
+            return
 
-    def deal(self, units: list):
-        """Yield the units this rank should do. Units are given longest first; every rank passes the same list."""
+        total = len(items)
+        began = time.monotonic()
+        logged = began
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if now - logged < _LOG_EVERY_S or done == total:
+                continue
+            logged = now
+            eta = (now - began) / done * (total - done)
+            self.log(f"{label} {done}/{total} {done / total:.0%} | eta {eta / 60:.1f}m", True)
+
+    def deal(self, units: list) -> Iterator:
+        """Yield the units that this rank should do.
+
+        Args: units: longest first; every rank passes the same list.
+        """
         self._deals += 1
         if self.store is None:
             yield from units
             return
-        while (i := self.store.add(f"deal/{self._deals}", 1) - 1) < len(units):
-            yield units[i]
+        counter = f"deal/{self._deals}"
+        while True:
+            taken = self.store.add(counter, 1)  # counts from 1, one number per call
+            if taken > len(units):
+                break
+            yield units[taken - 1]
         self.barrier()
 
     def barrier(self) -> None:
+        """Wait for the other ranks."""
         if self.world > 1:
             dist.barrier()
 
     def finished(self, folder: str, stage: str, method: str = "", redo: bool = True) -> bool:
-        """Is this unit (of a method, where its stage makes several) done under the present configuration?
+        """Is this unit (of a method, where its stage makes several) done as configured now?
 
         Args: redo: may `overwrite` clear it? Not where a stage only reads it.
-        Raises: UserError: it is done under another one; the changed keys are named.
+        Raises: UserError: it is done under another configuration; the changed keys are named.
         """
         path = self.path / folder
         if not (path / "DONE.json").is_file():
             return False
+
         made = read_json(path / "DONE.json").get("config", {})
         now = fingerprint(self.cfg, stage, method, path.name)
-        changed = sorted(
-            k for k in made | now if made.get(k) != now.get(k) and (k in now or k not in _CHOICES)
-        )
+        changed = []
+        for key in sorted(made | now):
+            only_a_choice = key in _CHOICES and key not in now
+            if made.get(key) != now.get(key) and not only_a_choice:
+                changed.append(key)
         if not changed:
             return True
+
         if self.cfg.overwrite and redo:
             shutil.rmtree(path)
             return False
-        shown = "; ".join(f"{k}: {made.get(k)!r} -> {now.get(k)!r}" for k in changed[:6])
+        shown = "; ".join(f"{key}: {made.get(key)!r} -> {now.get(key)!r}" for key in changed[:6])
         how = "the old values, or overwrite=true to redo it" if redo else "or the old values"
         raise UserError(
-            f"{path} was made with another configuration ({shown}); use another folder (run=...), {how}"
+            f"{path} was made with another configuration ({shown}); "
+            f"use another folder (run=...), {how}"
         )
 
     def finish(
-        self, folder: str, stage: str, started: float, method: str = "", ranks: int = 1, **facts
+        self, folder: str, stage: str, began: float, method: str = "", ranks: int = 1, **facts
     ) -> None:
-        """Record a unit as done: configuration, seconds of all the ranks that worked on it, and whatever the stage
-        wants kept."""
-        write_json(
-            self.path / folder / "DONE.json",
-            {
-                "stage": stage,
-                "seconds": round(ranks * (time.monotonic() - started), 2),
-                **facts,
-                **({"ranks": ranks} if ranks > 1 else {}),
-                **(
-                    {"own_task": True} if self.cfg.task else {}
-                ),  # no part of what the run's own tasks cost
-                "config": fingerprint(self.cfg, stage, method, Path(folder).name),
-            },
-        )
+        """Record a unit as done.
+
+        Args:
+            began: time.monotonic() when it was begun.
+            ranks: how many worked on it together; the record counts the seconds of all.
+            facts: whatever the stage wants kept.
+        """
+        record = {"stage": stage, "seconds": round(ranks * (time.monotonic() - began), 2), **facts}
+        if ranks > 1:
+            record["ranks"] = ranks
+        if self.cfg.task:
+            record["own_task"] = True  # it is no part of what the run cost
+        record["config"] = fingerprint(self.cfg, stage, method, Path(folder).name)
+        write_json(self.path / folder / "DONE.json", record)
 
 
 def fingerprint(cfg: Config, stage: str, method: str = "", unit: str = "") -> dict:
-    """The flat keys a stage's output depends on.
+    """The flat keys that a stage's output depends on, with their values.
 
-    Of the maps by task only the entries of the meta-training tasks and of `unit`, so that a run takes in tasks it was
-    not told of when it began; of a user's file its content counts.
+    Of the maps by task only the entries of the training tasks and of `unit` count, so that a run
+    takes in tasks that it was not told of when it began. Of a user's file its content counts.
     """
-    keys = DEPENDS[stage] + METHOD_DEPENDS.get(method, [])
-    out = {
-        k: v
-        for k, v in config.flatten(cfg.model_dump()).items()
-        if (k not in _CHOICES or k in keys) and any(k == p or k.startswith(p + ".") for p in keys)
-    }
-    for k in out.keys() & {"data.jsonl", "data.hub", "data.columns"}:
-        out[k] = {
-            t: v if k == "data.columns" else _content(v)
-            for t, v in out[k].items()
-            if t == unit or t in cfg.data.train_tasks
-        }
-    return out
+    wanted = DEPENDS[stage] + METHOD_DEPENDS.get(method, [])
+    found = {}
+    for key, value in config.flatten(cfg.model_dump()).items():
+        named = [name for name in wanted if key == name or key.startswith(name + ".")]
+        if named and (key not in _CHOICES or key in wanted):
+            found[key] = value
+
+    tasks = {unit, *cfg.data.train_tasks}
+    for key in found.keys() & {"data.jsonl", "data.hub"}:
+        found[key] = {task: _content(at) for task, at in found[key].items() if task in tasks}
+    if "data.columns" in found:
+        columns = found["data.columns"].items()
+        found["data.columns"] = {task: names for task, names in columns if task in tasks}
+    return found
 
 
 def _content(source: str) -> str:
-    """What a file, a {split} pair of files or a folder holds, eight digits each; the name itself of what is none."""
-    files = (
-        [Path(source.replace("{split}", s)) for s in ("train", "test")]
-        if "{split}" in source
-        else [Path(source)]
-    )
+    """Eight digits for the content of each file behind a source; its own name if there is none.
+
+    Args: source: a file, a pair of files with {split} in the name, a folder, or a hub id.
+    """
+    splits = ("train", "test") if "{split}" in source else ("",)
+    files = [Path(source.replace("{split}", split)) for split in splits]
     if files[0].is_dir():
-        files = sorted(f for f in files[0].rglob("*") if f.is_file())
-    return (
-        " ".join(_digest(f, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
-        or source
-    )
+        files = sorted(files[0].rglob("*"))
+    digests = []
+    for file in files:
+        if file.is_file():
+            facts = file.stat()
+            digests.append(_digest(file, facts.st_mtime_ns, facts.st_size))
+    return " ".join(digests) or source
 
 
 @functools.cache
 def _digest(path: Path, changed: int, size: int) -> str:
-    """Asked for each time a unit is looked up: read again only where the file has changed."""
+    """Asked for each time a unit is looked up, so a file is read again only when changed."""
     return sha256(path)[:8]
 
 
 def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
     """Open (or make) the run folder, join torchrun's ranks, choose device and dtype.
 
-    Raises: UserError: the folder cannot be written, or another process works in it.
+    Raises: UserError: the folder cannot be written, another process works in it, or a rank finds
+        no GPU of its own.
     """
     path = Path(cfg.run)
-    rank, world, store = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = _pick_device(cfg.device)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / ".lock")
-        if rank == 0:
-            lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"run={path}: another process is working in this folder; wait for it, or use run=..."
-        ) from None
-    except OSError as e:
-        raise UserError(
-            f"run={path}: cannot write there ({e.strerror}); name a writable folder"
-        ) from None
-    local = int(os.environ.get("LOCAL_RANK", rank))
-    if device == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(
-            f"rank {local} finds {torch.cuda.device_count()} GPU(s): start one rank per GPU (make … NPROC="
-            f"{torch.cuda.device_count()}, torchrun --nproc-per-node), or use device=cpu"
-        )
+    lock = _lock_folder(path, rank)
+    store = None
     if world > 1:
-        store, rank, world = next(dist.rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # the agent's store survives a restart, and with it what the dead ranks wrote; the count is each agent's
-            # own, so several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (slurm.sh) and get a new store instead
-            store = dist.PrefixStore(
-                f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-            )
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        if device == "cuda":
-            torch.cuda.set_device(local)
-            # torchrun's one thread a rank suits ranks that compute on the CPU
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
-        dist.init_process_group(
-            "gloo" if device == "cpu" else "nccl",
-            store=store,
-            rank=rank,
-            world_size=world,
-            timeout=datetime.timedelta(days=2),
-            device_id=torch.device("cuda", local) if device == "cuda" else None,
-        )
-        if device == "cpu":
-            _pin(local, beside)
+        store, rank, world = _join_ranks(rank, world, device)
     run = Run(path, cfg, rank, world, device, _pick_dtype(cfg.dtype, device), store)
     run.cache["lock"] = lock  # held as long as the run lives
     if rank == 0:
@@ -304,19 +279,74 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
     return run
 
 
+def _lock_folder(path: Path, rank: int) -> FileLock:
+    """Make the folder; rank 0 locks it. The system lets the lock go when the process ends."""
+    lock = FileLock(path / ".lock")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"run={path}: another process is working in this folder; wait for it, or use run=..."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"run={path}: cannot write there ({error.strerror}); name a writable folder"
+        ) from None
+    return lock
+
+
+def _join_ranks(rank: int, world: int, device: str) -> tuple[dist.Store, int, int]:
+    """Join the ranks that torchrun started. Returns: (their store, this rank, their number)."""
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    if device == "cuda" and local >= torch.cuda.device_count():
+        have = torch.cuda.device_count()
+        raise UserError(
+            f"rank {local} finds {have} GPU(s): start one rank per GPU (make … NPROC={have}, "
+            "torchrun --nproc-per-node), or use device=cpu"
+        )
+
+    store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The agent's store outlives a restart, and so do the dead ranks' counts in it. Its number
+        # of restarts is known to one agent only: several nodes set
+        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (slurm.sh) and get a new store instead.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    gpu = None
+    if device == "cuda":
+        gpu = torch.device("cuda", local)
+        torch.cuda.set_device(local)
+        # torchrun gives a rank one thread, which suits ranks that compute on the CPU
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(days=2),  # ranks wait for the longest unit of another
+        device_id=gpu,
+    )
+    if device == "cpu":
+        _pin(local, beside)
+    return store, rank, world
+
+
 def _describe(run: Run, stage: str, argv: list[str]) -> None:
-    if (
-        not run.cfg.task and stage not in config.ASIDE
-    ):  # what made the results, not what was done with them
-        if not (
-            run.path / "config.yaml"
-        ).exists():  # a command that is refused must not redescribe the folder
+    """Say what begins, and keep how the results were made."""
+    makes_results = not run.cfg.task and stage not in config.ASIDE
+    if makes_results:
+        # a command that is refused later must not describe the folder anew
+        if not (run.path / "config.yaml").exists():
             write_config(run)
         with open(run.path / "command.txt", "a") as f:
             f.write("python degaml.py " + " ".join(argv) + "\n")
         write_json(run.path / "env.json", environment(run))
     run.log(
-        f"{run.cfg.name}: stage {stage} | {run.device} {str(run.dtype)[6:]} | {run.world} rank(s) x "
+        f"{run.cfg.name}: stage {stage} | {run.device} {_dtype_name(run)} | {run.world} rank(s) x "
         f"{torch.get_num_threads()} thread(s) | run folder {run.path}"
     )
     with open(run.path / "log.txt", "a") as f:
@@ -326,20 +356,31 @@ def _describe(run: Run, stage: str, argv: list[str]) -> None:
 def record_stage(run: Run, name: str, took: float, summary: dict) -> None:
     """Keep what a stage took in stages/<name>.json, and say it.
 
-    Seconds are the sum over the records of its finished units, on all ranks, so that neither a rerun nor an
-    interruption changes them; `took` counts where a stage has no units.
+    Its seconds are those of its finished units on all ranks. So neither a rerun nor an interruption
+    changes them. A stage without units is counted by `took`.
     """
     seconds = 0.0
-    for done in run.path.glob("**/DONE.json"):
-        record = read_json(done)
-        if record["stage"] == name and not record.get("own_task"):
+    for path in run.path.glob("**/DONE.json"):
+        record = read_json(path)
+        if _stage_of(path, record) == name and not record.get("own_task"):
             seconds += record["seconds"]
+
     path = run.path / f"stages/{name}.json"
-    before = read_json(path)["memory_gib"] if path.is_file() and not run.cfg.overwrite else 0.0
-    memory = max(before, peak_memory(run.device))
+    memory = peak_memory(run.device)
+    if path.is_file() and not run.cfg.overwrite:
+        memory = max(memory, read_json(path)["memory_gib"])  # a rerun that skips needs less
     write_json(path, {"seconds": round(seconds or took, 1), "memory_gib": memory, **summary})
+
     shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()]
-    run.log(f"stage {name}: {took:.0f} s, {memory:.1f} GiB " + " ".join(shown))
+    run.log(f"stage {name}: {took:.0f} s, {memory:.1f} GiB {' '.join(shown)}")
+
+
+def _stage_of(path: Path, record: dict) -> str:
+    """The stage that made a unit, from its DONE.json."""
+    method = path.parent.parent.name
+    if record["stage"] == "adapt" and method in methods.BASELINES:
+        return "baselines"
+    return {"prompts": "generator"}.get(record["stage"], record["stage"])
 
 
 def write_config(run: Run) -> None:
@@ -352,14 +393,6 @@ def environment(run: Run) -> dict:
     import peft
     import transformers
 
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in _lines("/proc/cpuinfo")
-            if line.startswith("model name")
-        ),
-        "",
-    )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -367,66 +400,77 @@ def environment(run: Run) -> dict:
         "peft": peft.__version__,
         "numpy": np.__version__,
         "machine": platform.machine(),
-        "cpu": cpu,
+        "cpu": _cpu_facts("model name"),
         "cores": os.cpu_count(),
         "ranks": run.world,
         "device": run.device,
-        "dtype": str(run.dtype)[6:],
+        "dtype": _dtype_name(run),
     }
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+def _dtype_name(run: Run) -> str:
+    return str(run.dtype).removeprefix("torch.")
 
 
-def to_device(x: torch.Tensor, device) -> torch.Tensor:
+def _cpu_facts(field_name: str) -> str:
+    """A field of the first processor in /proc/cpuinfo; "" where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(field_name):
+                return line.split(":", 1)[1].strip()
+    return ""
+
+
+def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
     """A CPU tensor on its way; from pinned memory the copy to a GPU does not stop the host."""
-    return (
-        x.pin_memory().to(device, non_blocking=True)
-        if torch.device(device).type == "cuda"
-        else x.to(device)
-    )
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def peak_memory(device: str) -> float:
-    """GiB this process has held at most: allocated on its GPU since the last call; on a CPU resident since it began."""
-    if device != "cuda":
-        kilobyte = 1 if sys.platform == "darwin" else 1024  # the unit differs
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**30, 2)
-    most = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return round(most, 2)
+    """GiB that this process has held at most.
+
+    On a GPU: allocated there since the last call. On a CPU: resident since the process began.
+    """
+    if device == "cuda":
+        most = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, else KiB
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return round(most / 2**30, 2)
 
 
 def _pick_device(wish: str) -> str:
-    have = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """`auto`: the first of cuda, mps and cpu that is there. Raises: UserError."""
+    have = ["cpu"]
+    if torch.backends.mps.is_available():
+        have.insert(0, "mps")
+    if torch.cuda.is_available():
+        have.insert(0, "cuda")
     if wish == "auto":
-        return next(d for d in have if have[d])
-    if not have[wish]:
-        raise UserError(
-            f"device={wish}: not available here; legal: {[d for d in have if have[d]]} or auto"
-        )
+        return have[0]
+    if wish not in have:
+        raise UserError(f"device={wish}: not available here; legal: {have} or auto")
     return wish
 
 
 def _pick_dtype(wish: str, device: str) -> torch.dtype:
+    """`auto`: bfloat16 where the device multiplies it, else float32."""
     if wish != "auto":
         return getattr(torch, wish)
-    flags = " ".join(line for line in _lines("/proc/cpuinfo") if line.startswith("flags"))
+    flags = _cpu_facts("flags")
     native = device == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
     return torch.bfloat16 if native else torch.float32
 
 
 def _pin(rank: int, local_world: int) -> None:
-    """A rank's own share of the cores (measured 1.5x faster than two ranks that migrate), and no more threads than
-    cores: a thread that waits for a core its neighbour spins on made small steps ten times slower."""
+    """Keep a rank on its own share of the cores, with no more threads than cores.
+
+    Two ranks that migrate are 1.5 times slower. A thread that waits for a core on which its
+    neighbour spins makes small steps ten times slower. Both were measured.
+    """
     with contextlib.suppress(AttributeError, OSError):
         cores = sorted(os.sched_getaffinity(0))
         share = max(1, len(cores) // local_world)
@@ -442,23 +486,34 @@ def seed_for(*parts) -> int:
 
 
 def rng_for(*parts) -> np.random.Generator:
+    """A generator of random numbers with the seed of `seed_for`."""
     return np.random.default_rng(seed_for(*parts))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all: a temporary file in the same folder, then a rename."""
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, renamed at the end: the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+    with _whole(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_json(path: Path, value) -> None:
+    """A JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    """A JSON object per line, whole or not at all."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(path, "".join(lines))
 
 
 def read_json(path: Path):
@@ -467,47 +522,51 @@ def read_json(path: Path):
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage that makes it") from None
-    except ValueError as e:
-        raise UserError(f"{path}: damaged JSON ({e}); delete it and run the stage again") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path}: damaged JSON ({error}); delete it and run the stage again"
+        ) from None
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """All whole lines; a last line cut short by a kill is dropped, damage elsewhere is an error."""
-    # split at newlines alone: other separators may stand inside a text; damaged bytes become damaged JSON
+    """All whole lines. A last line cut short by a kill is dropped.
+
+    Raises: UserError: a damaged line before the last.
+    """
+    # split at newlines alone: other separators may stand inside a text; bytes that are no UTF-8
+    # become damaged JSON
     lines = Path(path).read_text(errors="replace").rstrip("\n").split("\n")
     rows = []
-    for i, line in enumerate(lines):
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError:
-            if i < len(lines) - 1:
-                raise UserError(
-                    f"{path}:{i + 1}: damaged JSON line; delete the file and run the stage again"
-                ) from None
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}:{number}: damaged JSON line; delete the file and run the stage again"
+            ) from None
     return rows
 
 
 def save_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """safetensors, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # through bytes: the library's own writer reports a full disk by an error type of its own, and makes files 0600
-    tmp.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata))
-    os.replace(tmp, path)
+    """A safetensors file, whole or not at all."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with _whole(path) as temporary:
+        # through bytes: the library's own writer reports a full disk by an error type of its own,
+        # and makes files that only their owner can read
+        temporary.write_bytes(save(contiguous, metadata))
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """npy, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(
-        tmp, "wb"
-    ) as f:  # numpy's own writer reports a full disk by an error without a number
-        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
+    """A npy file, whole or not at all."""
+    header = np.lib.format.header_data_from_array_1_0(array)
+    # numpy's own writer reports a full disk by an error without a number
+    with _whole(path) as temporary, open(temporary, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, header)
         f.write(np.ascontiguousarray(array).data)
-    os.replace(tmp, path)
 
 
 def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
@@ -516,10 +575,10 @@ def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
         raise UserError(f"{path}: no such file; run the stage that makes it")
     try:
         return np.load(path, mmap_mode=mmap_mode)
-    except (ValueError, OSError, EOFError) as e:
+    except (ValueError, OSError, EOFError) as error:
         raise UserError(
-            f"{path}: truncated or corrupt ({str(e)[:80]}); delete its folder and run the same command "
-            "again"
+            f"{path}: truncated or corrupt ({str(error)[:80]}); delete its folder and run the same "
+            "command again"
         ) from None
 
 
@@ -529,16 +588,14 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: no such file; run the stage that makes it")
     try:
         return load_file(path)
-    except Exception as e:  # safetensors raises its own types, none of them public
+    except Exception as error:  # safetensors raises its own types, none of them public
         raise UserError(
-            f"{path}: truncated or corrupt safetensors file ({str(e)[:80]}); delete its folder "
+            f"{path}: truncated or corrupt safetensors file ({str(error)[:80]}); delete its folder "
             "and run the same command again"
         ) from None
 
 
 def sha256(path: Path) -> str:
-    h = hashlib.sha256()
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            h.update(block)
-    return h.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()

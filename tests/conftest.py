@@ -344,12 +344,7 @@ def real_lm(assets):
 # --------------------------------------------------------------------------------------------- a whole tiny run
 
 # a choice that ties is taken too, so that more than one family ends up in the results
-LOOSE = [
-    "policy.select_margin=0",
-    "policy.sft_margin=0",
-    "policy.tie_reward=true",
-    "generator.steps=20",
-]
+LOOSE = ["policy.select_margin=0", "policy.sft_margin=0", "generator.steps=20"]
 FULL_RUN: dict = {}
 
 

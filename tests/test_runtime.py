@@ -146,9 +146,9 @@ def test_overwrite_removes_the_old_unit(tmp_path):
         ("collect", "model.rank=4"),
         ("prompts", "data.prompts_from=test"),
         ("generator", "generator.lr=1e-4"),
-        ("generator", "collect.clip=2"),
+        ("generator", "collect.warmup_steps=2"),
         ("policy", "policy.epochs=1"),
-        ("adapt", "strategies.mix=halves"),
+        ("adapt", "strategies.mix=magdir"),
         ("adapt", "evaluate.metric=raw"),
         ("evaluate", "evaluate.max_new_tokens=3"),
         ("evaluate", "evaluate.prompt_batches=7"),
@@ -372,7 +372,6 @@ def test_metrics_are_appended_as_whole_lines(tmp_path):
 
 
 def test_track_yields_every_item(tmp_path):
-    """Progress changes nothing about what is iterated; a generator needs its total."""
+    """Progress changes nothing about what is iterated."""
     run = make_run(tmp_path)
     assert list(run.track(range(5), "x")) == list(range(5))
-    assert list(run.track((i for i in range(3)), "x", total=3)) == [0, 1, 2]
