@@ -1,35 +1,42 @@
 # Thin: prints what it runs. On a CPU one rank per core with one thread each; ranks change speed only.
-CONFIG ?= configs/smollm2.yaml
+CONFIG  ?= configs/smollm2.yaml
+ARGS    ?=
+SEEDS   ?=
+METHODS ?= $(shell $(PYTHON) -c 'import methods; print("[" + ",".join(methods.REPRODUCED) + "]")')
+RESTARTS ?= 0
+PYTHON  ?= python3
+
 # ranks: one per GPU, else one per core, as long as each finds 6 GiB of memory and one of the twelve tasks
-NPROC  ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); if [ $$n -eq 0 ]; then n=$$(nproc 2>/dev/null || echo 1); \
+NPROC   ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); if [ $$n -eq 0 ]; then n=$$(nproc 2>/dev/null || echo 1); \
   m=$$(awk '/MemAvailable/ {print int($$2 / 6291456)}' /proc/meminfo 2>/dev/null || echo 12); \
   for c in $${m:-12} 12; do [ $$n -gt $$c ] && n=$$c; done; fi; [ $$n -gt 0 ] && echo $$n || echo 1)
-ARGS   ?=
-METHODS ?= [base,mean,wrong_prompts,own,generator,degaml,degaml_plus,no_meta,union,maml,maml_matched,abmll,aligned,tempo]
-PYTHON ?= python3
-PY      = .venv/bin/python
-RESTARTS ?= 0
+
+PY       = .venv/bin/python
+RUN      = runs/$(basename $(notdir $(CONFIG)))
+PIP      = $(PY) -m pip install --disable-pip-version-check -q
 TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --max-restarts=$(RESTARTS) --log-dir .cache/torchrun
 
-.PHONY: help install assets demo reproduce reproduce-all test reliability harness bench report lint clean
+.PHONY: help install assets demo reproduce reproduce-all test reliability harness bench report lint format clean
 
 help:
-	@echo "make demo       five minutes of the whole pipeline on a slice of the real data"
-	@echo "make reproduce  all twelve tasks with CONFIG=$(CONFIG)"
+	@echo "make demo           a slice of the real data through the whole pipeline"
+	@echo "make reproduce      all twelve tasks with CONFIG=$(CONFIG)"
 	@echo "make reproduce-all  the same with the baselines and TEMPO, in the same folder"
-	@echo "make report     tables, figures and report.html of a run, from stored results"
-	@echo "make test       the tests"
-	@echo "make bench      the hot paths beside Trainer + PEFT, lm-eval and plain loops (installs the peers)"
+	@echo "make report         tables, figures and report.html of a run, from stored results"
+	@echo "make test           the tests"
+	@echo "make lint           ruff: format and rules; make format applies them"
+	@echo "make bench          the hot paths beside Trainer + PEFT, lm-eval and plain loops (installs the peers)"
+	@echo "make harness        our log-likelihoods beside lm-evaluation-harness (installs it)"
 	@echo "make reliability    kill -9 at 20 random moments, and what came of it"
-	@echo "make assets     model, encoder and data again, where something is missing"
-	@echo "make lint, make clean"
-	@echo "make harness    our log-likelihoods beside lm-evaluation-harness (installs it)"
-	@echo "variables: CONFIG=$(CONFIG) NPROC=$(NPROC) (ranks) RESTARTS=$(RESTARTS) ARGS='key=value ...', METHODS=[...] (reproduce-all)"
+	@echo "make assets         model, encoder and data again, where something is missing"
+	@echo "make clean          deletes .venv, assets and .cache; keeps the runs"
+	@echo "variables: CONFIG=$(CONFIG) NPROC=$(NPROC) (ranks) RESTARTS=$(RESTARTS) ARGS='key=value ...'"
+	@echo "           SEEDS='999 1 2' (reproduce: a run folder each, pooled in one report) METHODS=[...] (reproduce-all)"
 
 .venv/.done: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --disable-pip-version-check -q -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
 install: .venv/.done
@@ -50,7 +57,15 @@ demo: assets/.done
 
 reproduce: assets/.done
 	$(PY) degaml.py stage=check config=$(CONFIG) $(ARGS)
+ifeq ($(SEEDS),)
 	$(TORCHRUN) degaml.py stage=all config=$(CONFIG) $(ARGS)
+else
+	set -e; for seed in $(SEEDS); do \
+	  $(TORCHRUN) degaml.py stage=all config=$(CONFIG) run=$(RUN)-seed$$seed seed=$$seed generator.seed=$$seed $(ARGS); \
+	done
+	$(PY) degaml.py stage=report run=$(RUN)-seed$(firstword $(SEEDS)) \
+	  'report.seed_runs=[$(foreach seed,$(wordlist 2,99,$(SEEDS)),$(RUN)-seed$(seed),)]'
+endif
 
 # Continues the folder of `make reproduce`: nothing is done twice.
 reproduce-all: reproduce
@@ -67,16 +82,22 @@ reliability: assets/.done
 	$(PY) tests/reliability.py $(ARGS)
 
 harness: assets/.done
-	$(PY) -m pip install --disable-pip-version-check -q -r bench/requirements.txt
+	$(PIP) -r bench/requirements.txt
 	$(PY) -m pytest -q tests/test_harness.py
 
 bench: assets/.done
-	$(PY) -m pip install --disable-pip-version-check -q -r bench/requirements.txt
+	$(PIP) -r bench/requirements.txt
 	$(PY) bench/bench.py $(ARGS)
 
 lint: .venv/.done
-	$(PY) -m pip install --disable-pip-version-check -q ruff==0.17.6
+	$(PIP) ruff==0.17.6
+	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+
+format: .venv/.done
+	$(PIP) ruff==0.17.6
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
 
 clean:
 	@printf 'Delete .venv, assets and .cache (runs are kept)? [y/N] '; read a; [ "$$a" = y ] && rm -rf .venv assets .cache || true
