@@ -1,6 +1,9 @@
 """Test examples: the only room that reads their labels.
 
-python degaml.py stage=evaluate config=…   -> scores/<method>/<task>.jsonl
+    python degaml.py stage=evaluate config=configs/smollm2.yaml   -> scores/<method>/<task>.jsonl
+
+What is scored here was chosen and stored before, from the support set. Nothing goes back.
+A file holds one row per test example; accuracies are means over rows (results.json).
 """
 
 from __future__ import annotations
@@ -20,191 +23,245 @@ import policy
 import runtime
 import scoring
 import strategies
-from data import Task
+from data import Example, Task
+from lora import Adapter
 from runtime import Run
+from scoring import Scores
 from strategies import Refined, Strategy, Target
 
 
-def load_refined(run: Run, target: Target, folder: Path) -> Refined:
-    """What `adapt` chose for a target, ready to score: its adapter, or an ensemble or steering rebuilt from it."""
-    strategy = Strategy.from_dict(runtime.read_json(folder / "strategy.json")["strategy"])
-    if strategy.family in ("TTS", "Latent", "none"):  # made from the generator alone, exactly again
-        return strategies.execute(target, strategy)
-    return Refined([lora.load_adapter(folder, scoring.load_lm(run).layout)])
-
-
-# ----------------------------------------------------------------------------------------------------------- evaluate
-
-
 def evaluate_methods(run: Run) -> dict:
-    """Score every configured method on every target's test examples. Writes scores/<method>/<task>.jsonl."""
+    """Score every configured method on every target's test examples."""
     cfg = run.cfg
     tasks = data.load_tasks(run)
-    wanted = [tasks[t] for t in cfg.data.targets or tasks]
+    targets = [tasks[name] for name in cfg.data.targets or tasks]
     if run.rank == 0:
-        data.keep_example_ids(run, wanted)
-    wanted_methods = cfg.evaluate.methods
-    groups = [
-        [m for m in wanted_methods if m in methods.GENERATED],
-        *([m] for m in wanted_methods if m not in methods.GENERATED),
-    ]
-    passes = {"generator": cfg.evaluate.prompt_batches, "abmll": cfg.baselines.abmll.test_samples}
+        data.keep_example_ids(run, targets)
 
-    def cost(unit):
-        task, group = unit
-        return sum(len(e.prompt + "".join(e.options)) for e in task.test) * sum(
-            passes.get(m, 1) for m in group
-        )
+    # methods that begin from one generated adapter often share it: one rank scores them together
+    plain = []
+    aligned = []
+    groups = [plain, aligned]
+    for method in cfg.evaluate.methods:
+        if method in methods.ALIGNED:
+            aligned.append(method)
+        elif method in methods.GENERATED:
+            plain.append(method)
+        else:
+            groups.append([method])
 
-    for task, group in run.deal(
-        sorted(((t, g) for t in wanted for g in groups), key=cost, reverse=True)
-    ):
+    # dealt out to the ranks, longest first
+    units = [(task, group) for task in targets for group in groups]
+    units.sort(key=lambda unit: _cost(cfg, *unit), reverse=True)
+    for task, group in run.deal(units):
         _evaluate_task(run, task, group)
     return {}
 
 
-def _evaluate_task(run: Run, task: Task, method_ids: list[str]) -> None:
-    """Score methods on a task's test examples, an adapter that several of them share once."""
-    lm, todo = scoring.load_lm(run), []
-    for method in method_ids:
-        if methods.METHODS[method].domain == "id" and task.domain != "id":
-            continue
-        if not run.finished(f"scores/{method}/{task.name}", "evaluate", method):
-            (run.path / f"scores/{method}/{task.name}.jsonl").unlink(
-                missing_ok=True
-            )  # another configuration's
-            todo.append(method)
-    drawn = {
-        m in methods.ALIGNED
-        for m in todo
-        if m in methods.PROPOSING or m in ("generator", "aligned")
+def _cost(cfg, task: Task, method_ids: list[str]) -> int:
+    """How long a unit takes, about: characters to read times passes over them."""
+    variants = {
+        "generator": cfg.evaluate.prompt_batches,
+        "abmll": cfg.baselines.abmll.test_samples,
     }
-    targets = {aligned: policy.make_target(run, task, aligned=aligned) for aligned in drawn}
+    passes = 0
+    for method in method_ids:
+        passes += variants.get(method, 1)
+    characters = 0
+    for example in task.test:
+        characters += len(example.prompt) + len("".join(example.options))
+    return passes * characters
+
+
+def _evaluate_task(run: Run, task: Task, method_ids: list[str]) -> None:
+    """Score a group of methods on one task.
+
+    Writes scores/<method>/<task>.jsonl, and its cost beside it in <task>.meta.json.
+    """
+    todo = [method for method in method_ids if _is_due(run, task, method)]
+    target = None
+    if todo and todo[0] in methods.GENERATED:
+        target = policy.make_target(run, task, aligned=todo[0] in methods.ALIGNED)
+
+    lm = scoring.load_lm(run)
     memo: dict = {}
     for method in run.track(todo, f"evaluate {task.name}"):
-        start, passes = time.monotonic(), lm.forwards
-        rows = _test_rows(run, lm, task, targets.get(method in methods.ALIGNED), method, memo)
+        began = time.monotonic()
+        passes = lm.forwards
+        rows = _test_rows(run, task, target, method, memo)
+
         folder = run.path / f"scores/{method}"
+        seconds = round(time.monotonic() - began, 1)
+        cost = {"seconds": seconds, "forwards": lm.forwards - passes}
         runtime.write_jsonl(folder / f"{task.name}.jsonl", rows)
-        runtime.write_json(
-            folder / f"{task.name}.meta.json",
-            {"seconds": round(time.monotonic() - start, 1), "forwards": lm.forwards - passes},
-        )
-        run.finish(f"scores/{method}/{task.name}", "evaluate", start, method)
+        runtime.write_json(folder / f"{task.name}.meta.json", cost)
+        run.finish(f"scores/{method}/{task.name}", "evaluate", began, method)
 
 
-def wrong_prompts_task(cfg, name: str) -> str:
-    """Whose prompts the control `wrong_prompts` conditions on: two places on in the task list, so never a twin."""
-    names = cfg.data.train_tasks + cfg.data.test_tasks
-    return names[(names.index(name) + 2) % len(names)]
+def _is_due(run: Run, task: Task, method: str) -> bool:
+    """Does the method exist on this task, and are its scores still to be made?"""
+    training_tasks_only = methods.METHODS[method].domain == "id"
+    if training_tasks_only and task.domain != "id":
+        return False
+    unit = f"scores/{method}/{task.name}"
+    if run.finished(unit, "evaluate", method):
+        return False
+    # scores of another configuration must not be taken for this one's
+    (run.path / f"{unit}.jsonl").unlink(missing_ok=True)
+    return True
 
 
-def _variants(
-    run: Run, lm: scoring.LM, task: Task, target: Target | None, method: str
-) -> list[Refined]:
-    """The adapters of a method on a task; `generator` is several, whose results are averaged.
+def method_variants(run: Run, task: Task, target: Target | None, method: str) -> list[Refined]:
+    """What a method made of a task: one thing to score, or several whose results are averaged.
 
-    A method that kept the adapter it started from counts as `generator` (or `aligned`), so that its difference to it is
-    zero, not the chance by which its own prompt batch was a better or a worse one.
+    `generator` and `aligned` are averaged over several prompt batches. So is a method that kept the
+    adapter it started from: its difference to its start is then zero, not the chance by which one
+    prompt batch is better than another.
     """
-    cfg = run.cfg
-    if method == "base":
-        return [Refined([None])]
-    if method == "mean":
-        return [Refined([collect.mean_adapter(run, lm, task.name)])]
-    if method == "full_data":
-        return [Refined([collect.last_checkpoint(run, lm, task.name)])]
-    if method == "wrong_prompts":
-        return [
-            Refined(
-                [
-                    generator.generate_adapter(
-                        run, task.name, 0, wrong_prompts_task(cfg, task.name)
-                    )[0]
-                ]
-            )
-        ]
     folder = run.path / f"adapted/{method}/{task.name}"
-    if (
-        method in methods.PROPOSING
-        and runtime.read_json(folder / "strategy.json")["strategy"] == strategies.KEEP.as_dict()
-    ):
-        method = "aligned" if method in methods.ALIGNED else "generator"
-    if method in ("generator", "aligned"):
-        return [Refined([target.source.draw(b)[0]]) for b in range(cfg.evaluate.prompt_batches)]
     if method == "abmll":
-        b, rng = (
-            cfg.baselines.abmll,
-            torch.Generator().manual_seed(runtime.seed_for(cfg.seed, "posterior")),
+        return [_posterior_draws(run, folder)]
+
+    strategy = None
+    if method in methods.PROPOSING:
+        strategy = load_strategy(folder)
+        if strategy.family in strategies.REPEATED:
+            return [strategies.execute(target, strategy)]
+
+    # generated adapters as they are
+    if method in ("generator", "aligned") or strategy == strategies.KEEP:
+        variants = []
+        for batch in range(run.cfg.evaluate.prompt_batches):
+            adapter, _ = target.source.draw(batch)
+            variants.append(Refined([adapter]))
+        return variants
+
+    return [Refined([_one_adapter(run, task, method)])]
+
+
+def _one_adapter(run: Run, task: Task, method: str) -> Adapter | None:
+    """The one adapter of a control, a baseline or a refinement; None for the base model."""
+    lm = scoring.load_lm(run)
+    if method == "base":
+        return None
+    if method == "mean":
+        return collect.mean_adapter(run, lm, task.name)
+    if method == "full_data":
+        return collect.last_checkpoint(run, lm, task.name)
+    if method == "wrong_prompts":
+        # two places on in the list of tasks, never a twin such as ARC-c and ARC-e
+        names = run.cfg.data.train_tasks + run.cfg.data.test_tasks
+        place = names.index(task.name) + 2
+        other = names[place % len(names)]
+        return generator.generate_adapter(run, task.name, 0, prompts_of=other)[0]
+    # a baseline, or what a strategy made
+    return lora.load_adapter(run.path / f"adapted/{method}/{task.name}", lm.layout)
+
+
+def _posterior_draws(run: Run, folder: Path) -> Refined:
+    """ABMLL's prediction: the mean probability over draws from its posterior."""
+    settings = run.cfg.baselines.abmll
+    layout = scoring.load_lm(run).layout
+    posterior = baselines.load_posterior(folder, layout)
+
+    # the same draws in every run, whatever was scored before
+    seed = runtime.seed_for(run.cfg.seed, "posterior")
+    rng = torch.Generator().manual_seed(seed)
+    adapters = []
+    for _ in range(settings.test_samples):
+        adapter = baselines.draw_adapter(
+            posterior, layout, settings.space, settings.init_log_sd, rng
         )
-        posterior = baselines.load_posterior(folder, lm.layout)
-        return [
-            Refined(
-                [
-                    baselines.draw_adapter(posterior, lm.layout, b.space, b.init_log_sd, rng)
-                    for _ in range(b.test_samples)
-                ],
-                "mean_probability",
-            )
-        ]
-    if method in methods.BASELINES:
-        return [Refined([lora.load_adapter(folder, lm.layout)])]
-    return [load_refined(run, target, folder)]
+        adapters.append(adapter)
+    return Refined(adapters, "mean_probability")
 
 
-def _test_rows(
-    run: Run, lm: scoring.LM, task: Task, target: Target | None, method: str, memo: dict
-) -> list[dict]:
+def load_strategy(folder: Path) -> Strategy:
+    """What `adapt` chose for a target."""
+    chosen = runtime.read_json(folder / "strategy.json")
+    return Strategy.from_dict(chosen["strategy"])
+
+
+def _test_rows(run: Run, task: Task, target: Target | None, method: str, memo: dict) -> list[dict]:
     """One row per test example; correctness is averaged over a method's variants.
 
-    Generated answers (strict, lenient) come from the first adapter of an ensemble.
+    Args:
+        memo: answers to this task's examples so far, which grows: methods may share adapters.
     """
-    cfg = run.cfg
-    test = list(task.test)
-    scored, written = [], []
-    for refined in _variants(run, lm, task, target, method):
-        key = (
-            refined.combine,
-            refined.slot,
-            *(a and lora.adapter_hash(a) for a in refined.adapters),
-        )
-        if key not in memo:
-            cache = target.cache if target else None
-            memo[key] = strategies.score_refined(lm, refined, test, cache)
-        scored.append(memo[key])
-        if cfg.evaluate.generate or not test[0].options:
-            tokens = (
-                cfg.evaluate.max_new_tokens
-                if test[0].options
-                else max(256, cfg.evaluate.max_new_tokens)
-            )
-            key = ("answers", refined.adapters[0] and lora.adapter_hash(refined.adapters[0]))
-            if key not in memo:
-                memo[key] = scoring.generate_answers(lm, refined.adapters[0], test, tokens)
-            written.append(memo[key])
+    scored = []
+    written = []
+    for refined in method_variants(run, task, target, method):
+        scores, texts = _answer(run, task, target, refined, memo)
+        scored.append(scores)
+        written.append(texts)
+
     rows = []
-    for i, e in enumerate(test):
-        row: dict = {"id": e.id, "gold": e.gold}
-        if e.options:
-            for metric in ("norm", "raw"):
-                picks = [s[i].pick(metric) for s in scored]
-                row |= {
-                    f"pred_{metric}": picks[0],
-                    f"correct_{metric}": sum(p == e.gold for p in picks) / len(picks),
-                }
-            row["logp_gold"] = scored[0][i].raw[e.gold]
-            row["raw"] = [round(x, 4) for x in scored[0][i].raw]
-        for kind in ("strict", "lenient") if written else ():
-            right = [
-                scoring.parse_letter(w[i], len(e.options), kind == "strict") == e.gold
-                if e.options
-                else scoring.match_answer(w[i], e.answer, kind == "strict")
-                for w in written
-            ]
-            row[kind] = sum(right) / len(right)
-        if written:
-            row["text"] = written[0][i]
-        if method == "base":
-            row |= {"prompt": e.text, "options": list(e.options)}
+    for i, example in enumerate(task.test):
+        row = {"id": example.id, "gold": example.gold}
+        if example.options:
+            row |= _judge_options(example, [scores[i] for scores in scored])
+        if written[0]:
+            row |= _judge_texts(example, [texts[i] for texts in written])
+        if method == "base":  # the report shows examples, which one method's rows hold
+            row["prompt"] = example.text
+            row["options"] = list(example.options)
         rows.append(row)
     return rows
+
+
+def _answer(
+    run: Run, task: Task, target: Target | None, refined: Refined, memo: dict
+) -> tuple[list[Scores], list[str]]:
+    """The option scores of every test example, and generated texts where the task wants them.
+
+    Texts come from the first adapter of an ensemble.
+    """
+    # two methods have the same answers if their adapters hold the same numbers
+    hashes = [a and lora.adapter_hash(a) for a in refined.adapters]
+    key = (refined.combine, refined.slot, *hashes)
+    if key in memo:
+        return memo[key]
+
+    lm = scoring.load_lm(run)
+    test = list(task.test)
+    cache = target.cache if target else None
+    scores = strategies.score_refined(lm, refined, test, cache)
+    texts = []
+    settings = run.cfg.evaluate
+    if settings.generate or not test[0].options:
+        tokens = settings.max_new_tokens
+        if not test[0].options:  # a worked solution is longer than a letter
+            tokens = max(256, tokens)
+        texts = scoring.generate_answers(lm, refined.adapters[0], test, tokens)
+    memo[key] = scores, texts
+    return memo[key]
+
+
+def _judge_options(example: Example, variants: list[Scores]) -> dict:
+    """Row fields of one example's option scores, by both metrics."""
+    fields = {}
+    for metric in ("norm", "raw"):
+        picks = [scores.pick(metric) for scores in variants]
+        fields[f"pred_{metric}"] = picks[0]
+        fields[f"correct_{metric}"] = picks.count(example.gold) / len(picks)
+    first = variants[0]
+    fields["logp_gold"] = first.raw[example.gold]
+    fields["raw"] = [round(value, 4) for value in first.raw]
+    return fields
+
+
+def _judge_texts(example: Example, variants: list[str]) -> dict:
+    """Row fields of one example's generated answers, read strictly and leniently."""
+    fields = {}
+    for kind in ("strict", "lenient"):
+        strict = kind == "strict"
+        right = 0
+        for text in variants:
+            if example.options:
+                letter = scoring.parse_letter(text, len(example.options), strict)
+                right += letter == example.gold
+            else:
+                right += scoring.match_answer(text, example.answer, strict)
+        fields[kind] = right / len(variants)
+    fields["text"] = variants[0]
+    return fields

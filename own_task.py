@@ -1,13 +1,16 @@
-"""Your own task: an adapter from its prompts, exported as a folder other tools load, and answers to new inputs.
+"""Your own task: an adapter from its prompts, a folder other tools load, answers to new inputs.
 
-python degaml.py stage=adapt task=my_task.jsonl       unlabelled prompts are enough for `generator`;
-                                                      labelled rows let the policy refine and tell the gain
-python degaml.py stage=export task=arc_e output=my_adapter
-python degaml.py stage=predict adapter=my_adapter input=new.jsonl output=answers.jsonl
+    python degaml.py stage=adapt task=my_task.jsonl
+    python degaml.py stage=export task=arc_e output=my_adapter
+    python degaml.py stage=predict adapter=my_adapter input=new.jsonl output=answers.jsonl
+
+Unlabelled prompts are enough for a generated adapter. With labelled rows the policy refines it, and
+rows held out tell the gain. `export` also takes a task of the run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import baselines
@@ -22,23 +25,28 @@ import runtime
 import scoring
 import strategies
 from config import Config, UserError
+from data import Example
 from runtime import Run
+from scoring import LM
 from strategies import Refined, Router
 
 
 def adapt_own(run: Run) -> dict:
-    """Generate, refine where labels allow, measure on held-out rows, export. Prints what came out."""
+    """Generate, refine where labels allow, measure on held-out rows, export. Prints the outcome."""
     cfg = run.cfg
-    name, task = cfg.task, data.load_tasks(run)[cfg.task]
+    name = cfg.task
+    task = data.load_tasks(run)[name]
     left_out = data.left_out_for(cfg, name)
     if not run.finished(f"generator/{left_out}", "generator", redo=False):
         raise UserError(
-            f"run={cfg.run}: no trained generator in {run.path}/generator/{left_out}; finish that run with "
-            "stage=all (stage=collect and stage=generator, where its methods need none), or name a "
-            "finished one by run="
+            f"run={cfg.run}: no trained generator in {run.path}/generator/{left_out}; finish that "
+            "run with stage=all (stage=collect and stage=generator, where its methods need none), "
+            "or name a finished one by run="
         )
+
+    # the stages of a run, on this one task
     if not task.support:
-        cfg.evaluate.methods = [m for m in cfg.evaluate.methods if m in methods.NEEDS_NO_LABELS]
+        run = _label_free(run)
     generator.encode_prompts(run)
     policy.adapt_targets(run)
     if task.support:
@@ -48,20 +56,33 @@ def adapt_own(run: Run) -> dict:
     run.barrier()
     if run.rank:
         return {}
+
     print(
-        f"\n{name}: {len(task.prompts)} unlabelled prompts, {len(task.support)} support and {len(task.test)} "
-        "held-out examples"
+        f"\n{name}: {len(task.prompts)} unlabelled prompts, {len(task.support)} support and "
+        f"{len(task.test)} held-out examples"
     )
     if not task.support:
         print(
-            f"fewer than data.num_support={cfg.data.num_support} labelled rows: the generated adapter, not refined"
+            f"fewer than data.num_support={cfg.data.num_support} labelled rows: the generated "
+            "adapter, not refined"
         )
     print("\n".join(held_out_table(run)))
     return export_adapter(run)
 
 
+def _label_free(run: Run) -> Run:
+    """The same run with only the methods that need no labels. The loaded model stays shared."""
+    wanted = [m for m in run.cfg.evaluate.methods if m in methods.NEEDS_NO_LABELS]
+    section = run.cfg.evaluate.model_copy(update={"methods": wanted})
+    cfg = run.cfg.model_copy(update={"evaluate": section})
+    return dataclasses.replace(run, cfg=cfg)
+
+
 def held_out_table(run: Run) -> list[str]:
-    """Accuracy of each method on the held-out rows and its paired gain over base and over a wrong task's adapter."""
+    """Accuracy of each method on the held-out rows, and its paired gains.
+
+    Gains are over the base model and over an adapter from a wrong task's prompts.
+    """
     cfg = run.cfg
     name, metric = cfg.task, cfg.evaluate.metric
     scores = [report.load_scores(run.path, [name])]
@@ -84,106 +105,119 @@ def _points(mean: float, se: float | None, form: str = "5.1f") -> str:
     return f"{100 * mean:{form}} ± {'n/a' if se is None else f'{100 * se:.1f}'}"
 
 
-# ------------------------------------------------------------------------------------------------------------- export
-
-
 def export_adapter(run: Run) -> dict:
-    """What a method made of a task, as a folder: PEFT adapters and strategy.json. Prints how to use it.
+    """What a method made of a task, as a folder: PEFT adapters and strategy.json. Prints its use.
 
-    Layout: the (first) adapter at the top; those of an ensemble also in adapter_0/, adapter_1/, …; routing.safetensors,
-    the embeddings of each adapter's prompts (prompts, d), where a router chooses between them.
+    The (first) adapter is at the top, where other tools look for it. Those of an ensemble are also
+    in adapter_0/, adapter_1/, and so on. Where a router chooses between them, routing.safetensors
+    holds the embeddings of each adapter's prompts, (prompts, d).
     Raises: UserError: the task has no adapter in this run.
     """
     cfg = run.cfg
     if run.rank:
         return {}
-    if not cfg.task:
-        raise UserError(
-            "stage=export needs task=: a task of the run, such as "
-            f"task={(cfg.data.test_tasks or cfg.data.train_tasks)[0]}"
-        )
-    method = cfg.method
-    if method == "auto":
-        method = next(
-            (
-                m
-                for m in ("degaml_plus", "generator")
-                if m in (*cfg.evaluate.methods, "generator")
-                and (run.path / f"adapted/{m}/{cfg.task}/DONE.json").is_file()
-            ),
-            "",
-        )
+    method = _adapted_method(run)
     source = run.path / f"adapted/{method}/{cfg.task}"
-    if not method or not (source / "DONE.json").is_file():
-        have = sorted(
-            p.parent.parent.name for p in run.path.glob(f"adapted/*/{cfg.task}/DONE.json")
-        )
-        raise UserError(
-            f"task={cfg.task}: {method or 'nothing'} was not adapted in {run.path}"
-            + (
-                f"; method= may be {', '.join(have)}"
-                if have
-                else "; run stage=adapt task=your_file.jsonl"
-            )
-        )
-    strategy, refined, target = strategies.KEEP.as_dict(), None, None
+    strategy = strategies.KEEP
     if method in methods.PROPOSING:
-        strategy = runtime.read_json(source / "strategy.json")["strategy"]
-    lm, folder = scoring.load_lm(run), Path(cfg.output or run.path / "export" / cfg.task)
-    if strategy["family"] in ("TTS", "Latent"):
-        target = policy.make_target(
-            run, data.load_tasks(run)[cfg.task], aligned=method in methods.ALIGNED
-        )
-        refined = evaluate.load_refined(run, target, source)
+        strategy = evaluate.load_strategy(source)
+
+    # an ensemble or steering is made again, any other choice is a stored adapter
+    lm = scoring.load_lm(run)
+    if strategy.family in strategies.REPEATED:
+        task = data.load_tasks(run)[cfg.task]
+        target = policy.make_target(run, task, aligned=method in methods.ALIGNED)
+        refined = strategies.execute(target, strategy)
     else:
         refined = Refined([lora.load_adapter(source, lm.layout)])
-    several = len(refined.adapters) > 1
-    for i, adapter in enumerate(refined.adapters):
-        for to in ([folder] if i == 0 else []) + ([folder / f"adapter_{i}"] if several else []):
-            lora.save_adapter(to, adapter, lm.layout, cfg.model.name, cfg.model.revision)
-    if refined.combine in strategies.ROUTERS:
-        runtime.save_tensors(
-            folder / "routing.safetensors",
-            {str(i): batch for i, batch in enumerate(refined.router.batches)},
-        )
-    runtime.write_json(
-        folder / "strategy.json",
-        {
-            "task": cfg.task,
-            "method": method,
-            "strategy": strategy,
-            "adapters": len(refined.adapters),
-            "combine": refined.combine,
-            "slot": refined.slot,
-            "base_model": cfg.model.name,
-            "format": cfg.data.format,
-        },
-    )
+
+    folder = Path(cfg.output or run.path / "export" / cfg.task)
+    _save_adapters(cfg, folder, refined, lm)
+    # how the adapters are used, and what they were made for
+    facts = {
+        "task": cfg.task,
+        "method": method,
+        "strategy": strategy.as_dict(),
+        "adapters": len(refined.adapters),
+        "combine": refined.combine,
+        "slot": refined.slot,
+        "base_model": cfg.model.name,
+        "format": cfg.data.format,
+    }
+    runtime.write_json(folder / "strategy.json", facts)
     print("\n".join(usage(cfg, folder, refined, lm)))
     return {"exported": str(folder)}
 
 
-def usage(cfg: Config, folder: Path, refined: Refined, lm) -> list[str]:
+def _adapted_method(run: Run) -> str:
+    """The method to export: `method`, or for `auto` the best one that adapted the task.
+
+    Raises: UserError: there is none; the methods that did are named.
+    """
+    cfg = run.cfg
+    if not cfg.task:
+        known = cfg.data.test_tasks or cfg.data.train_tasks
+        raise UserError(f"stage=export needs task=: a task of the run, such as task={known[0]}")
+
+    done = sorted(run.path.glob(f"adapted/*/{cfg.task}/DONE.json"))
+    adapted = [record.parent.parent.name for record in done]
+    method = cfg.method
+    if method == "auto":
+        # a refined adapter of an earlier file is passed over where no policy is asked for now
+        refines = "degaml_plus" in adapted and "degaml_plus" in cfg.evaluate.methods
+        method = "degaml_plus" if refines else "generator"
+    if method in adapted:
+        return method
+
+    hint = "run stage=adapt task=your_file.jsonl"
+    if adapted:
+        hint = f"method= may be {', '.join(adapted)}"
+    raise UserError(f"task={cfg.task}: {method} was not adapted in {run.path}; {hint}")
+
+
+def _save_adapters(cfg: Config, folder: Path, refined: Refined, lm: LM) -> None:
+    """The adapters as PEFT folders, and what a router needs to choose between them."""
+    places = _places(folder, len(refined.adapters))
+    adapters = refined.adapters
+    # other tools look for an adapter at the top
+    if folder not in places:
+        places = [folder, *places]
+        adapters = [adapters[0], *adapters]
+    for place, adapter in zip(places, adapters, strict=True):
+        lora.save_adapter(place, adapter, lm.layout, cfg.model.name, cfg.model.revision)
+    if refined.router is not None:
+        embeddings = {str(i): batch for i, batch in enumerate(refined.router.batches)}
+        runtime.save_tensors(folder / "routing.safetensors", embeddings)
+
+
+def _places(folder: Path, count: int) -> list[Path]:
+    """Where the adapters of an exported folder lie."""
+    if count == 1:
+        return [folder]
+    return [folder / f"adapter_{i}" for i in range(count)]
+
+
+def usage(cfg: Config, folder: Path, refined: Refined, lm: LM) -> list[str]:
     """The lines that load an exported folder elsewhere."""
+    model = cfg.model.name
     lines = [
         f"adapter: {folder}",
-        f"  PEFT     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({cfg.model.name!r}), "
+        f"  PEFT     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), "
         f"{str(folder)!r})",
-        f"  vLLM     vllm serve {cfg.model.name} --enable-lora --max-lora-rank {lm.layout.rank} "
+        f"  vLLM     vllm serve {model} --enable-lora --max-lora-rank {lm.layout.rank} "
         f"--lora-modules {cfg.task}={folder}",
-        f"  lm-eval  lm_eval --model hf --model_args pretrained={cfg.model.name},peft={folder} --tasks <task>",
-        f"  here     python degaml.py stage=predict run={cfg.run} adapter={folder} input=new.jsonl "
-        f"output=answers.jsonl",
+        f"  lm-eval  lm_eval --model hf --model_args pretrained={model},peft={folder} "
+        "--tasks <task>",
+        f"  here     python degaml.py stage=predict run={cfg.run} adapter={folder} "
+        "input=new.jsonl output=answers.jsonl",
     ]
     if refined.combine or refined.slot:
+        kind = refined.combine or "latent steering"
         lines.append(
-            f"  note     the chosen strategy is not one adapter ({refined.combine or 'latent steering'}): "
-            "stage=predict executes it, other tools load its first adapter alone"
+            f"  note     the chosen strategy is not one adapter ({kind}): stage=predict executes "
+            "it, other tools load its first adapter alone"
         )
     return lines
-
-
-# ------------------------------------------------------------------------------------------------------------ predict
 
 
 def load_exported(folder: Path, run: Run) -> tuple[str, Refined]:
@@ -191,56 +225,75 @@ def load_exported(folder: Path, run: Run) -> tuple[str, Refined]:
 
     Raises: UserError: a file is missing, damaged, or names what this code does not know.
     """
-    cfg = run.cfg
-    facts, lm = runtime.read_json(folder / "strategy.json"), scoring.load_lm(run)
-    try:
-        count, combine, slot = int(facts["adapters"]), str(facts["combine"]), facts["slot"]
-        slot = slot and (int(slot[0]), float(slot[1]))
-        bounds = cfg.strategies
-        if not 1 <= count <= bounds.max_prompt_batches or (
-            slot
-            and not (1 <= slot[0] <= bounds.max_slot_steps and 0 < slot[1] <= bounds.max_slot_lr)
-        ):
-            raise ValueError("adapters or slot lie outside strategies.* of the configuration")
-        if combine not in ("", *strategies.METHODS) or bool(combine) != (count > 1):
-            raise ValueError(f"combine is {combine!r} for {count} adapter(s)")
-    except (KeyError, TypeError, ValueError, IndexError) as e:
-        raise UserError(
-            f"{folder}/strategy.json: {type(e).__name__} {e}; expected a folder made by stage=export"
-        ) from None
-    if facts.get("base_model") != cfg.model.name:
-        raise UserError(
-            f"{folder}/strategy.json: made for {facts.get('base_model')!r}, model.name is "
-            f"{cfg.model.name!r}; name the run it came from by run="
-        )
-    if facts.get("format") != cfg.data.format:
-        raise UserError(
-            f"{folder}/strategy.json: adapted to data.format={facts.get('format')}, this is "
-            f"{cfg.data.format}; name the run it came from by run="
-        )
-    adapters = [
-        lora.load_adapter(folder / f"adapter_{i}" if count > 1 else folder, lm.layout)
-        for i in range(count)
-    ]
-    routing = (
-        runtime.load_tensors(folder / "routing.safetensors")
-        if combine in strategies.ROUTERS
-        else {}
-    )
-    if combine in strategies.ROUTERS and sorted(routing) != sorted(map(str, range(count))):
-        raise UserError(
-            f"{folder}/routing.safetensors: holds {sorted(routing)}, expected one entry per adapter"
-        )
-    parts = [routing[str(i)] for i in range(len(routing))]
-    router = Router(parts, lambda texts: generator.encode_texts(run, texts)[1]) if parts else None
+    facts = runtime.read_json(folder / "strategy.json")
+    count, combine, slot = _checked_facts(folder, facts, run.cfg)
+    layout = scoring.load_lm(run).layout
+    adapters = [lora.load_adapter(place, layout) for place in _places(folder, count)]
+    router = None
+    if combine in strategies.ROUTERS:
+        router = _load_router(folder, count, run)
     return str(facts.get("task")), Refined(adapters, combine, slot, router)
 
 
-def predict(run: Run) -> dict:
-    """Answer new inputs with an exported adapter or strategy: JSON lines or CSV in, JSON lines out, in the same order.
+def _checked_facts(folder: Path, facts: dict, cfg: Config) -> tuple:
+    """(number of adapters, how to combine them, latent steering) of a strategy.json.
 
-    Rows with `choices` get {"id", "prediction", "index", "logprobs"}, the others {"id", "prediction"} by greedy
-    generation (with the first adapter of an ensemble). With `gold` given, the accuracy is printed.
+    Nothing in it may ask for more work than the configuration allows.
+    """
+    bounds = cfg.strategies
+    try:
+        count = int(facts["adapters"])
+        combine = str(facts["combine"])
+        slot = facts["slot"]
+        allowed = 1 <= count <= bounds.max_prompt_batches
+        if slot:
+            slot = (int(slot[0]), float(slot[1]))
+            allowed &= 1 <= slot[0] <= bounds.max_slot_steps
+            allowed &= 0 < slot[1] <= bounds.max_slot_lr
+        if not allowed:
+            raise ValueError("adapters or slot lie outside strategies.* of the configuration")
+        known = combine in ("", *strategies.TTS_METHODS)
+        if not known or bool(combine) != (count > 1):
+            raise ValueError(f"combine is {combine!r} for {count} adapter(s)")
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{folder}/strategy.json: {type(error).__name__} {error}; expected a folder made by "
+            "stage=export"
+        ) from None
+
+    # an adapter fits one base model, and one form of prompt
+    model = facts.get("base_model")
+    if model != cfg.model.name:
+        raise UserError(
+            f"{folder}/strategy.json: made for {model!r}, model.name is {cfg.model.name!r}; "
+            "name the run it came from by run="
+        )
+    form = facts.get("format")
+    if form != cfg.data.format:
+        raise UserError(
+            f"{folder}/strategy.json: adapted to data.format={form}, this is {cfg.data.format}; "
+            "name the run it came from by run="
+        )
+    return count, combine, slot
+
+
+def _load_router(folder: Path, count: int, run: Run) -> Router:
+    """What chooses between the adapters. Raises: UserError: it is not for as many."""
+    file = folder / "routing.safetensors"
+    batches = runtime.load_tensors(file)
+    names = [str(i) for i in range(count)]
+    if set(batches) != set(names):
+        raise UserError(f"{file}: holds {sorted(batches)}, expected one entry per adapter")
+    in_order = [batches[name] for name in names]
+    return Router(in_order, lambda texts: generator.encode_texts(run, texts)[1])
+
+
+def predict(run: Run) -> dict:
+    """Answer new inputs with an exported folder. JSON lines or CSV in, JSON lines out, in order.
+
+    Rows with `choices` get {"id", "prediction", "index", "logprobs"}. The others get {"id",
+    "prediction"} by greedy generation, with the first adapter of an ensemble. Where rows have
+    `gold`, the accuracy is printed.
     """
     cfg = run.cfg
     if run.rank:
@@ -254,42 +307,45 @@ def predict(run: Run) -> dict:
         )
     lm = scoring.load_lm(run)
     task_name, refined = load_exported(folder, run)
+
+    # prompts have the form of the adapter's task
     rows = data.read_user_file(Path(cfg.input), labels=None)
-    examples = [
-        data.make_example(task_name, r, cfg.data.format) for r in rows
-    ]  # prompts as its task has them
-    choose, write = (
-        [i for i, e in enumerate(examples) if bool(e.options) is b] for b in (True, False)
-    )
-    out: list[dict] = [{} for _ in rows]
-    if choose:
-        for i, s in zip(
-            choose,
-            strategies.score_refined(lm, refined, [examples[i] for i in choose]),
-            strict=True,
-        ):
-            index = s.pick(cfg.evaluate.metric)
-            out[i] = {
-                "id": rows[i]["id"],
-                "prediction": rows[i]["choices"][index],
-                "index": index,
-                "logprobs": [round(x, 4) for x in s.raw],
-            }
-    if write:
-        texts = scoring.generate_answers(
-            lm,
-            refined.adapters[0],
-            [examples[i] for i in write],
-            cfg.evaluate.max_new_tokens,
-        )
-        for i, text in zip(write, texts, strict=True):
-            out[i] = {"id": rows[i]["id"], "prediction": text.strip()}
-    runtime.write_jsonl(Path(cfg.output), out)
-    print(f"{len(out)} answers -> {cfg.output}")
-    known = [i for i in choose if examples[i].gold is not None]
+    examples = [data.make_example(task_name, row, cfg.data.format) for row in rows]
+
+    answers = [{"id": row["id"]} for row in rows]
+
+    # rows with options: the best-scored one
+    with_options = [i for i, example in enumerate(examples) if example.options]
+    if with_options:
+        scored = [examples[i] for i in with_options]
+        scores = strategies.score_refined(lm, refined, scored)
+        for i, score in zip(with_options, scores, strict=True):
+            index = score.pick(cfg.evaluate.metric)
+            answers[i]["prediction"] = rows[i]["choices"][index]
+            answers[i]["index"] = index
+            answers[i]["logprobs"] = [round(value, 4) for value in score.raw]
+
+    # rows without: what the model writes
+    without = [i for i, example in enumerate(examples) if not example.options]
+    asked = [examples[i] for i in without]
+    texts = scoring.generate_answers(lm, refined.adapters[0], asked, cfg.evaluate.max_new_tokens)
+    for i, text in zip(without, texts, strict=True):
+        answers[i]["prediction"] = text.strip()
+
+    runtime.write_jsonl(Path(cfg.output), answers)
+    print(f"{len(answers)} answers -> {cfg.output}")
+    _print_accuracy(answers, examples)
+    return {"answers": len(answers)}
+
+
+def _print_accuracy(answers: list[dict], examples: list[Example]) -> None:
+    """How many are right, of the rows that came with a gold answer."""
+    known = 0
+    right = 0
+    for answer, example in zip(answers, examples, strict=True):
+        if example.gold is not None:
+            known += 1
+            right += answer["index"] == example.gold
     if known:
-        right = sum(out[i]["index"] == examples[i].gold for i in known)
-        print(
-            f"{right} of {len(known)} rows with a gold answer are right ({100 * right / len(known):.1f} %)"
-        )
-    return {"answers": len(out)}
+        share = 100 * right / known
+        print(f"{right} of {known} rows with a gold answer are right ({share:.1f} %)")

@@ -1,12 +1,22 @@
-"""The strategy families, as data (a validated JSON object) and as execution on a generated adapter.
+"""The strategy families: as data, a checked JSON object, and as execution on a generated adapter.
 
-TTT      test-time training on unlabelled prompts          (paper D, F.1; paper T, G.1; TLM)
-LORA     two-subspace mixing of the adapter                (paper T, G.2, eq. 9-11)
-TTS      several generated adapters, routed or ensembled   (paper T, G.3)
-Latent   per-question steering of the last hidden state    (paper T, G.4, Algorithm 3; SLOT)
-SFT      supervised steps on the support labels            (ours; paper D calls its families "not exhaustive")
+TTT      test-time training on unlabelled prompts        (DeGAML, F.1; TEMPO, G.1; TLM)
+LORA     two-subspace mixing of the adapter              (TEMPO, G.2, eq. 9-11)
+TTS      several generated adapters, routed or pooled    (TEMPO, G.3)
+Latent   per-question steering of the last hidden state  (TEMPO, G.4, Algorithm 3; SLOT)
+SFT      supervised steps on the support labels          (ours)
+none     keeps the adapter; never proposed
 
-Each family takes (target, parameters) and returns a `Refined` that `score_refined` can score. `none` keeps the adapter.
+The policy proposes JSON. `parse_strategy` checks it and makes a `Strategy`. `execute` carries that
+out on a `Target`, one function per family, and makes a `Refined`, which `score_refined` scores.
+
+A new family is five edits (docs/extend.md has a worked example):
+    config.py       its name in `Family`
+    methods.py      its name in `LABEL_FREE`, so that methods may use it
+    strategies.py   its fields and their bounds in `schema`
+    strategies.py   its branch in `execute`
+    policy.py       what the policy reads about it in `DESCRIPTIONS`
+Sampling, checks, rewards, caching and the report need nothing more.
 """
 
 from __future__ import annotations
@@ -28,37 +38,54 @@ from data import Example
 from lora import Adapter, AdapterTrainer
 from scoring import LM, Row, Scores
 
-METHODS = ("avg_sim_score", "avg_prompt_embed", "max_confidence", "majority_vote", "sum_logprobs")
-ROUTERS = METHODS[:2]
-_ALIASES = {"TTL": "TTT", "LORA": "LORA", "LORA_MIXING": "LORA", "LS": "Latent", "LATENT": "Latent"}
+# How TTS combines several adapters: two methods route each question to one, the others pool scores.
+ROUTERS = ("avg_sim_score", "avg_prompt_embed")
+TTS_METHODS = (*ROUTERS, "max_confidence", "majority_vote", "sum_logprobs")
+
+# What these make is more than an adapter. It is made again where it is needed, exactly, untrained.
+REPEATED = ("TTS", "Latent")
+
+# Names that the papers also use. Families are looked up in capitals.
+FAMILY_ALIASES = {
+    "TTL": "TTT",
+    "LORA": "LORA",
+    "LORA_MIXING": "LORA",
+    "LS": "Latent",
+    "LATENT": "Latent",
+}
+FIELD_ALIASES = {
+    "TTS": {"num_lora_adpt": "num_prompt_batches"},
+    "Latent": {"times": "slot_steps", "learning_rate": "slot_lr"},
+}
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A validated choice of family and fields. Its canonical JSON is its identity and cache key."""
+    """A checked choice of a family and its fields. Its canonical JSON is its identity."""
 
     family: str
     fields: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(
-            self, "fields", tuple(sorted(self.fields))
-        )  # equal whatever order they were given in
+        # sorted, so that two strategies are equal whatever order their fields came in
+        object.__setattr__(self, "fields", tuple(sorted(self.fields)))
 
     def __getitem__(self, name: str):
         return dict(self.fields)[name]
 
     @classmethod
     def from_dict(cls, obj: dict) -> Strategy:
-        """The inverse of `as_dict`, for what was validated before it was stored."""
-        return cls(obj["family"], tuple((k, v) for k, v in obj.items() if k != "family"))
+        """The inverse of `as_dict`, for what was checked before it was stored."""
+        fields = dict(obj)
+        family = fields.pop("family")
+        return cls(family, tuple(fields.items()))
 
     def as_dict(self) -> dict:
         return {"family": self.family, **dict(self.fields)}
 
     def but(self, **fields) -> Strategy:
         """The same with other values."""
-        return Strategy(self.family, tuple((dict(self.fields) | fields).items()))
+        return Strategy.from_dict(self.as_dict() | fields)
 
     @property
     def plain(self) -> bool:
@@ -73,35 +100,34 @@ KEEP = Strategy("none")
 
 
 def schema(bounds) -> dict[str, dict[str, dict]]:
-    """{family: {field: JSON schema}}: the action space under `strategies.*` of the configuration."""
+    """The action space, {family: {field: JSON schema}}, within the section `strategies`."""
 
-    def integer(high, low=1):
+    def integer(low, high):
         return {"type": "integer", "minimum": low, "maximum": high}
 
     def number(low, high):
         return {"type": "number", "minimum": low, "maximum": high}
 
-    b = bounds
     return {
         "TTT": {
-            "ttl_steps": integer(b.max_ttl_steps),
-            "learning_rate": number(1e-7, b.max_ttl_lr),
-            "batch_size": integer(b.max_batch_size),
+            "ttl_steps": integer(1, bounds.max_ttl_steps),
+            "learning_rate": number(1e-7, bounds.max_ttl_lr),
+            "batch_size": integer(1, bounds.max_batch_size),
             "shuffle_data": {"type": "boolean"},
         },
         "LORA": {"lambda": number(0, 1)},
         "TTS": {
-            "num_prompt_batches": integer(b.max_prompt_batches),
-            "method": {"enum": list(METHODS)},
+            "num_prompt_batches": integer(1, bounds.max_prompt_batches),
+            "method": {"enum": list(TTS_METHODS)},
         },
         "Latent": {
-            "slot_steps": integer(b.max_slot_steps, 0),
-            "slot_lr": number(1e-4, b.max_slot_lr),
+            "slot_steps": integer(0, bounds.max_slot_steps),
+            "slot_lr": number(1e-4, bounds.max_slot_lr),
         },
         "SFT": {
-            "sft_steps": integer(b.max_sft_steps),
-            "learning_rate": number(1e-6, b.max_sft_lr),
-            "batch_size": integer(b.max_batch_size),
+            "sft_steps": integer(1, bounds.max_sft_steps),
+            "learning_rate": number(1e-6, bounds.max_sft_lr),
+            "batch_size": integer(1, bounds.max_batch_size),
             "loss": {"enum": ["lm", "choice"]},
             "init_scale": number(0, 1),
         },
@@ -109,94 +135,101 @@ def schema(bounds) -> dict[str, dict[str, dict]]:
 
 
 def check_grid(bounds) -> None:
-    """Raises: UserError: strategies.proposal_grid names what is no field, or a value that no proposal may have."""
-    legal = {
-        f"{family}.{name}": spec
-        for family, fields in schema(bounds).items()
-        for name, spec in fields.items()
-    }
+    """Check strategies.proposal_grid.
+
+    Raises: UserError: it names what is no field, or a value that no proposal may have.
+    """
+    legal = {}
+    for family, fields in schema(bounds).items():
+        for name, spec in fields.items():
+            legal[f"{family}.{name}"] = spec
+
     for key, values in bounds.proposal_grid.items():
         if key not in legal:
             raise UserError(
                 f"strategies.proposal_grid: {key!r} is no field of a strategy; expected one of "
                 f"{list(legal)}"
             )
-        try:
-            for value in values:
+        for value in values:
+            try:
                 _check(key, value, legal[key])
-        except ValueError as e:
-            raise UserError(f"strategies.proposal_grid: {e}") from None
+            except ValueError as error:
+                raise UserError(f"strategies.proposal_grid: {error}") from None
 
 
 def proposal_schema(bounds, families: list[str], explore=None) -> dict:
-    """The JSON schema proposals are sampled under: one object per family, fields in order, nothing else.
+    """The JSON schema proposals are sampled under: one object per family, fields in order.
 
-    Fields listed in `strategies.proposal_grid` take one of the listed values; the others any value in bounds. With
-    `explore`, a numpy generator, only a random half of each list is offered: left alone, a small policy proposes the
-    same few settings every time.
+    A field listed in `strategies.proposal_grid` takes one of the listed values. Another field takes
+    any value in its bounds.
+    Args:
+        explore: a numpy generator, or None. With it only a random half of each list is offered.
+            Left alone, a small policy proposes the same few settings every time.
     """
     options = []
     for family in families:
-        fields = {"family": {"enum": [family]}}
+        properties = {"family": {"enum": [family]}}
         for name, spec in schema(bounds)[family].items():
             grid = bounds.proposal_grid.get(f"{family}.{name}")
             if grid and explore is not None:
-                grid = [
-                    grid[i] for i in sorted(explore.permutation(len(grid))[: (len(grid) + 1) // 2])
-                ]
-            fields[name] = {"enum": grid} if grid else spec
-        options.append(
-            {
-                "type": "object",
-                "properties": fields,
-                "required": list(fields),
-                "additionalProperties": False,
-            }
-        )
+                count = (len(grid) + 1) // 2
+                offered = sorted(explore.permutation(len(grid))[:count])
+                grid = [grid[i] for i in offered]
+            properties[name] = {"enum": grid} if grid else spec
+        option = {
+            "type": "object",
+            "properties": properties,
+            "required": list(properties),
+            "additionalProperties": False,
+        }
+        options.append(option)
     return {"anyOf": options}
 
 
 def parse_strategy(text: str | dict, bounds, families: list[str]) -> Strategy:
-    """Read a proposal: the first balanced {...}, names and aliases resolved, every field checked.
+    """Read a proposal: the first balanced {...}, aliases resolved, every field checked.
 
-    Raises: ValueError: saying which field, what it is and what is legal. Nothing is silently clipped but a mixing
-        ratio outside [0, 1] (docs/choices.md, 6).
+    Only a mixing ratio outside [0, 1] is clipped (docs/choices.md, 6).
+    Raises: ValueError: it says which field, what it is and what is legal.
     """
-    obj = text if isinstance(text, dict) else _first_object(text)
-    family = _ALIASES.get(str(obj.get("family")).upper(), str(obj.get("family")))
+    given = dict(text) if isinstance(text, dict) else _first_object(text)
+    named = given.pop("family", None)
+    family = FAMILY_ALIASES.get(str(named).upper(), str(named))
     if family not in families:
-        raise ValueError(f"family {obj.get('family')!r} is not one of {list(families)}")
-    spec, out = schema(bounds)[family], {}
-    renamed = (
-        {"times": "slot_steps", "learning_rate": "slot_lr"}
-        if family == "Latent"
-        else {"num_lora_adpt": "num_prompt_batches"}
-        if family == "TTS"
-        else {}
-    )
-    given = {renamed.get(k, k): v for k, v in obj.items() if k != "family"}
-    if extra := sorted(set(given) - set(spec)):
-        raise ValueError(f"{family}: unknown field {extra[0]!r}; expected {list(spec)}")
-    for name, s in spec.items():
+        raise ValueError(f"family {named!r} is not one of {list(families)}")
+
+    aliases = FIELD_ALIASES.get(family, {})
+    given = {aliases.get(name, name): value for name, value in given.items()}
+    legal = schema(bounds)[family]
+    unknown = sorted(set(given) - set(legal))
+    if unknown:
+        raise ValueError(f"{family}: unknown field {unknown[0]!r}; expected {list(legal)}")
+
+    fields = []
+    for name, spec in legal.items():
         if name not in given:
             raise ValueError(f"{family}: field {name!r} is missing")
-        out[name] = _check(f"{family}.{name}", given[name], s)
-    return Strategy(family, tuple(out.items()))
+        value = _check(f"{family}.{name}", given[name], spec)
+        fields.append((name, value))
+    return Strategy(family, tuple(fields))
 
 
 def _first_object(text: str) -> dict:
+    """The first {...} of a text that is whole JSON."""
     decoder = json.JSONDecoder()
-    for i, c in enumerate(text):
-        if c == "{":
-            try:
-                obj, _ = decoder.raw_decode(text[i:])
-                return obj
-            except ValueError:
-                continue
+    for i, character in enumerate(text):
+        if character != "{":
+            continue
+        try:
+            found, _ = decoder.raw_decode(text[i:])
+            return found
+        except ValueError:  # not JSON from here: try the next brace
+            continue
     raise ValueError(f"no JSON object in {text[:60]!r}")
 
 
 def _check(name: str, value, spec: dict):
+    """The value in its field's type. Raises: ValueError: it is not legal."""
     if "enum" in spec:
         if value not in spec["enum"]:
             raise ValueError(f"{name} is {value!r}, expected one of {spec['enum']}")
@@ -205,22 +238,19 @@ def _check(name: str, value, spec: dict):
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}, expected true or false")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
+
+    # True and False are ints to Python; nan fails every comparison
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) < 1e9:
         raise ValueError(f"{name} is {value!r}, expected a number")
-    if spec["type"] == "integer":
-        if int(value) != value:
-            raise ValueError(f"{name} is {value!r}, expected a whole number")
-        value = int(value)
-    else:
-        value = float(value)
     if name == "LORA.lambda":
-        return min(1.0, max(0.0, value))
+        return min(1.0, max(0.0, float(value)))
+    if spec["type"] == "integer" and int(value) != value:
+        raise ValueError(f"{name} is {value!r}, expected a whole number")
+    value = int(value) if spec["type"] == "integer" else float(value)
     if not spec["minimum"] <= value <= spec["maximum"]:
         raise ValueError(f"{name} is {value}, expected {spec['minimum']}..{spec['maximum']}")
     return value
-
-
-# ---------------------------------------------------------------------------------------------------------- execution
 
 
 @dataclass
@@ -246,8 +276,8 @@ class Target:
 
     Attributes:
         start: the adapter to refine.
-        bounds: the section `strategies`.
-        source: where further adapters come from; None for a baseline's start, which only SFT refines.
+        bounds: the section `strategies` of the configuration.
+        source: where further adapters come from. A baseline's start has none: only SFT refines it.
         cache: scores of drawn adapters, so that ensembles share them.
     """
 
@@ -264,7 +294,9 @@ class Target:
 class Router:
     """Chooses an adapter per question: the one whose prompts lie nearest.
 
-    Attributes: batches: per adapter (n, d), the embeddings of its prompts. embed: texts -> (n, d).
+    Attributes:
+        batches: per adapter (n, d), the embeddings of its prompts.
+        embed: texts -> (n, d) embeddings.
     """
 
     batches: list[Tensor]
@@ -273,9 +305,12 @@ class Router:
 
 @dataclass
 class Refined:
-    """What a strategy made: one adapter, or several with a way to combine them, or latent steering on top.
+    """What a strategy made: one adapter, several with a way to combine them, or one with steering.
 
-    Attributes: combine: "" for one adapter, else a TTS method. router: of a method that routes.
+    Attributes:
+        combine: "" for one adapter, else a TTS method.
+        slot: (steps, learning rate) of latent steering, or None.
+        router: of a TTS method that routes, else None.
     """
 
     adapters: list[Adapter]
@@ -286,36 +321,41 @@ class Refined:
 
 
 def execute(target: Target, strategy: Strategy, labelled: list[Example] = ()) -> Refined:
-    """Carry a strategy out on a target's adapter. `labelled` is read by SFT only."""
+    """Carry a strategy out on a target's adapter. Only SFT reads `labelled`."""
     if strategy.family == "TTT":
         return train_on_prompts(target, strategy)
     if strategy.family == "LORA":
-        lam = strategy["lambda"]
-        return Refined([mix_subspaces(target.start, lam, target.bounds.mix)])
+        mixed = mix_subspaces(target.start, strategy["lambda"], target.bounds.mix)
+        return Refined([mixed])
     if strategy.family == "TTS":
-        source = target.source
-        draws = [source.draw(batch) for batch in range(strategy["num_prompt_batches"])]
-        adapters = [adapter for adapter, _ in draws]
-        if strategy["method"] not in ROUTERS:
-            return Refined(adapters, strategy["method"])
-        batches = [source.pooled[torch.as_tensor(index)] for _, index in draws]
-        return Refined(adapters, strategy["method"], router=Router(batches, source.embed))
+        return draw_several(target.source, strategy)
     if strategy.family == "Latent":
+        # the steering vectors are found while a question is scored
         return Refined([target.start], slot=(strategy["slot_steps"], strategy["slot_lr"]))
     if strategy.family == "SFT":
-        return Refined([train_on_support(target, strategy, list(labelled))[strategy["sft_steps"]]])
+        trained = train_on_support(target, strategy, list(labelled))
+        return Refined([trained[strategy["sft_steps"]]])
     return Refined([target.start])
 
 
-def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
-    """Test-time training: minimise the input NLL of unlabelled prompts, weighted towards the surprising ones.
+def execute_finite(target: Target, strategy: Strategy, support: list) -> Refined:
+    """`execute` of a chosen strategy. Raises: UserError: its training diverged."""
+    try:
+        return execute(target, strategy, support)
+    except FloatingPointError as error:
+        raise UserError(
+            f"{target.name}: the loss of {strategy} is not finite ({error}); lower the rate "
+            "(strategies.max_sft_lr, strategies.proposal_grid or baselines.sft)"
+        ) from None
 
-    Implements: paper T, eq. 7, with S * ln P in place of eq. 8's S * P (docs/choices.md, 5): weight
-    lambda * exp(nll - threshold) where nll > threshold, else 0, detached; mean over the selected prompts. Continues
-    from the generated adapter; one step is one update.
+
+def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
+    """TTT: minimise the input NLL of unlabelled prompts, weighted towards the surprising ones.
+
+    It continues from the generated adapter. One step is one update.
+    Implements: TEMPO, eq. 7, with S * ln P in place of eq. 8's S * P (docs/choices.md, 5).
     """
     lm = target.lm
-    bounds = target.bounds
     texts = target.source.texts
     steps = strategy["ttl_steps"]
     size = strategy["batch_size"]
@@ -326,15 +366,11 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
         order = runtime.rng_for(target.seed, "ttt", target.name).permutation(order)
     batches = np.resize(order, steps * size).reshape(-1, size)
 
-    rows: dict[int, Row] = {}
     selected: list[int] = []
     with AdapterTrainer(lm.model, lm.layout, target.start) as trainer:
         for batch in batches:
-            for i in batch:
-                if i not in rows:
-                    rows[i] = scoring.prompt_row(lm, texts[i])
-            losses = _surprise_losses(lm, [rows[i] for i in batch], bounds, selected)
-            loss = trainer.backward(losses)
+            rows = [scoring.prompt_row(lm, texts[i]) for i in batch]
+            loss = trainer.backward(_surprise_losses(lm, rows, target.bounds, selected))
             if loss is None:  # no prompt of the batch passes the gate
                 continue
             if not math.isfinite(loss):
@@ -347,66 +383,90 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
 def _surprise_losses(lm: LM, rows: list[Row], bounds, selected: list[int]):
     """Yield (weighted sum, count) of the prompts above the threshold, in parts that fit the memory.
 
-    Their numbers are appended to `selected`.
+    A prompt's weight is ttl_lambda * exp(nll - ttl_threshold) if its nll is above the threshold,
+    else 0. The loss is the mean over the selected prompts. How many there are in each part is
+    appended to `selected`.
     """
     parts = scoring.parts_of(lm, rows, all_scored=True)
     for part in parts:
         nll = scoring.prompt_nll(lm, part)
+        surprise = nll.detach()  # a weight, through which no gradient flows
         gate = torch.ones_like(nll, dtype=torch.bool)
         if bounds.ttl_threshold:
-            gate = nll.detach() > bounds.ttl_threshold
+            gate = surprise > bounds.ttl_threshold
         count = int(gate.sum())
         selected.append(count)
         if not count:
-            del nll  # its graph, before the next part's
+            del nll  # its graph, before the next part's is built
             continue
-        weight = bounds.ttl_lambda * torch.exp(nll.detach() - bounds.ttl_threshold)
+        weight = bounds.ttl_lambda * torch.exp(surprise - bounds.ttl_threshold)
         total = (weight * nll)[gate].sum()
         yield (total / count, 1) if len(parts) == 1 else (total, count)
 
 
 def mix_subspaces(adapter: Adapter, lam: float, mode: str) -> Adapter:
-    """Two-subspace mixing of halves A = [A1; A2], B = [B1, B2], by A' = M A, so that it stays a LoRA of rank r.
+    """LORA: mix the halves A = [A1; A2] and B = [B1, B2] of the rank, by A' = M A.
 
-    interp   M = (1 - lam) I + lam [[I, I], [I, I]]: paper T, eq. 11 at lam = 1, the plain adapter at 0.
-    magdir   Frobenius norm and direction of plain and full mixing interpolated separately (paper D, F.1).
-    An odd last row is not mixed.
+    Only A changes, so that what comes out is a LoRA of the same rank. An odd last row is not mixed.
+    interp   M = (1 - lam) I + lam [[I, I], [I, I]]: the plain adapter at 0, TEMPO's eq. 11 at 1.
+    magdir   Frobenius norm and direction of both updates interpolated apart (DeGAML, F.1).
     """
-    out = dict(adapter)
-    for key_a, a in adapter.items():
-        if "lora_A" not in key_a:
-            continue
-        b = adapter[key_a.replace("lora_A", "lora_B")]
-        h = a.shape[0] // 2
-        swapped = torch.cat(
-            [a[h : 2 * h], a[:h], torch.zeros_like(a[2 * h :])]
-        )  # (butterfly - I) A
-        if mode == "interp" or lam == 0:
-            out[key_a] = a + lam * swapped
-        else:
-            plain, full = _update_norm(a, b), _update_norm(a + swapped, b)
-            if plain == 0 or full == 0:
-                continue
-            p, q = (1 - lam) / plain, lam / full
-            direction = (p + q) * a + q * swapped
-            size = (1 - lam) * plain + lam * full
-            out[key_a] = direction * (size / max(_update_norm(direction, b), 1e-30))
-    return out
+    mixed = dict(adapter)
+    for key in adapter:
+        if "lora_A" in key:
+            b = adapter[key.replace("lora_A", "lora_B")]
+            mixed[key] = _mix_rows(adapter[key], b, lam, mode)
+    return mixed
+
+
+def _mix_rows(a: Tensor, b: Tensor, lam: float, mode: str) -> Tensor:
+    """A' of one matrix; a: (r, d_in), b: (d_out, r)."""
+    # B [A2; A1] holds the cross terms: B A is the plain update, B (A + swapped) the fully mixed one
+    half = a.shape[0] // 2
+    odd_row = torch.zeros_like(a[2 * half :])
+    swapped = torch.cat([a[half : 2 * half], a[:half], odd_row])
+    if mode == "interp" or lam == 0:
+        return a + lam * swapped
+
+    plain_norm = _update_norm(a, b)
+    full_norm = _update_norm(a + swapped, b)
+    if plain_norm == 0 or full_norm == 0:  # an update of zero has no direction
+        return a
+    plain_share = (1 - lam) / plain_norm
+    full_share = lam / full_norm
+    direction = (plain_share + full_share) * a + full_share * swapped
+    norm = (1 - lam) * plain_norm + lam * full_norm
+    return direction * (norm / max(_update_norm(direction, b), 1e-30))
 
 
 def _update_norm(a: Tensor, b: Tensor) -> float:
-    """Frobenius norm of B A without forming it."""
-    return float(((b.t() @ b) * (a @ a.t())).sum().clamp_min(0).sqrt())
+    """Frobenius norm of B A, from two (r, r) products: B A itself is large."""
+    square = (b.t() @ b) * (a @ a.t())
+    return float(square.sum().clamp_min(0).sqrt())
+
+
+def draw_several(source: Source, strategy: Strategy) -> Refined:
+    """TTS: one adapter per prompt batch, and for a router the embeddings of their prompts."""
+    method = strategy["method"]
+    adapters = []
+    batches = []
+    for number in range(strategy["num_prompt_batches"]):
+        adapter, prompts = source.draw(number)
+        adapters.append(adapter)
+        batches.append(source.pooled[torch.as_tensor(prompts)])
+    router = Router(batches, source.embed) if method in ROUTERS else None
+    return Refined(adapters, method, router=router)
 
 
 def train_on_support(
     target: Target, strategy: Strategy, labelled: list[Example], at_steps: list[int] = ()
 ) -> dict[int, Adapter]:
-    """Supervised steps on labelled examples, from the target's adapter; constant rate after two warm-up steps.
+    """SFT: supervised steps on labelled examples, at a constant rate after two warm-up steps.
 
-    `init_scale` s is the share of the generated adapter in the start, s generated + (1 - s) plain, entry by entry: 0 is
-    the plain initialisation, as if there were no generator. With a constant rate the first s steps of a longer training
-    are the training of s steps, so one trajectory yields every step count in `at_steps` exactly.
+    The start is s * generated + (1 - s) * plain, entry by entry, with s = `init_scale`. At 0 it is
+    the plain initialisation, as if there were no generator.
+    With a constant rate the first s steps of a longer training are the training of s steps. So one
+    trajectory yields every step count in `at_steps` exactly.
     Returns: {steps: adapter} for `sft_steps` and `at_steps`.
     """
     lm = target.lm
@@ -432,25 +492,11 @@ def train_on_support(
             loss = trainer.backward(scoring.loss_in_parts(lm, batch, loss_fn))
             if not math.isfinite(loss):
                 raise FloatingPointError(f"at step {step + 1}")
-            # two steps of warm-up
-            trainer.step(strategy["learning_rate"] * min(1.0, (step + 1) / 3))
+            warm_up = min(1.0, (step + 1) / 3)
+            trainer.step(strategy["learning_rate"] * warm_up)
             if step + 1 == steps or step + 1 in at_steps:
                 trained[step + 1] = trainer.adapter()
     return trained
-
-
-def execute_finite(target: Target, strategy: Strategy, support: list) -> Refined:
-    """`execute` of a chosen strategy. Raises: UserError: its training diverged."""
-    try:
-        return execute(target, strategy, support)
-    except FloatingPointError as e:
-        raise UserError(
-            f"{target.name}: the loss of {strategy} is not finite ({e}); lower the rate "
-            "(strategies.max_sft_lr, strategies.proposal_grid or baselines.sft)"
-        ) from None
-
-
-# ------------------------------------------------------------------------------------------------------------ scoring
 
 
 def score_refined(
@@ -460,17 +506,27 @@ def score_refined(
 
     Args: cache: scores of adapters that several ensembles share.
     """
-    if refined.router is None:
-        each = [
-            _score_cached(lm, adapter, examples, refined.slot, cache)
-            for adapter in refined.adapters
-        ]
-        return pool_scores(each, refined.combine)
+    if refined.router is not None:
+        return _score_routed(lm, refined, examples)
+    cache = {} if cache is None else cache
+    each = [_score_once(lm, a, examples, refined.slot, cache) for a in refined.adapters]
+    if not refined.combine:
+        return each[0]
 
-    # routed: questions grouped by their adapter, so that each adapter is swapped in once
+    pooled = []
+    for scores in zip(*each, strict=True):  # every adapter's scores of one example
+        raw = combine([s.raw for s in scores], refined.combine)
+        norm = combine([s.norm for s in scores], refined.combine)
+        pooled.append(Scores(raw, norm))
+    return pooled
+
+
+def _score_routed(lm: LM, refined: Refined, examples: list[Example]) -> list[Scores]:
+    """Score each question with its own adapter."""
     texts = [scoring.input_text(lm, example) for example in examples]
     choice = route(refined, texts)
     scores: list[Scores | None] = [None] * len(examples)
+    # questions grouped by their adapter, so that each adapter is swapped in once
     for number, adapter in enumerate(refined.adapters):
         group = [i for i, chosen in enumerate(choice) if chosen == number]
         if not group:
@@ -481,22 +537,10 @@ def score_refined(
     return scores
 
 
-def pool_scores(each: list[list[Scores]], method: str) -> list[Scores]:
-    """One adapter's scores, or several adapters' combined example by example."""
-    if not method:
-        return each[0]
-    return [
-        Scores(*(combine([s.of(m) for s in group], method) for m in ("raw", "norm")))
-        for group in zip(*each, strict=True)
-    ]
-
-
-def _score_cached(
-    lm: LM, adapter: Adapter, examples: list[Example], slot, cache: dict | None
+def _score_once(
+    lm: LM, adapter: Adapter, examples: list[Example], slot, cache: dict
 ) -> list[Scores]:
-    """Drawn adapters are scored once per example set, however many ensembles share them."""
-    if cache is None:
-        return scoring.score_examples(lm, adapter, examples, slot=slot)
+    """Score with one adapter, unless an ensemble with the same cache has done so before."""
     key = (id(adapter), slot, tuple(example.id for example in examples))
     if key not in cache:
         # the adapter is kept beside its scores, so that its id stays its own
@@ -505,10 +549,11 @@ def _score_cached(
 
 
 def route(refined: Refined, texts: list[str]) -> list[int]:
-    """Adapter per question: the prompt batch nearest to it in Euclidean distance (DeGAML, footnote 6).
+    """The number of the adapter for each question: that of the nearest prompt batch.
 
-    avg_sim_score (M1): mean distance to the batch's prompts.
-    avg_prompt_embed (M2): distance to their mean embedding.
+    Distances are Euclidean (DeGAML, footnote 6; docs/choices.md, 7).
+    avg_sim_score (M1)      mean distance to the batch's prompts.
+    avg_prompt_embed (M2)   distance to their mean embedding.
     """
     questions = refined.router.embed(texts)
     distances = []
@@ -521,11 +566,14 @@ def route(refined: Refined, texts: list[str]) -> list[int]:
 
 
 def combine(scores: list[tuple[float, ...]], method: str) -> tuple[float, ...]:
-    """One score per option from several adapters', so that the largest is the ensemble's answer.
+    """One score per option from several adapters' scores. The largest is the ensemble's answer.
 
-    With log p_a(o) = log-softmax over the options: sum_logprobs sums them, max_confidence takes the largest over
-    adapters, majority_vote is the mean probability with its largest value moved to the option most adapters voted for,
-    ties by summed probability, then option order. mean_probability, a Bayesian prediction, is no method of TTS.
+    Each adapter counts by log p, its log-softmax over the options.
+    sum_logprobs       the mean of log p, which ranks as the sum does.
+    max_confidence     the largest log p of any adapter.
+    majority_vote      the mean of p, its largest value moved to the option with most votes. Ties go
+                       to the larger summed probability, then to the first option.
+    mean_probability   the mean of p: a Bayesian prediction (ABMLL), no method of TTS.
     """
     log_p = torch.log_softmax(torch.tensor(scores, dtype=torch.float64), -1)
     if len(scores) == 1:
@@ -535,11 +583,11 @@ def combine(scores: list[tuple[float, ...]], method: str) -> tuple[float, ...]:
     if method == "max_confidence":
         return tuple(log_p.max(0).values.tolist())
     mean = log_p.exp().mean(0)
-    if method == "mean_probability":
-        return tuple(mean.log().tolist())
-    votes = torch.bincount(log_p.argmax(-1), minlength=len(mean))
-    winner, top = int((votes + mean / 2).argmax()), int(mean.argmax())  # ties by summed probability
-    mean[[winner, top]] = mean[
-        [top, winner]
-    ]  # still a distribution, and its largest entry is the vote's winner
+    if method == "majority_vote":
+        votes = torch.bincount(log_p.argmax(-1), minlength=len(mean))
+        # half a probability decides ties and never outweighs a vote
+        winner = int((votes + mean / 2).argmax())
+        # swapped, not raised: it stays a distribution
+        top = int(mean.argmax())
+        mean[[winner, top]] = mean[[top, winner]]
     return tuple(mean.log().tolist())

@@ -1,4 +1,4 @@
-"""The action space and its execution: validation, mixing, test-time training, ensembles, steering, SFT."""
+"""The action space and its execution: mixing, test-time training, ensembles, steering, SFT."""
 
 import json
 import math
@@ -8,34 +8,18 @@ import pytest
 import torch
 from conftest import tiny_rows
 
+import data
+import lora
 import scoring
 import strategies
 from config import load_config
-from data import make_example
-from lora import LoraLinear, init_adapter, swap_adapter
-from scoring import Scores, gold_logprob, prompt_nll, prompt_row, score_examples
-from strategies import (
-    KEEP,
-    METHODS,
-    ROUTERS,
-    Refined,
-    Strategy,
-    Target,
-    combine,
-    execute,
-    mix_subspaces,
-    parse_strategy,
-    proposal_schema,
-    route,
-    schema,
-    score_refined,
-    train_on_prompts,
-    train_on_support,
-)
+from lora import LoraLinear
+from scoring import Scores
+from strategies import KEEP, ROUTERS, TTS_METHODS, Refined, Router, Source, Strategy, Target
 
 BOUNDS = load_config([])[0].strategies
 FAMILIES = ["TTT", "LORA", "TTS", "Latent", "SFT"]
-ENSEMBLES = ("max_confidence", "majority_vote", "sum_logprobs")
+ENSEMBLES = [method for method in TTS_METHODS if method not in ROUTERS]
 GOOD = {
     "TTT": {
         "family": "TTT",
@@ -58,150 +42,164 @@ GOOD = {
 }
 
 
-def strategy(family: str, **fields) -> Strategy:
-    return Strategy(family, tuple(fields.items()))
+def parse(proposal, families=FAMILIES) -> Strategy:
+    return strategies.parse_strategy(proposal, BOUNDS, families)
+
+
+def mixing(lam: float) -> Strategy:
+    return Strategy.from_dict({"family": "LORA", "lambda": lam})
 
 
 def ttt(steps: int, lr: float, size: int) -> Strategy:
-    return strategy("TTT", ttl_steps=steps, learning_rate=lr, batch_size=size, shuffle_data=True)
+    good = Strategy.from_dict(GOOD["TTT"])
+    return good.but(ttl_steps=steps, learning_rate=lr, batch_size=size)
 
 
-def random_adapter(layout, seed: int, size: float = 0.1) -> dict:
+def tts(count: int, method: str) -> Strategy:
+    good = Strategy.from_dict(GOOD["TTS"])
+    return good.but(num_prompt_batches=count, method=method)
+
+
+def latent(steps: int) -> Strategy:
+    return Strategy.from_dict(GOOD["Latent"]).but(slot_steps=steps)
+
+
+def sft(steps: int, lr: float, size: int, loss: str = "choice", share: float = 1.0) -> Strategy:
+    good = Strategy.from_dict(GOOD["SFT"])
+    return good.but(sft_steps=steps, learning_rate=lr, batch_size=size, loss=loss, init_scale=share)
+
+
+def random_adapter(layout, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
-    shapes = [pair for a, sa, b, sb in layout.keys() for pair in ((a, sa), (b, sb))]
-    return {k: size * torch.randn(s, generator=g) for k, s in shapes}
+    adapter = {}
+    for a, a_shape, b, b_shape in layout.keys():
+        adapter[a] = 0.1 * torch.randn(a_shape, generator=g)
+        adapter[b] = 0.1 * torch.randn(b_shape, generator=g)
+    return adapter
 
 
 def examples_of(task: str, count: int) -> list:
-    return [make_example(task, r, "cloze") for r in tiny_rows(task, count)]
+    return [data.make_example(task, row, "cloze") for row in tiny_rows(task, count)]
+
+
+def embed(texts: list[str]) -> torch.Tensor:
+    """Unit vectors that depend on the text."""
+    vectors = []
+    for text in texts:
+        g = torch.Generator().manual_seed(len(text) * 1000 + ord(text[-2]))
+        vectors.append(torch.randn(6, generator=g))
+    return torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
 
 
 @pytest.fixture
 def target(tiny_lm) -> Target:
-    """A target with a random start adapter, four random draws, and embeddings that depend on the text."""
-    texts = [e.text for e in examples_of("delta", 12)]
-    drawn = {b: (random_adapter(tiny_lm.layout, 10 + b), np.arange(4) + b) for b in range(4)}
-
-    def embed(words):
-        g = [torch.Generator().manual_seed(len(w) * 1000 + ord(w[-2])) for w in words]
-        return torch.nn.functional.normalize(
-            torch.stack([torch.randn(6, generator=x) for x in g]), dim=-1
-        )
-
+    """A target with a random start adapter and four random draws."""
+    drawn = {}
+    for batch in range(4):
+        adapter = random_adapter(tiny_lm.layout, 10 + batch)
+        drawn[batch] = adapter, np.arange(4) + batch
+    texts = [example.text for example in examples_of("delta", 12)]
+    source = Source(drawn.__getitem__, texts, embed(texts), embed)
     start = random_adapter(tiny_lm.layout, 0)
-    bounds = BOUNDS.model_copy()
-    return Target(
-        "delta", tiny_lm, start, drawn.__getitem__, texts, embed(texts), embed, bounds, seed=1
-    )
+    return Target("delta", tiny_lm, start, BOUNDS.model_copy(), seed=1, source=source)
 
 
 def same(a: dict, b: dict) -> bool:
     return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# ------------------------------------------------------------------------------------------------- validation
+def copied(tensors: dict) -> dict:
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def bare(model) -> bool:
+    return all(m.A is None and m.B is None for m in model.modules() if isinstance(m, LoraLinear))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_good_objects_are_read(family):
     """Every family's complete object is read back with all its fields."""
-    s = parse_strategy(json.dumps(GOOD[family]), BOUNDS, FAMILIES)
-    assert s.family == family and s.as_dict() == GOOD[family]
+    read = parse(json.dumps(GOOD[family]))
+    assert read.family == family
+    assert read.as_dict() == GOOD[family]
 
 
-BAD = [
-    ("TTT", {"ttl_steps": 0}, "ttl_steps"),
-    ("TTT", {"ttl_steps": 51}, "ttl_steps"),
-    ("TTT", {"ttl_steps": 2.5}, "ttl_steps"),
-    ("TTT", {"ttl_steps": "many"}, "ttl_steps"),
-    ("TTT", {"ttl_steps": True}, "ttl_steps"),
-    ("TTT", {"ttl_steps": None}, "ttl_steps"),
-    ("TTT", {"learning_rate": 0}, "learning_rate"),
-    ("TTT", {"learning_rate": 2e-3}, "learning_rate"),
-    ("TTT", {"learning_rate": -1e-4}, "learning_rate"),
-    ("TTT", {"learning_rate": math.nan}, "learning_rate"),
-    ("TTT", {"learning_rate": "1e-4"}, "learning_rate"),
-    ("TTT", {"batch_size": 0}, "batch_size"),
-    ("TTT", {"batch_size": 65}, "batch_size"),
-    ("TTT", {"shuffle_data": "true"}, "shuffle_data"),
-    ("TTT", {"shuffle_data": 1}, "shuffle_data"),
-    ("LORA", {"lambda": "half"}, "lambda"),
-    ("LORA", {"lambda": math.nan}, "lambda"),
-    ("LORA", {"lambda": math.inf}, "lambda"),
-    ("LORA", {"lambda": False}, "lambda"),
-    ("LORA", {"lambda": [1]}, "lambda"),
-    ("TTS", {"num_prompt_batches": 0}, "num_prompt_batches"),
-    ("TTS", {"num_prompt_batches": 51}, "num_prompt_batches"),
-    ("TTS", {"method": "vote"}, "method"),
-    ("TTS", {"method": None}, "method"),
-    ("TTS", {"method": ["x"]}, "method"),
-    ("Latent", {"slot_steps": -1}, "slot_steps"),
-    ("Latent", {"slot_steps": 21}, "slot_steps"),
-    ("Latent", {"slot_lr": 0}, "slot_lr"),
-    ("Latent", {"slot_lr": 1.5}, "slot_lr"),
-    ("SFT", {"sft_steps": 0}, "sft_steps"),
-    ("SFT", {"sft_steps": 51}, "sft_steps"),
-    ("SFT", {"learning_rate": 1e-2}, "learning_rate"),
-    ("SFT", {"batch_size": 1.5}, "batch_size"),
-    ("SFT", {"loss": "mse"}, "loss"),
-    ("SFT", {"init_scale": 1.5}, "init_scale"),
-    ("SFT", {"init_scale": -0.1}, "init_scale"),
-]
+BAD = {
+    "TTT": {
+        "ttl_steps": [0, 51, 2.5, "many", True, None],
+        "learning_rate": [0, 2e-3, -1e-4, math.nan, "1e-4"],
+        "batch_size": [0, 65],
+        "shuffle_data": ["true", 1],
+    },
+    "LORA": {"lambda": ["half", math.nan, math.inf, False, [1]]},
+    "TTS": {"num_prompt_batches": [0, 51], "method": ["vote", None, ["x"]]},
+    "Latent": {"slot_steps": [-1, 21], "slot_lr": [0, 1.5]},
+    "SFT": {
+        "sft_steps": [0, 51],
+        "learning_rate": [1e-2],
+        "batch_size": [1.5],
+        "loss": ["mse"],
+        "init_scale": [1.5, -0.1],
+    },
+}
 
 
-@pytest.mark.parametrize("family, change, field", BAD, ids=str)
-def test_bad_field_is_named(family, change, field):
+@pytest.mark.parametrize("family, field", [(f, name) for f in BAD for name in BAD[f]])
+def test_bad_field_is_named(family, field):
     """Out of range or of the wrong type is invalid, never clipped, and the text names the field."""
-    with pytest.raises(ValueError, match=f"{family}.*{field}"):
-        parse_strategy(GOOD[family] | change, BOUNDS, FAMILIES)
+    for value in BAD[family][field]:
+        with pytest.raises(ValueError, match=f"{family}.*{field}"):
+            parse(GOOD[family] | {field: value})
 
 
-@pytest.mark.parametrize("family, field", [(f, k) for f in FAMILIES for k in schema(BOUNDS)[f]])
+@pytest.mark.parametrize(
+    "family, field", [(f, name) for f in FAMILIES for name in strategies.schema(BOUNDS)[f]]
+)
 def test_missing_field_is_named(family, field):
     """Every field is required."""
-    obj = {k: v for k, v in GOOD[family].items() if k != field}
+    proposal = dict(GOOD[family])
+    del proposal[field]
     with pytest.raises(ValueError, match=f"{family}.*{field}.*missing"):
-        parse_strategy(obj, BOUNDS, FAMILIES)
+        parse(proposal)
 
 
 def test_unknown_field_and_family_are_named():
     """What does not belong is refused by name; a family that was not offered is unknown too."""
     with pytest.raises(ValueError, match="LORA.*ratio"):
-        parse_strategy(GOOD["LORA"] | {"ratio": 1}, BOUNDS, FAMILIES)
+        parse(GOOD["LORA"] | {"ratio": 1})
     for family in ("RAG", None, ["TTT"], {}):
         with pytest.raises(ValueError, match="family"):
-            parse_strategy(GOOD["LORA"] | {"family": family}, BOUNDS, FAMILIES)
+            parse(GOOD["LORA"] | {"family": family})
     with pytest.raises(ValueError, match="SFT"):
-        parse_strategy(GOOD["SFT"], BOUNDS, FAMILIES[:4])
+        parse(GOOD["SFT"], FAMILIES[:4])
 
 
 def test_a_number_of_any_length_is_only_invalid():
     """A proposal is text of a model: no digit string may do more than make it invalid."""
+    proposal = json.dumps(GOOD["TTT"] | {"ttl_steps": 10**400})
     with pytest.raises(ValueError, match="ttl_steps"):
-        parse_strategy(json.dumps(GOOD["TTT"] | {"ttl_steps": 10**400}), BOUNDS, FAMILIES)
+        parse(proposal)
 
 
 @pytest.mark.parametrize(
     "given, meant",
     [
-        (GOOD["TTT"] | {"family": "TTL"}, GOOD["TTT"]),
-        (GOOD["LORA"] | {"family": "LoRA"}, GOOD["LORA"]),
-        (GOOD["Latent"] | {"family": "LS"}, GOOD["Latent"]),
-        ({"family": "Latent", "times": 5, "learning_rate": 0.1}, GOOD["Latent"]),
-        ({"family": "TTS", "num_lora_adpt": 3, "method": "majority_vote"}, GOOD["TTS"]),
+        (GOOD["TTT"] | {"family": "TTL"}, "TTT"),
+        (GOOD["LORA"] | {"family": "LoRA"}, "LORA"),
+        (GOOD["Latent"] | {"family": "LS"}, "Latent"),
+        ({"family": "Latent", "times": 5, "learning_rate": 0.1}, "Latent"),
+        ({"family": "TTS", "num_lora_adpt": 3, "method": "majority_vote"}, "TTS"),
     ],
 )
 def test_aliases(given, meant):
     """Names the papers also use mean the canonical ones and give the same identity."""
-    assert str(parse_strategy(given, BOUNDS, FAMILIES)) == str(
-        parse_strategy(meant, BOUNDS, FAMILIES)
-    )
+    assert str(parse(given)) == str(parse(GOOD[meant]))
 
 
 def test_only_the_mixing_ratio_is_clipped():
     """lambda outside [0, 1] is clipped."""
-    objects = [{"family": "LORA", "lambda": v} for v in (-0.5, 1.7, 0, 0.25)]
-    assert [parse_strategy(o, BOUNDS, FAMILIES)["lambda"] for o in objects] == [0.0, 1.0, 0.0, 0.25]
+    for given, meant in ((-0.5, 0.0), (1.7, 1.0), (0, 0.0), (0.25, 0.25)):
+        assert parse({"family": "LORA", "lambda": given})["lambda"] == meant
 
 
 def test_first_balanced_object_of_noisy_text():
@@ -210,392 +208,406 @@ def test_first_balanced_object_of_noisy_text():
         'Sure {so}: {"family": "TTS", {"family": "LORA", "lambda": 0.25} or '
         '{"family": "LORA", "lambda": 1}'
     )
-    assert parse_strategy(text, BOUNDS, FAMILIES) == strategy("LORA", **{"lambda": 0.25})
+    assert parse(text) == mixing(0.25)
     for text in ("", "no object", '{"family": "LORA", "lambda": 0.', "[1, 2]"):
         with pytest.raises(ValueError, match="JSON"):
-            parse_strategy(text, BOUNDS, FAMILIES)
+            parse(text)
 
 
 def test_identity_ignores_order_and_spelling():
     """Field order, 5 or 5.0 and 1e-3 or 0.001 are one strategy, one key."""
-    one = '{"family": "TTT", "ttl_steps": 5, "learning_rate": 1e-3, "batch_size": 4, "shuffle_data": false}'
-    two = (
+    a = parse(
+        '{"family": "TTT", "ttl_steps": 5, "learning_rate": 1e-3, "batch_size": 4, '
+        '"shuffle_data": false}'
+    )
+    b = parse(
         '{"shuffle_data": false, "batch_size": 4.0, "learning_rate": 0.001, "ttl_steps": 5.0, '
         '"family": "TTT"}'
     )
-    a, b = (parse_strategy(t, BOUNDS, FAMILIES) for t in (one, two))
-    assert a == b and hash(a) == hash(b) and str(a) == str(b)
+    assert a == b
+    assert hash(a) == hash(b)
+    assert str(a) == str(b)
     assert json.loads(str(a)) == a.as_dict()
 
 
 def test_proposal_schema_offers_the_grid():
-    """A field with a grid takes its values only; one object per family with nothing left open."""
+    """A field with a grid takes its values only; one object per family, nothing left open."""
     bounds = BOUNDS.model_copy(update={"proposal_grid": {"LORA.lambda": [0.5, 1.0]}})
-    options = proposal_schema(bounds, ["LORA", "TTT"])["anyOf"]
-    assert [o["properties"]["family"]["enum"] for o in options] == [["LORA"], ["TTT"]]
-    assert options[0]["properties"]["lambda"] == {"enum": [0.5, 1.0]}
-    assert options[1]["properties"]["ttl_steps"]["maximum"] == bounds.max_ttl_steps
-    for o in options:
-        assert o["additionalProperties"] is False and o["required"] == list(o["properties"])
+    options = strategies.proposal_schema(bounds, ["LORA", "TTT"])["anyOf"]
+    mix, steps = (option["properties"] for option in options)
+    assert mix["family"]["enum"] == ["LORA"]
+    assert steps["family"]["enum"] == ["TTT"]
+    assert mix["lambda"] == {"enum": [0.5, 1.0]}
+    assert steps["ttl_steps"]["maximum"] == bounds.max_ttl_steps
+    for option in options:
+        assert option["additionalProperties"] is False
+        assert option["required"] == list(option["properties"])
 
 
-# ----------------------------------------------------------------------------------------------------- mixing
+def test_exploring_offers_half_of_each_grid():
+    """With `explore` a random half of every listed field is offered; in time each value is."""
+    grid = [0.1, 0.25, 0.5, 0.75, 1.0]
+    bounds = load_config([f"strategies.proposal_grid={{LORA.lambda: {grid}}}"])[0].strategies
+
+    def offered(explore=None) -> list:
+        option = strategies.proposal_schema(bounds, ["LORA"], explore)["anyOf"][0]
+        return option["properties"]["lambda"]["enum"]
+
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(40):
+        half = offered(rng)
+        assert len(half) == 3
+        assert half == sorted(half)
+        seen.update(half)
+    assert seen == set(grid)
+    assert offered() == grid
 
 
-def halves(rank: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
+def small_adapter(rank: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """One matrix's adapter, its A (rank, 6) and its B (5, rank)."""
     g = torch.Generator().manual_seed(3)
-    a, b = torch.randn(rank, 6, generator=g), torch.randn(5, rank, generator=g)
+    a = torch.randn(rank, 6, generator=g)
+    b = torch.randn(5, rank, generator=g)
     return {"m.lora_A.weight": a, "m.lora_B.weight": b}, a, b
 
 
-def update(adapter: dict) -> torch.Tensor:
-    return adapter["m.lora_B.weight"] @ adapter["m.lora_A.weight"]
+def mixed_update(adapter: dict, lam: float, mode: str) -> torch.Tensor:
+    mixed = strategies.mix_subspaces(adapter, lam, mode)
+    return mixed["m.lora_B.weight"] @ mixed["m.lora_A.weight"]
 
 
-def test_mix_identity_at_zero():
-    """lambda 0 is the plain adapter, bit for bit."""
-    adapter, *_ = halves(4)
-    for mode in ("interp", "magdir"):
-        assert same(mix_subspaces(adapter, 0.0, mode), adapter)
+@pytest.mark.parametrize("mode", ["interp", "magdir"])
+def test_mix_at_both_ends(mode):
+    """At 0 the plain adapter, bit for bit; at 1 dW = (B1 + B2)(A1 + A2), TEMPO's eq. 11."""
+    adapter, a, b = small_adapter(4)
+    assert same(strategies.mix_subspaces(adapter, 0.0, mode), adapter)
+    full = (b[:, :2] + b[:, 2:]) @ (a[:2] + a[2:])
+    torch.testing.assert_close(mixed_update(adapter, 1.0, mode), full)
 
 
-def test_mix_is_the_butterfly_at_one():
-    """lambda 1: dW = (B1 + B2)(A1 + A2), paper T eq. 11; halfway keeps half of the cross terms."""
-    adapter, a, b = halves(4)
-    a1, a2, b1, b2 = a[:2], a[2:], b[:, :2], b[:, 2:]
-    full = (b1 + b2) @ (a1 + a2)
-    for mode in ("interp", "magdir"):
-        torch.testing.assert_close(update(mix_subspaces(adapter, 1.0, mode)), full)
-    half = b1 @ a1 + b2 @ a2 + 0.5 * (b1 @ a2 + b2 @ a1)
-    torch.testing.assert_close(update(mix_subspaces(adapter, 0.5, "interp")), half)
-    torch.testing.assert_close(update(mix_subspaces(adapter, 0.5, "halves")), 0.5 * full)
-    fifth = (b1 + b2) @ (0.2 * a1 + 0.8 * a2)
-    torch.testing.assert_close(update(mix_subspaces(adapter, 0.2, "halves")), fifth)
+def test_mix_halfway_keeps_half_of_the_cross_terms():
+    adapter, a, b = small_adapter(4)
+    own_terms = b[:, :2] @ a[:2] + b[:, 2:] @ a[2:]
+    cross_terms = b[:, :2] @ a[2:] + b[:, 2:] @ a[:2]
+    torch.testing.assert_close(mixed_update(adapter, 0.5, "interp"), own_terms + 0.5 * cross_terms)
 
 
 @pytest.mark.parametrize("lam", [0.25, 0.5, 0.75])
 def test_mix_magnitude_and_direction(lam):
-    """magdir: the Frobenius norm is interpolated, the direction is that of the interpolated unit updates."""
-    adapter, a, b = halves(4)
-    plain, full = b @ a, (b[:, :2] + b[:, 2:]) @ (a[:2] + a[2:])
-    got = update(mix_subspaces(adapter, lam, "magdir"))
-    assert float(got.norm()) == pytest.approx(
-        float((1 - lam) * plain.norm() + lam * full.norm()), rel=1e-5
-    )
+    """magdir interpolates the Frobenius norm, and the unit updates for the direction."""
+    adapter, a, b = small_adapter(4)
+    plain = b @ a
+    full = (b[:, :2] + b[:, 2:]) @ (a[:2] + a[2:])
+    got = mixed_update(adapter, lam, "magdir")
+    norm = float((1 - lam) * plain.norm() + lam * full.norm())
+    assert float(got.norm()) == pytest.approx(norm, rel=1e-5)
     direction = (1 - lam) * plain / plain.norm() + lam * full / full.norm()
     torch.testing.assert_close(got / got.norm(), direction / direction.norm())
 
 
-@pytest.mark.parametrize("mode", ["interp", "halves"])
-def test_mix_leaves_an_odd_row_and_b_alone(mode):
+def test_mix_leaves_an_odd_row_and_b_alone():
     """An odd last row, B, and the adapter that was given stay as they are."""
-    adapter, a, b = halves(5)
-    before = {k: v.clone() for k, v in adapter.items()}
-    out = mix_subspaces(adapter, 0.7, mode)
-    assert torch.equal(out["m.lora_A.weight"][4], a[4]) and torch.equal(out["m.lora_B.weight"], b)
-    assert not torch.equal(out["m.lora_A.weight"][:4], a[:4])
+    adapter, a, b = small_adapter(5)
+    before = copied(adapter)
+    mixed = strategies.mix_subspaces(adapter, 0.7, "interp")
+    assert torch.equal(mixed["m.lora_A.weight"][4], a[4])
+    assert torch.equal(mixed["m.lora_B.weight"], b)
+    assert not torch.equal(mixed["m.lora_A.weight"][:4], a[:4])
     assert same(adapter, before)
 
 
-@pytest.mark.parametrize("mode", ["interp", "halves", "magdir"])
+@pytest.mark.parametrize("mode", ["interp", "magdir"])
 def test_mix_of_an_untrained_adapter_is_no_update(mode):
     """With B = 0 nothing appears and nothing is undefined."""
-    adapter, _, b = halves(4)
-    out = mix_subspaces(adapter | {"m.lora_B.weight": torch.zeros_like(b)}, 0.5, mode)
-    assert torch.equal(update(out), torch.zeros(5, 6))
-
-
-# ----------------------------------------------------------------------------------------- test-time training
+    adapter, _, b = small_adapter(4)
+    untrained = adapter | {"m.lora_B.weight": torch.zeros_like(b)}
+    assert torch.equal(mixed_update(untrained, 0.5, mode), torch.zeros(5, 6))
 
 
 def test_ttt_sample_weights(target, monkeypatch):
-    """S = 0.1 exp(nll - 3) above the threshold, 0 at or below, detached; mean over the selected prompts."""
-    caught = {}
-
-    def catch(model, layout, adapter, batches, loss_fn, **kwargs):
-        caught["loss_fn"] = loss_fn
-        return adapter
-
-    monkeypatch.setattr(strategies, "train_adapter", catch)
-    train_on_prompts(target, ttt(1, 1e-3, 4))
+    """S = 0.1 exp(nll - 3) above the threshold, 0 at or below, detached; mean over the selected."""
 
     def loss_of(values):
         nll = torch.tensor(values, requires_grad=True)
-        monkeypatch.setattr(strategies, "prompt_nll", lambda lm, rows: nll)
-        parts = [loss / count for loss, count in caught["loss_fn"](list(range(len(values))))]
-        return parts[0] if parts else None, nll
+        monkeypatch.setattr(scoring, "prompt_nll", lambda lm, rows: nll)
+        rows = list(range(len(values)))
+        losses = list(strategies._surprise_losses(target.lm, rows, BOUNDS, []))
+        if not losses:
+            return None, nll
+        ((total, count),) = losses
+        return total / count, nll
 
     loss, nll = loss_of([3.5, 2.9, 3.0])
     assert loss.item() == pytest.approx(0.16487 * 3.5, rel=1e-4)
     loss.backward()
     assert nll.grad.tolist() == pytest.approx([0.16487, 0.0, 0.0], rel=1e-4)
+
     loss, nll = loss_of([3.5, 4.5, 1.0])
     loss.backward()
-    assert nll.grad.tolist() == pytest.approx([0.16487 / 2, 0.1 * math.exp(1.5) / 2, 0.0], rel=1e-4)
+    want = [0.16487 / 2, 0.1 * math.exp(1.5) / 2, 0.0]
+    assert nll.grad.tolist() == pytest.approx(want, rel=1e-4)
+
     assert loss_of([2.9, 3.0])[0] is None
 
 
 def test_ttt_without_a_selected_prompt_changes_nothing(target):
     """No prompt above the threshold: the adapter is the given one, and the notes say so."""
     target.bounds.ttl_threshold = 100.0
-    out = train_on_prompts(target, ttt(3, 1e-3, 4))
+    out = strategies.train_on_prompts(target, ttt(3, 1e-3, 4))
     assert same(out.adapters[0], target.start)
     assert out.notes == {"selected": 0, "seen": 12}
+
+
+def prompts_nll(target: Target, adapter: dict | None) -> torch.Tensor:
+    """(prompts,) mean NLL of each unlabelled prompt under an adapter."""
+    lm = target.lm
+    rows = [scoring.prompt_row(lm, text) for text in target.source.texts]
+    lora.swap_adapter(lm.model, lm.layout, adapter)
+    with torch.no_grad():
+        nll = scoring.prompt_nll(lm, rows)
+    lora.swap_adapter(lm.model, lm.layout, None)
+    return nll
 
 
 def test_ttt_lowers_the_prompts_nll(target):
     """Without a gate, steps on the prompts lower their mean NLL, from the given adapter on."""
     target.bounds.ttl_threshold = 0.0
-    lm, rows = target.lm, [prompt_row(target.lm, t) for t in target.texts]
-
-    def mean_nll(adapter):
-        swap_adapter(lm.model, lm.layout, adapter)
-        with torch.no_grad():
-            value = float(prompt_nll(lm, rows).mean())
-        swap_adapter(lm.model, lm.layout, None)
-        return value
-
-    many = train_on_prompts(target, ttt(20, 1e-2, 6))
-    assert mean_nll(many.adapters[0]) < mean_nll(target.start) - 0.1
-    assert many.notes == {"selected": 120, "seen": 120}
+    out = strategies.train_on_prompts(target, ttt(20, 1e-2, 6))
+    before = prompts_nll(target, target.start).mean()
+    after = prompts_nll(target, out.adapters[0]).mean()
+    assert after < before - 0.1
+    assert out.notes == {"selected": 120, "seen": 120}
 
 
-@pytest.mark.parametrize("family", ["TTT", "SFT"])
-def test_parts_of_a_batch_train_like_the_whole(target, monkeypatch, family):
-    """Where a GPU cannot hold a batch: the same mean over what a gate leaves, from unequal parts."""
-    lm, labelled = target.lm, examples_of("delta", 5)
-    with torch.no_grad():
-        target.bounds.ttl_threshold = float(
-            prompt_nll(lm, [prompt_row(lm, t) for t in target.texts]).median()
-        )
-    chosen = (
-        ttt(3, 1e-2, 5)
-        if family == "TTT"
-        else strategy(
-            "SFT", sft_steps=3, learning_rate=1e-2, batch_size=5, loss="choice", init_scale=1.0
-        )
-    )
-    whole = execute(target, chosen, labelled)
-    for module in (strategies, scoring):
-        monkeypatch.setattr(
-            module, "parts_of", lambda lm, rows, all_scored=False: [rows[:3], rows[3:]]
-        )
-    parts = execute(target, chosen, labelled)
-    assert parts.notes == whole.notes and not same(whole.adapters[0], target.start)
-    off, moved = (
-        sum(float((a[k] - b[k]).abs().sum()) for k in a)
-        for a, b in ((parts.adapters[0], whole.adapters[0]), (whole.adapters[0], target.start))
-    )
+def distance(a: dict, b: dict) -> float:
+    return sum(float((a[key] - b[key]).abs().sum()) for key in a)
+
+
+@pytest.mark.parametrize("chosen", [ttt(3, 1e-2, 5), sft(3, 1e-2, 5)], ids=lambda s: s.family)
+def test_parts_of_a_batch_train_like_the_whole(target, monkeypatch, chosen):
+    """A batch that a GPU cannot hold: the same mean over what a gate leaves, from unequal parts."""
+    labelled = examples_of("delta", 5)
+    target.bounds.ttl_threshold = float(prompts_nll(target, None).median())
+    whole = strategies.execute(target, chosen, labelled)
+
+    def in_two(lm, rows, all_scored=False):
+        return [rows[:3], rows[3:]]
+
+    monkeypatch.setattr(scoring, "parts_of", in_two)
+    parts = strategies.execute(target, chosen, labelled)
+    assert parts.notes == whole.notes
+    moved = distance(whole.adapters[0], target.start)
+    off = distance(parts.adapters[0], whole.adapters[0])
+    assert moved > 0
     assert off < 0.01 * moved  # not none: AdamW steps on the rounding of a zero gradient
 
 
 def test_ttt_continues_from_the_given_adapter(target):
     """One tiny step moves every entry by at most the learning rate: no fresh initialisation."""
     target.bounds.ttl_threshold = 0.0
-    out = train_on_prompts(target, ttt(1, 1e-6, 4))
-    moved = max(float((out.adapters[0][k] - v).abs().max()) for k, v in target.start.items())
+    adapter = strategies.train_on_prompts(target, ttt(1, 1e-6, 4)).adapters[0]
+    moved = max(float((adapter[key] - v).abs().max()) for key, v in target.start.items())
     assert 0 < moved < 2e-6
 
-
-# -------------------------------------------------------------------------------------------- the frozen base
 
 EXECUTED = [
     KEEP,
     ttt(2, 1e-2, 4),
-    strategy("LORA", **{"lambda": 0.5}),
-    strategy("Latent", slot_steps=2, slot_lr=0.1),
-    strategy("SFT", sft_steps=2, learning_rate=1e-2, batch_size=4, loss="choice", init_scale=1.0),
-    *(strategy("TTS", num_prompt_batches=2, method=m) for m in METHODS),
+    mixing(0.5),
+    latent(2),
+    sft(2, 1e-2, 4),
+    *(tts(2, method) for method in TTS_METHODS),
 ]
 
 
-@pytest.mark.parametrize("choice", EXECUTED, ids=str)
-def test_execution_leaves_the_base_bit_unchanged(target, choice):
-    """After any strategy the bare model gives the same logits, and the start adapter is untouched."""
-    model, ids = target.lm.model, torch.arange(40).view(2, 20)
-    start = {k: v.clone() for k, v in target.start.items()}
+@pytest.mark.parametrize("chosen", EXECUTED, ids=str)
+def test_execution_leaves_the_base_bit_unchanged(target, chosen):
+    """After any strategy the bare model gives the same logits; the start adapter is untouched."""
+    model = target.lm.model
+    ids = torch.arange(40).view(2, 20)
+    start = copied(target.start)
+    weights = copied(model.state_dict())
     with torch.no_grad():
         before = model(ids).logits
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
     support = examples_of("delta", 6)
-    scores = score_refined(target, execute(target, choice, support), support)
+
+    refined = strategies.execute(target, chosen, support)
+    scores = strategies.score_refined(target.lm, refined, support)
+
     assert [len(s.raw) for s in scores] == [len(e.options) for e in support]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before)
-    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    assert all(m.A is None and m.B is None for m in model.modules() if isinstance(m, LoraLinear))
+    assert same(model.state_dict(), weights)
+    assert bare(model)
     assert same(target.start, start)
 
 
 def test_a_failed_training_leaves_the_base_bare(target):
     """A loss that is not finite ends training without leaving its adapter in the model."""
-    start = dict(target.start)
-    start[next(iter(start))] = torch.full_like(next(iter(start.values())), math.nan)
-    target.start = start
+    first = next(iter(target.start))
+    target.start[first] = torch.full_like(target.start[first], math.nan)
     with pytest.raises(FloatingPointError):
-        execute(
-            target,
-            strategy(
-                "SFT", sft_steps=1, learning_rate=1e-3, batch_size=2, loss="lm", init_scale=1.0
-            ),
-            examples_of("delta", 4),
-        )
-    assert all(m.A is None for m in target.lm.model.modules() if isinstance(m, LoraLinear))
+        strategies.execute(target, sft(1, 1e-3, 2, "lm"), examples_of("delta", 4))
+    assert bare(target.lm.model)
 
 
-# -------------------------------------------------------------------------------------------------- ensembles
-
-TABLE = [
-    tuple(math.log(p) for p in row)
-    for row in ((0.5, 0.4, 0.1), (0.5, 0.4, 0.1), (0.001, 0.3, 0.699))
-]
+def logs(*rows) -> list[tuple[float, ...]]:
+    """Log-probabilities of rows of probabilities, one row per adapter."""
+    return [tuple(math.log(p) for p in row) for row in rows]
 
 
-def pick(values) -> int:
-    return max(range(len(values)), key=values.__getitem__)
+def best(scores, method: str) -> int:
+    pooled = strategies.combine(scores, method)
+    return pooled.index(max(pooled))
+
+
+TABLE = logs((0.5, 0.4, 0.1), (0.5, 0.4, 0.1), (0.001, 0.3, 0.699))
 
 
 def test_combine_by_hand():
     """Three adapters on which the three ensembles disagree."""
-    assert pick(combine(TABLE, "majority_vote")) == 0  # two votes of three
-    assert pick(combine(TABLE, "sum_logprobs")) == 1  # ln .4 + ln .4 + ln .3 is the largest sum
-    assert pick(combine(TABLE, "max_confidence")) == 2  # .699 is the largest probability
-    sums = combine(TABLE, "sum_logprobs")
-    want = [
-        sum(math.log(p) for p in column)
-        for column in ((0.5, 0.5, 0.001), (0.4, 0.4, 0.3), (0.1, 0.1, 0.699))
-    ]
-    assert [s - sums[0] for s in sums] == pytest.approx([(w - want[0]) / 3 for w in want])
-    assert combine(TABLE, "max_confidence") == pytest.approx(
-        [math.log(p) for p in (0.5, 0.4, 0.699)]
-    )
+    assert best(TABLE, "majority_vote") == 0  # two votes of three
+    assert best(TABLE, "sum_logprobs") == 1  # ln .4 + ln .4 + ln .3 is the largest sum
+    assert best(TABLE, "max_confidence") == 2  # .699 is the largest probability
+
+    pooled = strategies.combine(TABLE, "sum_logprobs")
+    sums = [sum(column) for column in zip(*TABLE, strict=True)]
+    want = [(value - sums[0]) / 3 for value in sums]
+    assert [value - pooled[0] for value in pooled] == pytest.approx(want)
+    assert strategies.combine(TABLE, "max_confidence") == pytest.approx(logs((0.5, 0.4, 0.699))[0])
 
 
 def test_majority_ties():
-    """Equal votes go to the larger summed probability, and to the first option if that ties as well."""
-    tie = [tuple(math.log(p) for p in row) for row in ((0.6, 0.3, 0.1), (0.1, 0.8, 0.1))]
-    assert pick(combine(tie, "majority_vote")) == 1
-    assert pick(combine([(1.0, 0.0), (0.0, 1.0)], "majority_vote")) == 0
-    three = [
-        tuple(math.log(p) for p in row)
-        for row in ((0.05, 0.5, 0.45), (0.05, 0.5, 0.45), (0.05, 0.01, 0.94))
-    ]
-    assert pick(combine(three, "majority_vote")) == 1, (
-        "one vote weighs more than any summed probability"
-    )
+    """Equal votes go to the larger summed probability, then to the first option."""
+    tie = logs((0.6, 0.3, 0.1), (0.1, 0.8, 0.1))
+    assert best(tie, "majority_vote") == 1
+    assert best([(1.0, 0.0), (0.0, 1.0)], "majority_vote") == 0
+    # one vote weighs more than any summed probability
+    three = logs((0.05, 0.5, 0.45), (0.05, 0.5, 0.45), (0.05, 0.01, 0.94))
+    assert best(three, "majority_vote") == 1
 
 
 @pytest.mark.parametrize("method", ENSEMBLES)
 def test_combine_reads_probabilities(method):
     """An adapter counts through its softmax over the options: adding a constant changes nothing."""
     shifted = [tuple(x + 10 * i for x in row) for i, row in enumerate(TABLE)]
-    assert combine(shifted, method) == pytest.approx(combine(TABLE, method))
+    want = strategies.combine(TABLE, method)
+    assert strategies.combine(shifted, method) == pytest.approx(want)
+
+
+def log_softmax(values) -> list[float]:
+    return torch.log_softmax(torch.tensor(values, dtype=torch.float64), 0).tolist()
 
 
 @pytest.mark.parametrize("method", ENSEMBLES)
 def test_ensemble_of_one_is_the_adapter(target, method):
     """m = 1: log-softmax and argmax are the single adapter's, for scores and for whole examples."""
     row = (-3.0, -1.5, -2.0)
-    assert combine([row], method) == pytest.approx(torch.log_softmax(torch.tensor(row), 0).tolist())
+    assert strategies.combine([row], method) == pytest.approx(log_softmax(row))
+
     items = examples_of("delta", 8)
-    alone = score_examples(target.lm, target.draw(0)[0], items)
-    got = score_refined(
-        target, execute(target, strategy("TTS", num_prompt_batches=1, method=method)), items
-    )
-    for g, a in zip(got, alone, strict=True):
+    adapter, _ = target.source.draw(0)
+    alone = scoring.score_examples(target.lm, adapter, items)
+    pooled = strategies.score_refined(target.lm, strategies.execute(target, tts(1, method)), items)
+    for got, want in zip(pooled, alone, strict=True):
         for metric in ("raw", "norm"):
-            want = torch.log_softmax(torch.tensor(a.of(metric), dtype=torch.float64), 0).tolist()
-            assert g.of(metric) == pytest.approx(want, abs=1e-9) and g.pick(metric) == a.pick(
-                metric
-            )
+            assert got.of(metric) == pytest.approx(log_softmax(want.of(metric)), abs=1e-9)
+            assert got.pick(metric) == want.pick(metric)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TTS_METHODS)
 def test_tts_draws_independent_batches(target, method):
-    """m batches give the first m drawn adapters and their prompts, in order."""
-    got = execute(target, strategy("TTS", num_prompt_batches=3, method=method))
-    assert (
-        all(same(a, target.draw(b)[0]) for b, a in enumerate(got.adapters))
-        and len(got.adapters) == 3
-    )
-    assert [p.tolist() for p in got.prompts] == [target.draw(b)[1].tolist() for b in range(3)]
+    """m batches give the first m drawn adapters, and a router their prompts, in order."""
+    got = strategies.execute(target, tts(3, method))
     assert got.combine == method
+    assert len(got.adapters) == 3
+    assert (got.router is not None) == (method in ROUTERS)
+    for batch, adapter in enumerate(got.adapters):
+        drawn, prompts = target.source.draw(batch)
+        assert same(adapter, drawn)
+        if got.router:
+            assert torch.equal(got.router.batches[batch], target.source.pooled[prompts])
 
 
-def routed(target, pooled: list, questions: list, method: str) -> list[int]:
-    """Choices between batches 0 (the first two prompts) and 1 (the next two)."""
-    target.pooled = torch.tensor(pooled)
-    target.embed = lambda texts: torch.tensor(questions)
-    refined = Refined([{}, {}], method, prompts=[np.array([0, 1]), np.array([2, 3])])
-    return route(target, refined, ["?"] * len(questions))
+def routed(batches: list, questions: list, method: str) -> list[int]:
+    """The batch chosen for each question; both are given by their embeddings."""
+    batches = [torch.tensor(batch) for batch in batches]
+    router = Router(batches, lambda texts: torch.tensor(questions))
+    refined = Refined([{}] * len(batches), method, router=router)
+    return strategies.route(refined, ["?"] * len(questions))
 
 
 @pytest.mark.parametrize("method", ROUTERS)
-def test_route_takes_the_nearest_batch(target, method):
+def test_route_takes_the_nearest_batch(method):
     """argmin of the Euclidean distance, per question."""
-    pooled = [[1.0, 0.1], [1.0, -0.1], [0.1, 1.0], [-0.1, 1.0]]
-    assert routed(target, pooled, [[0.0, 1.0], [1.0, 0.0], [0.9, 0.2]], method) == [1, 0, 0]
+    batches = [[[1.0, 0.1], [1.0, -0.1]], [[0.1, 1.0], [-0.1, 1.0]]]
+    questions = [[0.0, 1.0], [1.0, 0.0], [0.9, 0.2]]
+    assert routed(batches, questions, method) == [1, 0, 0]
 
 
-def test_routers_differ_where_a_batch_is_spread(target):
+def test_routers_differ_where_a_batch_is_spread():
     """M1 averages distances, M2 measures the distance to the average."""
-    pooled = [[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
+    batches = [[[2.0, 0.0], [-2.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]]
     question = [[0.0, 0.1]]  # M1: 2.0 against 0.9; M2: 0.1 against 0.9
-    assert routed(target, pooled, question, "avg_sim_score") == [1]
-    assert routed(target, pooled, question, "avg_prompt_embed") == [0]
+    assert routed(batches, question, "avg_sim_score") == [1]
+    assert routed(batches, question, "avg_prompt_embed") == [0]
 
 
-def test_mean_embedding_is_never_farther(target, monkeypatch):
+def test_mean_embedding_is_never_farther(monkeypatch):
     """Jensen: M2 <= M1 for every question and batch."""
-    seen, real = [], torch.stack
+    seen = []
+    real = torch.stack
 
     def spy(tensors, *args, **kwargs):
         seen.append(real(tensors, *args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(torch, "stack", spy)
     g = torch.Generator().manual_seed(0)
-    target.pooled, target.embed = torch.randn(20, 5, generator=g), lambda texts: torch.ones(3, 5)
-    prompts = [np.arange(0, 20, 2), np.arange(7), np.arange(12, 20)]
+    pooled = torch.randn(20, 5, generator=g)
+    batches = [pooled[0:20:2], pooled[:7], pooled[12:20]]
+    router = Router(batches, lambda texts: torch.ones(3, 5))
+    monkeypatch.setattr(torch, "stack", spy)
     for method in ROUTERS:
-        route(target, Refined([{}] * 3, method, prompts=prompts), ["?"] * 3)
+        strategies.route(Refined([{}] * 3, method, router=router), ["?"] * 3)
     m1, m2 = seen
-    assert (
-        m1.shape == m2.shape == (3, 3) and bool((m2 <= m1 + 1e-6).all()) and bool((m2 < m1).any())
-    )
+    assert m1.shape == m2.shape == (3, 3)
+    assert bool((m2 <= m1 + 1e-6).all())
+    assert bool((m2 < m1).any())
 
 
 def test_routed_scores_come_back_in_order(target, monkeypatch):
-    """Each question is scored by its own adapter, one swap per adapter used, results in input order."""
-    items, calls = examples_of("delta", 7), []
+    """Each question is scored by its own adapter, one swap per adapter, in input order."""
+    items = examples_of("delta", 7)
     wanted = [2, 0, 2, 2, 0, 3, 0]
-    monkeypatch.setattr(strategies, "route", lambda target, refined, texts: wanted)
+    calls = []
 
     def score(lm, adapter, examples):
-        calls.append(adapter["number"])
-        return [Scores((float(adapter["number"]),), (float(e.id.split("-")[1]),)) for e in examples]
+        number = adapter["number"]
+        calls.append(number)
+        return [Scores((float(number),), (float(e.id.split("-")[1]),)) for e in examples]
 
-    monkeypatch.setattr(strategies, "score_examples", score)
-    refined = Refined(
-        [{"number": i} for i in range(4)], "avg_sim_score", prompts=[np.arange(2)] * 4
-    )
-    got = score_refined(target, refined, items)
-    assert [s.raw[0] for s in got] == wanted and [s.norm[0] for s in got] == list(range(7))
+    monkeypatch.setattr(strategies, "route", lambda refined, texts: wanted)
+    monkeypatch.setattr(scoring, "score_examples", score)
+    adapters = [{"number": i} for i in range(4)]
+    refined = Refined(adapters, "avg_sim_score", router=Router([], embed))
+    got = strategies.score_refined(target.lm, refined, items)
+    assert [s.raw[0] for s in got] == wanted
+    assert [s.norm[0] for s in got] == list(range(7))
     assert calls == [0, 2, 3]
-
-
-# ------------------------------------------------------------------------------------------- steering and SFT
 
 
 def test_latent_zero_steps_is_the_adapter(target):
     """No steps, no steering; some steps change the scores."""
     items = examples_of("delta", 6)
-    plain = score_examples(target.lm, target.start, items)
-    none, some = (
-        score_refined(target, execute(target, strategy("Latent", slot_steps=n, slot_lr=0.1)), items)
-        for n in (0, 3)
-    )
-    assert none == plain and some != plain
+    plain = scoring.score_examples(target.lm, target.start, items)
+
+    def steered(steps: int) -> list[Scores]:
+        refined = strategies.execute(target, latent(steps))
+        return strategies.score_refined(target.lm, refined, items)
+
+    assert steered(0) == plain
+    assert steered(3) != plain
 
 
 @pytest.mark.parametrize("loss", ["lm", "choice"])
@@ -603,92 +615,61 @@ def test_sft_prefix_property(target, loss):
     """The adapter after s steps of a longer trajectory is bit-equal to a training of s steps."""
     items = examples_of("delta", 7)
 
-    def train(steps, at=()):
-        s = strategy(
-            "SFT", sft_steps=steps, learning_rate=1e-2, batch_size=4, loss=loss, init_scale=1.0
-        )
-        return train_on_support(target, s, items, list(at))
+    def train(steps: int, at_steps: list[int] = ()) -> dict:
+        return strategies.train_on_support(target, sft(steps, 1e-2, 4, loss), items, at_steps)
 
-    long = train(6, (1, 2, 4, 6))
+    long = train(6, [1, 2, 4, 6])
     assert sorted(long) == [1, 2, 4, 6]
     for steps in (1, 2, 4):
         short = train(steps)
-        assert list(short) == [steps] and same(short[steps], long[steps])
-    assert not same(long[4], long[6]) and same(train(6)[6], long[6])
+        assert list(short) == [steps]
+        assert same(short[steps], long[steps])
+    assert not same(long[4], long[6])
+    assert same(train(6)[6], long[6])
 
 
 def test_sft_learns_the_support(target):
     """Supervised steps raise the log-probability of the labelled answers."""
     items = examples_of("delta", 6)
-    s = strategy(
-        "SFT", sft_steps=12, learning_rate=1e-2, batch_size=64, loss="choice", init_scale=1.0
-    )
-    out = execute(target, s, items)
-    after, before = (score_examples(target.lm, a, items) for a in (out.adapters[0], target.start))
-    assert (
-        np.mean(gold_logprob(after, items, "raw"))
-        > np.mean(gold_logprob(before, items, "raw")) + 0.5
-    )
+
+    def mean_gold(adapter: dict) -> float:
+        scores = scoring.score_examples(target.lm, adapter, items)
+        return float(np.mean(scoring.gold_logprob(scores, items, "raw")))
+
+    refined = strategies.execute(target, sft(12, 1e-2, 64), items)
+    assert mean_gold(refined.adapters[0]) > mean_gold(target.start) + 0.5
 
 
-def test_sft_starts_from_a_share_of_the_generated_adapter(target):
-    """With a vanishing rate what comes out is the start: between the plain initialisation and the generated adapter."""
-    plain = init_adapter(target.lm.layout, target.seed)
-    for share in (0.0, 0.5, 1.0):
-        s = strategy(
-            "SFT", sft_steps=1, learning_rate=1e-30, batch_size=2, loss="lm", init_scale=share
-        )
-        got = execute(target, s, examples_of("delta", 4)).adapters[0]
-        for k, v in target.start.items():
-            torch.testing.assert_close(
-                got[k], share * v + (1 - share) * plain[k], rtol=1e-6, atol=1e-20
-            )
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_sft_starts_from_a_share_of_the_generated_adapter(target, share):
+    """With a vanishing rate what comes out is the start, between plain and generated."""
+    chosen = sft(1, 1e-30, 2, "lm", share)
+    got = strategies.execute(target, chosen, examples_of("delta", 4)).adapters[0]
+    plain = lora.init_adapter(target.lm.layout, target.seed)
+    for key, generated in target.start.items():
+        want = share * generated + (1 - share) * plain[key]
+        torch.testing.assert_close(got[key], want, rtol=1e-6, atol=1e-20)
 
 
 def test_costs_are_counted(target):
-    """Passes in rows: trainings count forwards and backwards, ensembles score each drawn adapter once."""
-    lm, items = target.lm, examples_of("delta", 6)
+    """Passes in rows: trainings count both ways, ensembles score each drawn adapter once."""
+    lm = target.lm
+    items = examples_of("delta", 6)
 
-    def cost(s, score=True):
-        before = (lm.forwards, lm.backwards)
-        refined = execute(target, s, items)
+    def cost(chosen: Strategy, score: bool = True) -> tuple[int, int]:
+        forwards = lm.forwards
+        backwards = lm.backwards
+        refined = strategies.execute(target, chosen, items)
         if score:
-            score_refined(target, refined, items)
-        return lm.forwards - before[0], lm.backwards - before[1]
+            strategies.score_refined(lm, refined, items, target.cache)
+        return lm.forwards - forwards, lm.backwards - backwards
 
-    assert cost(
-        strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=4, loss="lm", init_scale=1.0),
-        False,
-    ) == (12, 12)
-    assert cost(
-        strategy("SFT", sft_steps=3, learning_rate=1e-3, batch_size=9, loss="lm", init_scale=1.0),
-        False,
-    ) == (18, 18)
+    assert cost(sft(3, 1e-3, 4, "lm"), score=False) == (12, 12)
+    assert cost(sft(3, 1e-3, 9, "lm"), score=False) == (18, 18)
     assert cost(ttt(2, 1e-3, 5)) == (10 + 6, 10)
-    assert cost(strategy("LORA", **{"lambda": 0.5})) == (6, 0)
-    assert cost(strategy("Latent", slot_steps=2, slot_lr=0.1)) == (6, 0)
-    assert cost(strategy("TTS", num_prompt_batches=3, method="majority_vote")) == (18, 0)
-    assert cost(strategy("TTS", num_prompt_batches=3, method="sum_logprobs")) == (0, 0), (
-        "scored already"
-    )
-    assert cost(strategy("TTS", num_prompt_batches=4, method="max_confidence")) == (6, 0)
-    assert cost(strategy("TTS", num_prompt_batches=4, method="avg_sim_score")) == (6, 0)
-
-
-def test_exploring_offers_half_of_each_grid():
-    """With `explore` a random half of every listed field is offered, and over many draws each value is."""
-    grid = {"LORA.lambda": [0.1, 0.25, 0.5, 0.75, 1.0]}
-    bounds = load_config(["strategies.proposal_grid={LORA.lambda: [0.1, 0.25, 0.5, 0.75, 1.0]}"])[
-        0
-    ].strategies
-    rng = np.random.default_rng(0)
-    seen = [
-        proposal_schema(bounds, ["LORA"], rng)["anyOf"][0]["properties"]["lambda"]["enum"]
-        for _ in range(40)
-    ]
-    assert all(len(s) == 3 and s == sorted(s) for s in seen)
-    assert {v for s in seen for v in s} == set(grid["LORA.lambda"])
-    assert (
-        proposal_schema(bounds, ["LORA"])["anyOf"][0]["properties"]["lambda"]["enum"]
-        == grid["LORA.lambda"]
-    )
+    assert cost(mixing(0.5)) == (6, 0)
+    assert cost(latent(2)) == (6, 0)
+    assert cost(tts(3, "majority_vote")) == (18, 0)
+    assert cost(tts(3, "sum_logprobs")) == (0, 0)  # scored already
+    assert cost(tts(4, "max_confidence")) == (6, 0)
+    assert cost(tts(4, "avg_sim_score")) == (6, 0)
