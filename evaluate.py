@@ -78,13 +78,15 @@ def _evaluate_task(run: Run, task: Task, method_ids: list[str]) -> None:
 
     Writes scores/<method>/<task>.jsonl, and its cost beside it in <task>.meta.json.
     """
+    # a rerun scores only what is missing
     todo = [method for method in method_ids if _is_due(run, task, method)]
+    # what further adapters are drawn from; a group is of one start, so one target serves all of it
     target = None
     if todo and todo[0] in methods.GENERATED:
         target = policy.make_target(run, task, aligned=todo[0] in methods.ALIGNED)
 
     lm = scoring.load_lm(run)
-    memo: dict = {}
+    memo: dict = {}  # answers that several methods share
     for method in run.track(todo, f"evaluate {task.name}"):
         began = time.monotonic()
         passes = lm.forwards
@@ -244,6 +246,7 @@ def _judge_options(example: Example, variants: list[Scores]) -> dict:
         picks = [scores.pick(metric) for scores in variants]
         fields[f"pred_{metric}"] = picks[0]
         fields[f"correct_{metric}"] = picks.count(example.gold) / len(picks)
+    # probabilities are not averaged: those of the first variant
     first = variants[0]
     fields["logp_gold"] = first.raw[example.gold]
     fields["raw"] = [round(value, 4) for value in first.raw]
@@ -257,7 +260,7 @@ def _judge_texts(example: Example, variants: list[str]) -> dict:
         strict = kind == "strict"
         right = 0
         for text in variants:
-            if example.options:
+            if example.options:  # "[A]", in the letter format
                 letter = scoring.parse_letter(text, len(example.options), strict)
                 right += letter == example.gold
             else:

@@ -53,10 +53,11 @@ def adapt_own(run: Run) -> dict:
         baselines.train_baselines(run)
     if task.test:
         evaluate.evaluate_methods(run)
-    run.barrier()
+    run.barrier()  # every rank's part is there
     if run.rank:
         return {}
 
+    # what came out
     print(
         f"\n{name}: {len(task.prompts)} unlabelled prompts, {len(task.support)} support and "
         f"{len(task.test)} held-out examples"
@@ -116,6 +117,8 @@ def export_adapter(run: Run) -> dict:
     cfg = run.cfg
     if run.rank:
         return {}
+
+    # what the method chose
     method = _adapted_method(run)
     source = run.path / f"adapted/{method}/{cfg.task}"
     strategy = strategies.KEEP
@@ -131,16 +134,19 @@ def export_adapter(run: Run) -> dict:
     else:
         refined = Refined([lora.load_adapter(source, lm.layout)])
 
+    # the folder
     folder = Path(cfg.output or run.path / "export" / cfg.task)
     _save_adapters(cfg, folder, refined, lm)
-    # how the adapters are used, and what they were made for
     facts = {
+        # where they come from
         "task": cfg.task,
         "method": method,
         "strategy": strategy.as_dict(),
+        # how they are used
         "adapters": len(refined.adapters),
         "combine": refined.combine,
         "slot": refined.slot,
+        # what they fit
         "base_model": cfg.model.name,
         "format": cfg.data.format,
     }
@@ -200,6 +206,7 @@ def _places(folder: Path, count: int) -> list[Path]:
 def usage(cfg: Config, folder: Path, refined: Refined, lm: LM) -> list[str]:
     """The lines that load an exported folder elsewhere."""
     model = cfg.model.name
+    # each is whole, to be copied
     lines = [
         f"adapter: {folder}",
         f"  PEFT     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), "
@@ -241,12 +248,13 @@ def _checked_facts(folder: Path, facts: dict, cfg: Config) -> tuple:
     Nothing in it may ask for more work than the configuration allows.
     """
     bounds = cfg.strategies
+    # the file may come from anywhere: its types are not to be relied on
     try:
         count = int(facts["adapters"])
         combine = str(facts["combine"])
         slot = facts["slot"]
         allowed = 1 <= count <= bounds.max_prompt_batches
-        if slot:
+        if slot:  # null: no steering
             slot = (int(slot[0]), float(slot[1]))
             allowed &= 1 <= slot[0] <= bounds.max_slot_steps
             allowed &= 0 < slot[1] <= bounds.max_slot_lr
@@ -284,6 +292,7 @@ def _load_router(folder: Path, count: int, run: Run) -> Router:
     names = [str(i) for i in range(count)]
     if set(batches) != set(names):
         raise UserError(f"{file}: holds {sorted(batches)}, expected one entry per adapter")
+    # in numbers' order, as 10 sorts before 2 in a file
     in_order = [batches[name] for name in names]
     return Router(in_order, lambda texts: generator.encode_texts(run, texts)[1])
 
@@ -305,10 +314,9 @@ def predict(run: Run) -> dict:
         raise UserError(
             f"adapter={folder}: no such folder; stage=adapt task=… or stage=export task=… makes one"
         )
+    # the folder, and the inputs: prompts have the form of the adapter's task
     lm = scoring.load_lm(run)
     task_name, refined = load_exported(folder, run)
-
-    # prompts have the form of the adapter's task
     rows = data.read_user_file(Path(cfg.input), labels=None)
     examples = [data.make_example(task_name, row, cfg.data.format) for row in rows]
 

@@ -108,6 +108,7 @@ def schema(bounds) -> dict[str, dict[str, dict]]:
     def number(low, high):
         return {"type": "number", "minimum": low, "maximum": high}
 
+    # bounded from above, so that no proposal can ask for hours of work
     return {
         "TTT": {
             "ttl_steps": integer(1, bounds.max_ttl_steps),
@@ -171,7 +172,7 @@ def proposal_schema(bounds, families: list[str], explore=None) -> dict:
         properties = {"family": {"enum": [family]}}
         for name, spec in schema(bounds)[family].items():
             grid = bounds.proposal_grid.get(f"{family}.{name}")
-            if grid and explore is not None:
+            if grid and explore is not None:  # a random half, in the order of the list
                 count = (len(grid) + 1) // 2
                 offered = sorted(explore.permutation(len(grid))[:count])
                 grid = [grid[i] for i in offered]
@@ -192,12 +193,14 @@ def parse_strategy(text: str | dict, bounds, families: list[str]) -> Strategy:
     Only a mixing ratio outside [0, 1] is clipped (docs/choices.md, 6).
     Raises: ValueError: it says which field, what it is and what is legal.
     """
+    # the family says which fields there are
     given = dict(text) if isinstance(text, dict) else _first_object(text)
     named = given.pop("family", None)
     family = FAMILY_ALIASES.get(str(named).upper(), str(named))
     if family not in families:
         raise ValueError(f"family {named!r} is not one of {list(families)}")
 
+    # every field must be there, and no other
     aliases = FIELD_ALIASES.get(family, {})
     given = {aliases.get(name, name): value for name, value in given.items()}
     legal = schema(bounds)[family]
@@ -243,7 +246,7 @@ def _check(name: str, value, spec: dict):
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not abs(value) < 1e9:
         raise ValueError(f"{name} is {value!r}, expected a number")
-    if name == "LORA.lambda":
+    if name == "LORA.lambda":  # the one value that is clipped
         return min(1.0, max(0.0, float(value)))
     if spec["type"] == "integer" and int(value) != value:
         raise ValueError(f"{name} is {value!r}, expected a whole number")
@@ -392,7 +395,7 @@ def _surprise_losses(lm: LM, rows: list[Row], bounds, selected: list[int]):
         nll = scoring.prompt_nll(lm, part)
         surprise = nll.detach()  # a weight, through which no gradient flows
         gate = torch.ones_like(nll, dtype=torch.bool)
-        if bounds.ttl_threshold:
+        if bounds.ttl_threshold:  # 0: no gate
             gate = surprise > bounds.ttl_threshold
         count = int(gate.sum())
         selected.append(count)
@@ -401,6 +404,7 @@ def _surprise_losses(lm: LM, rows: list[Row], bounds, selected: list[int]):
             continue
         weight = bounds.ttl_lambda * torch.exp(surprise - bounds.ttl_threshold)
         total = (weight * nll)[gate].sum()
+        # a whole batch is its own mean; parts are divided by the sum of their counts, in the end
         yield (total / count, 1) if len(parts) == 1 else (total, count)
 
 
@@ -411,7 +415,7 @@ def mix_subspaces(adapter: Adapter, lam: float, mode: str) -> Adapter:
     interp   M = (1 - lam) I + lam [[I, I], [I, I]]: the plain adapter at 0, TEMPO's eq. 11 at 1.
     magdir   Frobenius norm and direction of both updates interpolated apart (DeGAML, F.1).
     """
-    mixed = dict(adapter)
+    mixed = dict(adapter)  # B stays as it is
     for key in adapter:
         if "lora_A" in key:
             b = adapter[key.replace("lora_A", "lora_B")]
@@ -484,6 +488,7 @@ def train_on_support(
     passes = 1 + steps * size // len(rows)
     order = np.concatenate([rng.permutation(len(rows)) for _ in range(passes)])
 
+    # the gold answer's tokens alone, or also the choice among the options
     loss_fn = scoring.choice_loss if strategy["loss"] == "choice" else scoring.lm_loss
     trained: dict[int, Adapter] = {}
     with AdapterTrainer(lm.model, lm.layout, start) as trainer:
@@ -494,7 +499,7 @@ def train_on_support(
                 raise FloatingPointError(f"at step {step + 1}")
             warm_up = min(1.0, (step + 1) / 3)
             trainer.step(strategy["learning_rate"] * warm_up)
-            if step + 1 == steps or step + 1 in at_steps:
+            if step + 1 == steps or step + 1 in at_steps:  # a copy: training goes on
                 trained[step + 1] = trainer.adapter()
     return trained
 
@@ -555,6 +560,7 @@ def route(refined: Refined, texts: list[str]) -> list[int]:
     avg_sim_score (M1)      mean distance to the batch's prompts.
     avg_prompt_embed (M2)   distance to their mean embedding.
     """
+    # by the encoder that conditions the generator, so that questions and prompts are comparable
     questions = refined.router.embed(texts)
     distances = []
     for batch in refined.router.batches:
@@ -575,6 +581,7 @@ def combine(scores: list[tuple[float, ...]], method: str) -> tuple[float, ...]:
                        to the larger summed probability, then to the first option.
     mean_probability   the mean of p: a Bayesian prediction (ABMLL), no method of TTS.
     """
+    # normalised, as adapters may differ in how likely they find every option
     log_p = torch.log_softmax(torch.tensor(scores, dtype=torch.float64), -1)
     if len(scores) == 1:
         return tuple(log_p[0].tolist())
