@@ -147,8 +147,8 @@ def test_a_label_free_task_edits_no_configuration(copy):
     wanted = list(cfg.evaluate.methods)
     run = Run(copy, cfg)
     label_free = own_task._label_free(run)
-    assert "degaml" in wanted
-    assert "degaml" not in label_free.cfg.evaluate.methods
+    assert "degaml_plus" in wanted
+    assert "degaml_plus" not in label_free.cfg.evaluate.methods
     assert cfg.evaluate.methods == wanted
     assert label_free.cache is run.cache
 
