@@ -2,8 +2,9 @@
 
     python degaml.py stage=evaluate config=configs/smollm2.yaml   -> scores/<method>/<task>.jsonl
 
-What is scored here was chosen and stored before, from the support set. Nothing goes back.
-A file holds one row per test example; accuracies are means over rows (results.json).
+What is scored here was chosen and stored before, from the support set. Nothing goes back:
+tests/test_evaluate.py changes every test label, and all that came before stays as it was, byte by
+byte. A file holds one row per test example; accuracies are means over its rows.
 """
 
 from __future__ import annotations
