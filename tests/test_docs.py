@@ -1,4 +1,4 @@
-"""The documents say what is so: worked examples run, commands parse, glossaries and file lists are complete."""
+"""The documents say what is so: examples run, commands parse, lists are complete."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 from conftest import ROOT, run_command, tiny_rows
 
@@ -15,18 +16,35 @@ import config
 from config import load_config
 from degaml import STAGES
 
-README = (ROOT / "README.md").read_text()
-EXTEND = (ROOT / "docs/extend.md").read_text()
+DOCS = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+README = DOCS["README.md"]
+# fields of a line of metrics.jsonl that say where it belongs, and a keyword of round()
+NO_METRICS = {"unit", "step", "method", "iteration", "task", "ndigits"}
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    """Paths in the documents are relative to it."""
+    monkeypatch.chdir(ROOT)
 
 
 def section(text: str, title: str) -> str:
     return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S).group(1)
 
 
-def block(text: str, language: str) -> str:
-    found = re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
-    assert len(found) == 1
-    return found[0]
+def blocks(text: str, language: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every `python degaml.py` and torchrun line in code blocks."""
+    lines = "".join(blocks(text)).replace("\\\n", " ").split("\n")
+    found = [re.search(r"(?:python|torchrun[^#]*?) degaml\.py (.*)", line) for line in lines]
+    return [shlex.split(match.group(1), comments=True) for match in found if match]
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 
 
 def apply_patch(diff: str, folder: Path) -> None:
@@ -47,201 +65,171 @@ def apply_patch(diff: str, folder: Path) -> None:
 @pytest.mark.parametrize("title", ["Add a strategy", "Add a task", "Add a base model"])
 def test_worked_examples(tmp_path, title):
     """The patch applies to the code as it is, and its check passes."""
-    for path in [*ROOT.glob("*.py"), *(ROOT / "configs").iterdir()]:
-        to = tmp_path / path.relative_to(ROOT)
-        to.parent.mkdir(exist_ok=True)
-        shutil.copy(path, to)
-    text = section(EXTEND, title)
-    check = block(text, "python")
-    before = subprocess.run(
-        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True
-    )
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("configs/*")):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    text = section(DOCS["extend.md"], title)
+    [check] = blocks(text, "python")
+    [diff] = blocks(text, "diff")
+
+    before = run_python(check, tmp_path)
     assert before.returncode != 0, "the check passes without the patch: it checks nothing"
-    apply_patch(block(text, "diff"), tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    apply_patch(diff, tmp_path)
+    after = run_python(check, tmp_path)
+    assert after.returncode == 0, after.stderr
 
 
-def commands(text: str) -> list[list[str]]:
-    """The words of every `python degaml.py` and torchrun line in code blocks."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
-    found = [re.search(r"(?:python|torchrun[^#]*?) degaml\.py (.*)", line) for line in lines]
-    return [shlex.split(m.group(1), comments=True) for m in found if m]
+def test_the_adapter_loads_as_shown(full, tiny_model_dir):
+    """The README's five lines of Python, with the tiny run's adapter and model."""
+    [code] = blocks(README, "python")
+    code = code.replace("runs/demo/adapted/degaml_plus/arc_e", f"{full}/adapted/degaml_plus/alpha")
+    code = code.replace("assets/models/smollm2-135m-instruct", str(tiny_model_dir))
+    done = run_python(code, ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
-    "words", commands(README) + commands((ROOT / "run.sh").read_text()), ids=" ".join
+    "words", commands("".join(DOCS.values()) + (ROOT / "run.sh").read_text()), ids=" ".join
 )
 def test_commands_are_legal(words, monkeypatch):
     """Every command shown parses: stages exist, keys are known, values are in range."""
-    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(config, "_trained_run", lambda run: "configs/demo.yaml")
-    cfg, stage = load_config(words)
-    assert stage in STAGES
+    assert load_config(words)[1] in STAGES
 
 
-def tiny(argv: list[str], words: list[str], trained: Path, folder: Path) -> list[str]:
-    """A command of the README with the tiny run's model, data and sizes in place of the preset it names."""
-    given = dict(a.split("=", 1) for a in argv)
-    if given["stage"] in (
-        "adapt",
-        "export",
-        "predict",
-    ):  # with a trained run, which the README's reader has
-        local = {"hf:allenai/openbookqa/main": "hf:openbookqa", "divlogic": "delta"}
-        return [f"{k}={local.get(v, v)}" for k, v in (given | {"run": str(trained)}).items()]
-    preset = dict(w.split("=", 1) for w in words)
-    if "data.jsonl" in given:
-        own = {t: str(folder / f) for t, f in config.parse_yaml(given["data.jsonl"], "").items()}
-        given["data.jsonl"] = json.dumps(json.loads(preset["data.jsonl"]) | own)
-    given.pop("data.num_test", None)  # the tiny tasks have less
-    if given["stage"] in ("report", "analyze"):  # by the run's own configuration
-        return [f"stage={given['stage']}", f"run={folder / given['run']}"]
-    if given["stage"] == "doctor":
-        return [
-            "stage=doctor",
-            f"config={ROOT / given['config']}",
-            f"run={folder / 'doctor'}",
-            "device=cpu",
-        ]
-    where = {"run": str(folder / given["run"])} if "run" in given else {}
-    return [f"{k}={v}" for k, v in (preset | given | where).items() if k != "config"]
+def write_own_files(folder: Path) -> None:
+    """What the reader has: a task as JSON lines, as CSV and as a hub data set, and new inputs."""
+    rows = pandas.DataFrame(tiny_rows("alpha", 140))
+    rows["question"] = "Own case. " + rows["question"]
+    hub = "allenai/openbookqa/main"
+    (folder / hub).mkdir(parents=True)
+    for name, count in {"my_task": 140, "new": 9, f"{hub}/train": 60}.items():
+        rows.head(count).to_json(folder / f"{name}.jsonl", orient="records", lines=True)
+    rows[["A", "B"]] = rows.pop("choices").tolist()
+    rows.head(40).to_csv(folder / "my_other_task.csv", index=False)
 
 
 def test_commands_run(copy, words, tmp_path, monkeypatch, capsys):
-    """The README's commands for one machine, in their order, from a user's own folder: each exits 0, and what it says
-    it writes is there."""
-    monkeypatch.chdir(tmp_path)
-    rows = [
-        r | {"id": f"own-{i}", "question": f"Own case {i}. {r['question']}"}
-        for i, r in enumerate(tiny_rows("alpha", 140))
-    ]
-    for name, some in (
-        ("my_task.jsonl", rows),
-        ("new.jsonl", rows[:9]),
-        ("openbookqa/train.jsonl", rows[:60]),
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in some))
-    (tmp_path / "my_other_task.csv").write_text(
-        "id,question,A,B,gold\n"
-        + "".join(
-            f"{r['id']},{r['question']},{','.join(r['choices'])},{r['gold']}\n" for r in rows[:40]
-        )
-    )
-    done = commands(section(README, "Your own task")) + commands(
-        section(README, "Edit YAML and rerun")
-    )
-    assert len(done) == 12
-    for argv in done:
-        assert run_command(tiny(argv, words, copy, tmp_path)) == 0, (argv, capsys.readouterr().err)
-        monkeypatch.chdir(tmp_path)  # the command moves to the repository
-    for name in ("my_task", "my_other_task", "openbookqa"):
+    """The commands for one machine, in order, in a user's own folder, on the tiny run and model."""
+    write_own_files(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "demo").symlink_to(copy)
+    shown = DOCS["own-task.md"] + section(README, "Your own task")
+    shown += section(README, "Edit YAML and rerun")
+    shown = shown.replace("=runs/", f"={tmp_path}/").replace("=divlogic", "=delta")
+    [files] = [word for word in words if word.startswith("data.jsonl=")]
+    mine = files.replace("{", f'{{"mytask": "{tmp_path}/my_task.jsonl", ')
+    shown = shown.replace("data.jsonl='{mytask: my_task.jsonl}'", f"'{mine}'")
+
+    assert len(commands(shown)) == 15
+    for argv in commands(shown):
+        if "config=configs/smollm2.yaml" in argv and argv[0] != "stage=doctor":
+            argv.remove("config=configs/smollm2.yaml")
+            argv = [*words, *argv]
+        argv = [f"run={tmp_path}/demo", "device=cpu", *argv]
+        monkeypatch.chdir(tmp_path)  # each command moves to the repository
+        assert run_command(argv) == 0, (argv, capsys.readouterr().err)
+
+    for name in ("my_task", "my_other_task", "main"):
         assert (copy / f"export/{name}/adapter_model.safetensors").exists()
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 9
-    assert (
-        "mytask" in json.loads((tmp_path / "runs/mytask/report/results.json").read_text())["tasks"]
-    )
+    results = json.loads((tmp_path / "mytask/report/results.json").read_text())
+    assert "mytask" in results["tasks"]
 
 
 def test_the_reliability_script(words, tmp_path, monkeypatch):
-    """What `make reliability` does, on the tiny run: an undisturbed run, kills in different stages, equal outcomes."""
+    """What `make reliability` does, on the tiny run: kills in different stages, equal outcomes."""
     import reliability
 
-    monkeypatch.setattr(
-        reliability, "WORDS", [*(w for w in words if not w.startswith("run=")), "stage=all"]
-    )
+    small = [word for word in words if not word.startswith("run=")]
+    monkeypatch.setattr(reliability, "WORDS", [*small, "stage=all"])
     assert reliability.main(2, 0, str(tmp_path / "found.json"), str(tmp_path / "runs")) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["kills"] == found["equal"] == 2 and sum(found["per_stage"].values()) == 2
 
 
-def test_make_targets_run_legal_commands(monkeypatch):
-    """What `make demo`, `reproduce`, `reproduce-all` and the README's variables come to, without doing it."""
-    monkeypatch.chdir(ROOT)
-    shown = re.findall(
-        r"^make (demo|reproduce\b.*|reproduce-all)$",
-        "\n".join(re.findall(r"^```\n(.*?)^```", re.sub(r" +# .*", "", README), re.M | re.S)),
-        re.M,
-    )
-    assert len(shown) >= 4
-    for line in shown:
-        made = subprocess.run(
-            ["make", "-n", "-B", *shlex.split(line)], capture_output=True, text=True, check=True
-        )
-        found = commands(f"```\n{made.stdout}```\n")
-        assert len(found) >= 3  # assets, check, all
-        for argv in found:
-            cfg, stage = load_config(argv)
-            assert stage in STAGES
+def test_make_targets():
+    """Every target named is there; what `make demo` and `make reproduce` come to is legal."""
+    targets = re.findall(r"^([a-z-]+):", Path("Makefile").read_text(), re.M)
+    shown = re.findall(r"(?:`|^)make (([a-z-]+)[^`#\n]*)", "".join(DOCS.values()), re.M)
+    assert len(shown) > 20
+    for line, target in shown:
+        assert target in targets
+        if target in ("demo", "reproduce", "reproduce-all"):
+            make = ["make", "-n", "-B", *shlex.split(line)]
+            made = subprocess.check_output(make, text=True)
+            found = commands(f"```\n{made}```\n")
+            assert len(found) >= 3  # assets, check, all
+            for argv in found:
+                assert load_config(argv)[1] in STAGES
 
 
 def test_every_stage_is_documented():
-    """A stage the command has is named in the README."""
-    assert [s for s in STAGES if f"`{s}`" not in README and f"stage={s}" not in README] == []
+    """A stage the command has is named in the tour."""
+    for stage in STAGES:
+        assert f"`{stage}`" in DOCS["tour.md"]
 
 
 def test_every_metric_has_a_line_in_the_glossary():
-    """What the code writes to metrics.jsonl is what the glossary explains, stage by stage, field by field."""
+    """What the code writes to metrics.jsonl is what the glossary explains, field by field."""
     written = set()
     for path in ROOT.glob("*.py"):
-        for call in re.findall(r"run\.metric\(stage=\"(\w+)\",(.*?)\)\n", path.read_text(), re.S):
-            fields = set(re.findall(r"(\w+)=", call[1])) - {
-                "unit",
-                "step",
-                "method",
-                "iteration",
-                "task",
-                "ndigits",
-            }
-            written |= {(call[0], f) for f in fields}
-    rows = re.findall(
-        r"^\| `stage: (\w+)`, `(\w+)` \|", section(README, "Metrics in `metrics.jsonl`"), re.M
-    )
-    assert set(rows) == written and len(rows) == len(set(rows))
+        calls = re.findall(r"run\.metric\(\s*stage=\"(\w+)\",(.*?)\)\n", path.read_text(), re.S)
+        for stage, fields in calls:
+            written.update((stage, name) for name in re.findall(r"(\w+)=", fields))
+    glossary = section(DOCS["metrics.md"], "Metrics in `metrics.jsonl`")
+    rows = re.findall(r"^\| `stage: (\w+)`, `(\w+)` \|", glossary, re.M)
+    no_metrics = {row for row in written if row[1] in NO_METRICS}
+    assert sorted(rows) == sorted(written - no_metrics)
 
 
 def test_every_metric_of_the_results_has_a_line(full):
-    """What results.json says of a method on a task, and of the chosen strategy, is in the second glossary."""
-    tasks = json.loads((full / "report/results.json").read_text())["tasks"]
-    fields = {k for t in tasks.values() for m in t["methods"].values() for k in m} | {
-        "chance",
-        "majority",
-    }
-    fields |= {k for t in tasks.values() for s in t["strategy"].values() if s for k in s} & {
-        "wins",
-        "losses",
-        "gold_logp_gain",
-    }
-    listed = re.findall(
-        r"`(\w+)`",
-        " ".join(re.findall(r"^\| (`.*?) \|", section(README, "Metrics in `results.json`"), re.M)),
-    )
-    assert len(fields) > 10 and fields <= set(listed)
+    """What results.json says of a method, a task and a strategy is in the second glossary."""
+    fields = {"chance", "majority"}
+    for task in json.loads((full / "report/results.json").read_text())["tasks"].values():
+        fields = fields.union(*task["methods"].values())
+        for strategy in filter(None, task["strategy"].values()):
+            fields |= {"wins", "losses", "gold_logp_gain"} & set(strategy)
+    glossary = section(DOCS["metrics.md"], "Metrics in `results.json`")
+    first_cells = re.findall(r"^\| (`.*?) \|", glossary, re.M)
+    listed = set(re.findall(r"`(\w+)`", " ".join(first_cells)))
+    assert len(fields) > 10 and fields <= listed
 
 
 def test_every_file_is_on_the_list():
-    """The README's reading order names each module once, and nothing that is not there; the tour names them all."""
-    listed = re.findall(r"^(\w+\.py) ", section(README, "Files, in reading order"), re.M)
-    modules = sorted(p.name for p in ROOT.glob("*.py"))
+    """The README's file tree has each module once and no other; the tour names them all."""
+    listed = re.findall(r"^(\w+\.py) ", section(README, "Where things are"), re.M)
+    modules = sorted(path.name for path in ROOT.glob("*.py"))
     assert sorted(listed) == modules
-    tour = (ROOT / "docs/tour.md").read_text()
-    assert [m for m in modules if f"`{m}`" not in tour and m != "assets.py"] == []
+    for name in modules:
+        assert f"`{name}`" in DOCS["tour.md"]
+
+
+def test_the_tour_names_what_exists():
+    """`module.name()` of the documents is a function or a class of that module."""
+    for module, name in re.findall(r"`(\w+)\.(\w+)\(\)`", "".join(DOCS.values())):
+        code = (ROOT / f"{module}.py").read_text()
+        assert re.search(rf"^(?:def|class) {name}\b", code, re.M), f"{module}.{name}"
 
 
 def test_troubleshooting_messages_exist():
     """Each message of the table is one the code can print."""
-    code = " ".join(re.sub(r'"\s*\n\s*f?"', "", p.read_text()) for p in ROOT.glob("*.py"))
-    for message in re.findall(r"^\| `([^`]+)`", section(README, "Troubleshooting"), re.M):
-        for part in (p.strip() for p in re.split(r"…|\[…\]|\(key: a -> b\)", message)):
-            assert part in code or part.replace("`", "") in code.replace("`", ""), part
+    code = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code).replace("`", "")
+    for message in re.findall(r"^\| `([^`]+)`", DOCS["troubleshooting.md"], re.M):
+        for part in re.split(r"…|\[…\]|\(key: a -> b\)", message):
+            assert part.strip() in code, part
+
+
+def test_readme_is_short():
+    assert len(README) <= 12_000
 
 
 def test_links_lead_somewhere():
-    """Relative links of the documents point at files of the repository."""
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+    """Relative links and pictures of the documents point at files of the repository."""
+    for name, text in DOCS.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target in re.findall(r'(?:\]\(|src="|srcset=")(?!https?:)([^)#"]+)', text):
+            assert (folder / target).exists(), f"{name}: {target}"
