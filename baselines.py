@@ -41,7 +41,8 @@ from runtime import Run
 from scoring import LM, Row
 from strategies import Strategy, Target
 
-BETAS = (0.9, 0.999)
+BETA1 = 0.9
+BETA2 = 0.999
 EPS = 1e-8
 WEIGHT_DECAY = 0.01  # of MAML-en-LLM's shared update (TEMPO, App. H)
 
@@ -54,18 +55,21 @@ def train_baselines(run: Run) -> dict:
     cfg = run.cfg
     tasks = data.load_tasks(run)
     wanted = [tasks[name] for name in cfg.data.targets or tasks]
-    wanted = policy.longest_support_first(wanted)
+    wanted.sort(key=policy.support_length, reverse=True)
     chosen = [m for m in methods.BASELINES if m in cfg.evaluate.methods]
 
-    starts = [m for m in methods.META_TRAINED if m in chosen]
-    if "maml_matched" in chosen and "maml" not in starts:
-        starts.insert(0, "maml")
+    # `maml_matched` is another fine-tuning of MAML's start, which it needs too
+    needed = {m.removesuffix("_matched") for m in chosen}
+    starts = [m for m in methods.META_TRAINED if m in needed]
     left_out_sets = sorted({data.left_out_for(cfg, task.name) for task in wanted})
-    for method, left_out in run.deal(list(itertools.product(starts, left_out_sets))):
+    units = list(itertools.product(starts, left_out_sets))
+    for method, left_out in run.deal(units):
         if not run.finished(f"baselines/{method}/{left_out}", "baselines"):
             _meta_train(run, method, left_out)
 
-    for task, method in run.deal(list(itertools.product(wanted, chosen))):
+    # `deal` waits for all ranks, so every start is there
+    units = list(itertools.product(wanted, chosen))
+    for task, method in run.deal(units):
         if run.finished(f"adapted/{method}/{task.name}", "adapt", method):
             continue
         if method == "abmll":
@@ -84,10 +88,12 @@ class Draws:
     """
 
     def __init__(self, run: Run, left_out: str, *key):
+        cfg = run.cfg
+        names = data.training_tasks(cfg, left_out)
         tasks = data.load_tasks(run)
         self.lm = scoring.load_lm(run)
-        self.rng = runtime.rng_for(run.cfg.seed, *key, data.seed_name(left_out))
-        self.tasks = {name: tasks[name].train for name in data.training_tasks(run.cfg, left_out)}
+        self.tasks = {name: tasks[name].train for name in names}
+        self.rng = runtime.rng_for(cfg.seed, *key, data.seed_name(left_out))
         self.tokens = 0
 
     def task(self) -> str:
@@ -96,20 +102,21 @@ class Draws:
     def rows(self, task: str, size: int) -> list[Row]:
         """`size` distinct examples of a task."""
         train = self.tasks[task]
-        index = self.rng.choice(len(train), min(size, len(train)), replace=False)
+        size = min(size, len(train))
+        # without replacement: what tests an inner step is not what it trained on
+        index = self.rng.choice(len(train), size, replace=False)
         rows = [scoring.make_row(self.lm, train[i]) for i in index]
         self.tokens += sum(row.length for row in rows)
         return rows
 
-    def episode(self, settings) -> tuple[list[list[Row]], list[Row]]:
-        """Of one drawn task: a batch per inner step, and a query batch that shares no row with it.
+    def episode(self, settings) -> list[list[Row]]:
+        """Of one drawn task: a batch per inner step, and last a query batch. No row is in two.
 
         Args: settings: the section of the method, with inner_steps and batch_size.
         """
         batches = settings.inner_steps + 1
-        rows = self.rows(self.task(), settings.batch_size * batches)
-        parts = [rows[i::batches] for i in range(batches)]
-        return parts[:-1], parts[-1]
+        rows = self.rows(self.task(), batches * settings.batch_size)
+        return [rows[i::batches] for i in range(batches)]
 
 
 @dataclass
@@ -127,17 +134,23 @@ class Trained:
 
 
 def _meta_train(run: Run, method: str, left_out: str) -> None:
-    """Train one start, keep its loss curve and its budget. A diverged training is kept as such."""
+    """Train one start, and keep its loss curve and its budget beside it."""
     cfg = run.cfg
     began = time.monotonic()
     unit = f"baselines/{method}/{left_out}"
     lm = scoring.load_lm(run)
     draws = Draws(run, left_out, method)
     backwards = lm.backwards
-    train = {"union": _train_union, "maml": _train_maml, "abmll": _train_abmll}[method]
-    trained = train(run, draws)
+    trainings = {
+        "union": _train_union,
+        "maml": _train_maml,
+        "abmll": _train_abmll,
+    }
+    trained = trainings[method](run, draws)
 
+    # a diverged training is kept as it was before the bad step, and its record says so
     losses = trained.losses
+    labels = sum(len(split) for split in draws.tasks.values())
     folder = run.path / unit
     lora.save_adapter(folder, trained.start, lm.layout, cfg.model.name, cfg.model.revision)
     if trained.spread:
@@ -150,13 +163,12 @@ def _meta_train(run: Run, method: str, left_out: str) -> None:
         steps=len(losses),
         tokens=draws.tokens,
         backwards=lm.backwards - backwards,
-        labels=sum(len(train) for train in draws.tasks.values()),
+        labels=labels,
         diverged_at=trained.diverged_at,
     )
-    said = "no step"
-    if losses:
+    if trained.diverged_at is None:
         said = f"loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}"
-    if trained.diverged_at is not None:
+    else:
         said = f"diverged at step {trained.diverged_at + 1}"
     seconds = time.monotonic() - began
     run.log(f"{method} without {left_out}: {said} in {seconds:.0f} s", True)
@@ -170,14 +182,18 @@ def _train_union(run: Run, draws: Draws) -> Trained:
     cfg = run.cfg
     settings = cfg.collect
     lm = draws.lm
+
+    # as many steps for every task as `collect` gives to one
     longer = cfg.baselines.union.step_share * len(draws.tasks)
     first = max(1, round(settings.pretrain_steps * longer))
     second = max(1, round(settings.finetune_steps * longer))
 
+    # the A that every adapter of the run begins with
     losses = []
     start = lora.init_adapter(lm.layout, cfg.seed)
     with AdapterTrainer(lm.model, lm.layout, start) as trainer:
         for step in run.track(range(first + second), "union"):
+            # tasks weigh alike, however many rows they have
             rows = []
             for _ in range(settings.batch_size):
                 rows += draws.rows(draws.task(), 1)
@@ -199,7 +215,11 @@ class Moments:
 
 
 def shared_update(
-    theta: Tensor, grad: Tensor, old: Moments, lr: float, decay: float
+    theta: Tensor,
+    grad: Tensor,
+    old: Moments,
+    lr: float,
+    decay: float,
 ) -> tuple[Tensor, Moments]:
     """One AdamW update, out of place, and the moments after it.
 
@@ -208,10 +228,11 @@ def shared_update(
     Source: MAML-en-LLM's shared moments as docs/choices.md, 15, reads them.
     """
     t = old.t + 1
-    m = BETAS[0] * old.m + (1 - BETAS[0]) * grad
-    v = BETAS[1] * old.v + (1 - BETAS[1]) * grad * grad
-    mean = m / (1 - BETAS[0] ** t)
-    square = v / (1 - BETAS[1] ** t)
+    m = BETA1 * old.m + (1 - BETA1) * grad
+    v = BETA2 * old.v + (1 - BETA2) * grad * grad
+    # the bias of moments that began at zero
+    mean = m / (1 - BETA1**t)
+    square = v / (1 - BETA2**t)
     # A's gradient is exactly zero while B is. The root's slope is infinite there: the clamp keeps
     # it out of the graph.
     size = square.clamp_min(1e-30).sqrt() + EPS
@@ -220,7 +241,12 @@ def shared_update(
 
 
 def meta_gradient(
-    theta: Tensor, moments: Moments, episodes: list, lr: float, decay: float, order: int
+    theta: Tensor,
+    moments: Moments,
+    episodes: list,
+    lr: float,
+    decay: float,
+    order: int,
 ) -> tuple[Tensor, float, Moments]:
     """Gradient with respect to theta of the mean query loss after the inner steps.
 
@@ -232,6 +258,7 @@ def meta_gradient(
     total = torch.zeros_like(theta)
     value = theta.new_zeros(())
     for inner, query in episodes:
+        # inner steps: theta moves for this task alone; the moments go on to the next
         start = theta.detach().requires_grad_()
         fast = start
         for loss_fn in inner:
@@ -240,11 +267,15 @@ def meta_gradient(
             fast, moments = shared_update(fast, grad, moments, lr, decay)
             if order == 1:  # forget how we came here
                 fast = fast.detach().requires_grad_()
+
+        # the query loss at their end, as a function of where they began
         loss = query(fast)
-        (grad,) = torch.autograd.grad(loss, start if order == 2 else fast)
+        point = start if order == 2 else fast
+        (grad,) = torch.autograd.grad(loss, point)
         total += grad
         value = value + loss.detach()
-    return total / len(episodes), float(value) / len(episodes), moments
+    count = len(episodes)
+    return total / count, float(value) / count, moments
 
 
 def vector_loss(lm: LM, rows: list[Row]) -> Callable[[Tensor], Tensor]:
@@ -263,43 +294,49 @@ def vector_loss(lm: LM, rows: list[Row]) -> Callable[[Tensor], Tensor]:
 
 
 def _clip(grad: Tensor) -> Tensor:
-    return grad * (lora.CLIP / (grad.norm() + 1e-6)).clamp(max=1.0)
+    factor = lora.CLIP / (grad.norm() + 1e-6)
+    return grad * factor.clamp(max=1.0)
 
 
 def _train_maml(run: Run, draws: Draws) -> Trained:
     """MAML-en-LLM: n tasks per outer step, k inner steps each, one AdamW state for both levels."""
-    cfg = run.cfg
-    settings = cfg.baselines.maml
+    settings = run.cfg.baselines.maml
     lm = draws.lm
-    start = lora.init_adapter(lm.layout, cfg.seed)
+    # one vector instead of many tensors: both levels update it out of place
+    start = lora.init_adapter(lm.layout, run.cfg.seed)
     theta = lora.flatten_adapter(start, lm.layout).to(lm.model.device)
-    moments = Moments(torch.zeros_like(theta), torch.zeros_like(theta))
+    zeros = torch.zeros_like(theta)
+    moments = Moments(zeros, zeros)
     losses = []
     diverged_at = None
     for step in run.track(range(settings.meta_steps), "maml"):
         episodes = []
         for _ in range(settings.tasks_per_step):
-            inner, query = draws.episode(settings)
-            inner_losses = [vector_loss(lm, rows) for rows in inner]
-            episodes.append((inner_losses, vector_loss(lm, query)))
+            batches = draws.episode(settings)
+            *inner, query = [vector_loss(lm, rows) for rows in batches]
+            episodes.append((inner, query))
 
         # inner steps: every task moves theta for itself, and all of them move the moments
-        grad, loss, moments = meta_gradient(
-            theta, moments, episodes, settings.inner_lr, WEIGHT_DECAY, settings.order
-        )
-        if not (math.isfinite(loss) and torch.isfinite(grad).all()):
+        rates = (settings.inner_lr, WEIGHT_DECAY)
+        grad, loss, moments = meta_gradient(theta, moments, episodes, *rates, settings.order)
+        if not math.isfinite(loss) or not torch.isfinite(grad).all():
             diverged_at = step
             break
 
         # outer step: theta itself moves, from the moments that the inner steps left
-        theta, moments = shared_update(theta, _clip(grad), moments, settings.outer_lr, WEIGHT_DECAY)
+        rates = (settings.outer_lr, WEIGHT_DECAY)
+        theta, moments = shared_update(theta, _clip(grad), moments, *rates)
         losses.append(loss)
     lora.clear_adapters(lm.model)
-    return Trained(lora.unflatten_adapter(theta.cpu(), lm.layout), losses, diverged_at)
+    start = lora.unflatten_adapter(theta.cpu(), lm.layout)
+    return Trained(start, losses, diverged_at)
 
 
 def posterior_moments(
-    posterior: Tensor, layout: Layout, space: str, log_floor: float
+    posterior: Tensor,
+    layout: Layout,
+    space: str,
+    log_floor: float,
 ) -> list[tuple[Tensor, Tensor]]:
     """(mean, log sd) of what a (2, D) posterior is a diagonal Gaussian over.
 
@@ -313,15 +350,21 @@ def posterior_moments(
     mean = lora.unflatten_adapter(posterior[0], layout)
     spread = lora.unflatten_adapter(posterior[1], layout)
     moments = []
+    # of every module's whole matrix: what the adapter adds to it, and how sure that is
     for a, _, b, _ in layout.keys():
-        center = layout.scale * mean[b] @ mean[a]
-        sd = (layout.scale * spread[b] @ spread[a]).abs() + math.exp(log_floor)
-        moments.append((center, sd.log()))
+        update = layout.scale * mean[b] @ mean[a]
+        sd = (layout.scale * spread[b] @ spread[a]).abs()
+        log_sd = (sd + math.exp(log_floor)).log()
+        moments.append((update, log_sd))
     return moments
 
 
 def draw_adapter(
-    posterior: Tensor, layout: Layout, space: str, log_floor: float, rng: torch.Generator
+    posterior: Tensor,
+    layout: Layout,
+    space: str,
+    log_floor: float,
+    rng: torch.Generator,
 ) -> Adapter:
     """One reparameterised draw: gradients flow through it to the posterior.
 
@@ -329,6 +372,7 @@ def draw_adapter(
     """
 
     def noise(log_sd: Tensor) -> Tensor:
+        # drawn where the generator lives, so that a CPU and a GPU can share a seed
         unit = torch.randn(log_sd.shape, generator=rng, device=rng.device)
         return log_sd.exp() * unit.to(log_sd.device)
 
@@ -337,15 +381,18 @@ def draw_adapter(
         mean, log_sd = moments[0]
         return lora.unflatten_adapter(mean + noise(log_sd), layout)
     adapter = lora.unflatten_adapter(posterior[0], layout)
-    for (path, *_), (_, log_sd) in zip(layout.modules, moments, strict=True):
+    for module, (_, log_sd) in zip(layout.modules, moments, strict=True):
+        path = module[0]
         adapter[lora.dense_key(path)] = noise(log_sd)
     return adapter
 
 
 def split_posterior(posterior: Tensor, layout: Layout) -> tuple[Adapter, Adapter]:
     """The two rows of a (2, D) posterior in the shape of adapters, for a folder."""
-    mean, spread = posterior.detach().cpu()
-    return lora.unflatten_adapter(mean, layout), lora.unflatten_adapter(spread, layout)
+    rows = posterior.detach().cpu()
+    mean = lora.unflatten_adapter(rows[0], layout)
+    spread = lora.unflatten_adapter(rows[1], layout)
+    return mean, spread
 
 
 def load_posterior(folder: Path, layout: Layout) -> Tensor:
@@ -356,7 +403,12 @@ def load_posterior(folder: Path, layout: Layout) -> Tensor:
     return torch.stack(rows)
 
 
-def gaussian_kl(mean: Tensor, log_sd: Tensor, mean0: Tensor, log_sd0: Tensor) -> Tensor:
+def gaussian_kl(
+    mean: Tensor,
+    log_sd: Tensor,
+    mean0: Tensor,
+    log_sd0: Tensor,
+) -> Tensor:
     """KL(N(mean, sd²) || N(mean0, sd0²)) of diagonal Gaussians, summed."""
     square = torch.exp(2 * log_sd) + (mean - mean0) ** 2
     ratio = square / (2 * torch.exp(2 * log_sd0))
@@ -368,17 +420,33 @@ def negative_log_prior(mean: Tensor, log_sd: Tensor) -> Tensor:
 
     mean ~ N(0, 1), precision exp(-2 log_sd) ~ Gamma(1, 0.01).
     """
-    return 0.5 * (mean**2).sum() + 0.01 * torch.exp(-2 * log_sd).sum()
+    precision = torch.exp(-2 * log_sd)
+    return 0.5 * (mean**2).sum() + 0.01 * precision.sum()
 
 
-def posterior_kl(lm: LM, phi: Tensor, prior: Tensor, settings) -> Tensor:
+def posterior_kl(
+    lm: LM,
+    phi: Tensor,
+    prior: Tensor,
+    settings,
+) -> Tensor:
     """KL between two (2, D) posteriors, over the entries that their space is about."""
     space = (lm.layout, settings.space, settings.init_log_sd)
-    pairs = zip(posterior_moments(phi, *space), posterior_moments(prior, *space), strict=True)
-    return sum(gaussian_kl(*q, *p) for q, p in pairs)
+    here = posterior_moments(phi, *space)
+    there = posterior_moments(prior, *space)
+    kl = 0
+    for q, p in zip(here, there, strict=True):
+        kl = kl + gaussian_kl(*q, *p)
+    return kl
 
 
-def expected_nll(lm: LM, phi: Tensor, rows: list[Row], settings, rng: torch.Generator) -> Tensor:
+def expected_nll(
+    lm: LM,
+    phi: Tensor,
+    rows: list[Row],
+    settings,
+    rng: torch.Generator,
+) -> Tensor:
     """The loss at one draw from phi: a Monte-Carlo estimate of its mean."""
     adapter = draw_adapter(phi, lm.layout, settings.space, settings.init_log_sd, rng)
     lora.swap_adapter(lm.model, lm.layout, adapter)
@@ -386,11 +454,16 @@ def expected_nll(lm: LM, phi: Tensor, rows: list[Row], settings, rng: torch.Gene
 
 
 def infer_posterior(
-    lm: LM, prior: Tensor, batches: list[list[Row]], settings, rng: torch.Generator
+    lm: LM,
+    prior: Tensor,
+    batches: list[list[Row]],
+    settings,
+    rng: torch.Generator,
 ) -> Tensor:
     """A task's (2, D) posterior: from the prior, one SGD step per batch on E[NLL] + beta KL."""
     phi = prior.detach()
     for rows in batches:
+        # first order: where phi came from is forgotten
         phi = phi.detach().requires_grad_()
         nll = expected_nll(lm, phi, rows, settings, rng)
         loss = nll + settings.beta * posterior_kl(lm, phi, prior, settings)
@@ -405,15 +478,19 @@ def initial_posterior(lm: LM, settings, seed: int) -> Tensor:
     In product space that is the mean of the spread, and its least value.
     """
     layout = lm.layout
-    mean = lora.flatten_adapter(lora.init_adapter(layout, seed), layout)
+    plain = lora.init_adapter(layout, seed)
+    mean = lora.flatten_adapter(plain, layout)
     if settings.space == "factor":
-        return torch.stack([mean, torch.full_like(mean, settings.init_log_sd)])
+        log_sd = torch.full_like(mean, settings.init_log_sd)
+        return torch.stack([mean, log_sd])
 
+    # a second pair of factors; a B of zeros would have no gradient with its A
     spread = lora.init_adapter(layout, runtime.seed_for(seed, "spread"))
     rng = torch.Generator().manual_seed(runtime.seed_for(seed, "spread B"))
     for a, _, b, b_shape in layout.keys():
         # an entry of B A sums r products, so its size is sd(B) sd(A) sqrt(r)
-        unit = layout.scale * float(spread[a].std()) * math.sqrt(layout.rank)
+        sd = float(spread[a].std())
+        unit = layout.scale * sd * math.sqrt(layout.rank)
         size = math.exp(settings.init_log_sd) / unit
         spread[b] = size * torch.randn(b_shape, generator=rng)
     return torch.stack([mean, lora.flatten_adapter(spread, layout)])
@@ -425,37 +502,39 @@ def _train_abmll(run: Run, draws: Draws) -> Trained:
     Both are diagonal Gaussians over the entries of A and B, or of dW (`space`). First order: no
     gradient flows through the inference of a posterior.
     """
-    cfg = run.cfg
-    settings = cfg.baselines.abmll
+    settings = run.cfg.baselines.abmll
     beta = settings.beta
     lm = draws.lm
-    theta = initial_posterior(lm, settings, cfg.seed).to(lm.model.device)
+    space = (lm.layout, settings.space, settings.init_log_sd)
+    seed = runtime.seed_for(run.cfg.seed, "abmll", *draws.tasks)
+    rng = torch.Generator(run.device).manual_seed(seed)
+    theta = initial_posterior(lm, settings, run.cfg.seed)
+    theta = theta.to(lm.model.device)
     optimizer = torch.optim.AdamW([theta], lr=settings.outer_lr, weight_decay=0.0)
-    rng = torch.Generator(run.device).manual_seed(runtime.seed_for(cfg.seed, "abmll", *draws.tasks))
     losses = []
     diverged_at = None
     for step in run.track(range(settings.meta_steps), "abmll"):
         total = torch.zeros_like(theta)
         value = theta.new_zeros(())
         for _ in range(settings.tasks_per_step):
-            inner, query = draws.episode(settings)
-            # inner steps: this task's posterior, from the prior
-            phi = infer_posterior(lm, theta, inner, settings, rng).requires_grad_()
+            # inner steps: from the prior to this task's posterior
+            *inner, query = draws.episode(settings)
+            phi = infer_posterior(lm, theta, inner, settings, rng)
 
             # what the posterior is worth on other rows of the task
+            phi.requires_grad_()
             prior = theta.detach().clone().requires_grad_()
             nll = expected_nll(lm, phi, query, settings, rng)
             loss = nll + beta * posterior_kl(lm, phi, prior, settings)
-            for moments in posterior_moments(
-                prior, lm.layout, settings.space, settings.init_log_sd
-            ):
+            for moments in posterior_moments(prior, *space):
                 loss = loss + beta * negative_log_prior(*moments)
 
-            # theta stands for phi too, where phi began
-            total += sum(torch.autograd.grad(loss, (phi, prior)))
+            # phi began at theta, so first order its gradient is theta's too
+            grads = torch.autograd.grad(loss, (phi, prior))
+            total += sum(grads)
             value += nll.detach()
-        value = float(value)
-        if not (math.isfinite(value) and torch.isfinite(total).all()):
+        value = float(value)  # the step's one wait for the device
+        if not math.isfinite(value) or not torch.isfinite(total).all():
             diverged_at = step
             break
 
@@ -468,35 +547,45 @@ def _train_abmll(run: Run, draws: Draws) -> Trained:
     return Trained(start, losses, diverged_at, spread)
 
 
+def start_folder(run: Run, method: str, task: Task) -> Path:
+    """Where a method's meta-trained start for a target lies: trained without the target."""
+    left_out = data.left_out_for(run.cfg, task.name)
+    return run.path / f"baselines/{method}/{left_out}"
+
+
 def _adapt_posterior(run: Run, task: Task) -> None:
     """ABMLL on a target: the K steps of its meta-training, on the support set."""
-    cfg = run.cfg
     began = time.monotonic()
-    settings = cfg.baselines.abmll
+    settings = run.cfg.baselines.abmll
     lm = scoring.load_lm(run)
-    source = run.path / f"baselines/abmll/{data.left_out_for(cfg, task.name)}"
-    prior = load_posterior(source, lm.layout).to(lm.model.device)
-    rng = torch.Generator(run.device).manual_seed(runtime.seed_for(cfg.seed, "abmll", task.name))
+    prior = load_posterior(start_folder(run, "abmll", task), lm.layout)
+    seed = runtime.seed_for(run.cfg.seed, "abmll", task.name)
+    rng = torch.Generator(run.device).manual_seed(seed)
     rows = [scoring.make_row(lm, example) for example in task.support]
-    posterior = infer_posterior(lm, prior, [rows] * settings.inner_steps, settings, rng)
+    batches = [rows] * settings.inner_steps
+    posterior = infer_posterior(lm, prior.to(lm.model.device), batches, settings, rng)
     lora.clear_adapters(lm.model)
 
+    # the folder holds the mean; `evaluate` draws from the posterior
     mean, spread = split_posterior(posterior, lm.layout)
     folder = run.path / f"adapted/abmll/{task.name}"
     runtime.save_tensors(folder / "spread.safetensors", spread)
-    facts = {"n_support": len(rows), "inner_steps": settings.inner_steps}
-    said = f"{settings.inner_steps} steps"
-    policy.keep_adapted(run, "abmll", task, mean, facts, began, said)
+    facts = {"n_support": len(rows), "inner_steps": len(batches)}
+    policy.keep_adapted(run, "abmll", task, mean, facts, began, f"{len(batches)} steps")
 
 
-def candidate_sft(run: Run, task: str, share: float = 1.0) -> list[Strategy]:
+def candidate_sft(
+    run: Run,
+    task: str,
+    share: float = 1.0,
+) -> list[Strategy]:
     """The SFT settings that a baseline may use on a task, longest first.
 
     Those of `baselines.sft`, else what the policy proposed. All start from the whole baseline, or
     with `share` 0 from the plain initialisation.
     Raises: UserError: nothing was proposed yet.
     """
-    settings = [{"family": "SFT", **sft.model_dump()} for sft in run.cfg.baselines.sft]
+    settings = [sft.model_dump() for sft in run.cfg.baselines.sft]
     if not settings:
         source = f"adapted/degaml_plus/{task}"
         if not run.finished(source, "adapt", "degaml_plus", redo=False):
@@ -505,14 +594,17 @@ def candidate_sft(run: Run, task: str, share: float = 1.0) -> list[Strategy]:
                 "those proposed there; run stage=adapt first, or give baselines.sft"
             )
         for episode in runtime.read_jsonl(run.path / source / "episodes.jsonl"):
-            if episode["valid"] and episode["strategy"]["family"] == "SFT":
-                settings.append(episode["strategy"])
+            fields = episode["strategy"]
+            if fields.get("family") == "SFT":
+                settings.append(fields)
 
-    found = {}
+    found = []
     for fields in settings:
-        strategy = Strategy.from_dict(fields | {"init_scale": share})
-        found[str(strategy)] = strategy
-    return policy.longest_first(list(found.values()))
+        fields = {"family": "SFT", **fields, "init_scale": share}
+        found.append(Strategy.from_dict(fields))
+    # proposals that differed in their start alone are one setting here
+    distinct = dict.fromkeys(found)
+    return sorted(distinct, key=policy.training_length, reverse=True)
 
 
 def _adapt_start(run: Run, method: str, task: Task) -> None:
@@ -527,12 +619,12 @@ def _adapt_start(run: Run, method: str, task: Task) -> None:
         name = f"{task.name}.no_meta"
     else:
         share = 1.0
-        source = run.path / f"baselines/{method}/{data.left_out_for(cfg, task.name)}"
-        start = lora.load_adapter(source, lm.layout)
+        start = lora.load_adapter(start_folder(run, method, task), lm.layout)
         # the folder of the rewards knows nothing of cfg.baselines; the file's name must
         name = f"{task.name}.{method}-{lora.adapter_hash(start)[:8]}"
     target = Target(task.name, lm, start, cfg.strategies, cfg.seed)
 
+    # the same choice as the policy's, among the settings that it proposed
     candidates = candidate_sft(run, task.name, share)
     if len(cfg.baselines.sft) == 1:  # nothing to choose: fine-tune as told
         strategy = candidates[0]
@@ -542,6 +634,7 @@ def _adapt_start(run: Run, method: str, task: Task) -> None:
         results = rewards.of_all(candidates, f"{method} {task.name}")
         strategy, result = policy.choose(results, cfg.policy)
 
+    # the final training sees the whole support set
     refined = strategies.execute_finite(target, strategy, support)
     facts = {
         "strategy": strategy.as_dict(),
@@ -566,11 +659,12 @@ def _adapt_matched(run: Run, task: Task) -> None:
     began = time.monotonic()
     lm = scoring.load_lm(run)
     support = list(task.support)
+    # how far the generator moved: from what it would give with no knowledge of the task
     generated = policy.make_target(run, task).start
-    goal = _distance(generated, collect.mean_adapter(run, lm, task.name), lm.layout)
+    mean = collect.mean_adapter(run, lm, task.name)
+    goal = _distance(generated, mean, lm.layout)
 
-    source = run.path / f"baselines/maml/{data.left_out_for(cfg, task.name)}"
-    start = lora.load_adapter(source, lm.layout)
+    start = lora.load_adapter(start_folder(run, "maml", task), lm.layout)
     target = Target(task.name, lm, start, cfg.strategies, cfg.seed)
     candidates = candidate_sft(run, task.name)
     if not candidates:
@@ -578,11 +672,13 @@ def _adapt_matched(run: Run, task: Task) -> None:
             f"maml_matched {task.name}: the policy proposed no SFT setting; "
             "give one in baselines.sft"
         )
-    rate = candidates[0]["learning_rate"]
+    # the longest training, at whatever rate takes it as far
+    longest = candidates[0]
+    rate = longest["learning_rate"]
     for _ in range(5):
-        strategy = candidates[0].but(learning_rate=rate)
-        adapter = strategies.execute_finite(target, strategy, support).adapters[0]
-        moved = _distance(adapter, start, lm.layout)
+        strategy = longest.but(learning_rate=rate)
+        refined = strategies.execute_finite(target, strategy, support)
+        moved = _distance(refined.adapters[0], start, lm.layout)
         if abs(moved / goal - 1) < 0.05:
             break
         rate *= goal / moved
@@ -594,8 +690,9 @@ def _adapt_matched(run: Run, task: Task) -> None:
         "matched_to": goal,
     }
     said = f"moved {moved:.3g}, generated adapter {goal:.3g} from the mean"
-    policy.keep_adapted(run, "maml_matched", task, adapter, facts, began, said)
+    policy.keep_adapted(run, "maml_matched", task, refined.adapters[0], facts, began, said)
 
 
-def _distance(a: Adapter, b: Adapter, layout: Layout) -> float:
-    return float((lora.flatten_adapter(a, layout) - lora.flatten_adapter(b, layout)).norm())
+def _distance(a, b, layout: Layout) -> float:
+    difference = lora.flatten_adapter(a, layout) - lora.flatten_adapter(b, layout)
+    return float(difference.norm())

@@ -24,13 +24,11 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
 
 import alignment
 import data
@@ -48,11 +46,13 @@ from scoring import LM, Row, Scores
 from strategies import Source, Strategy, Target
 
 MAX_SAMPLES = 10  # rewarded proposals per task, at most (ReST-EM)
+# the result of the generated adapter against itself, and of what is no strategy
 NO_GAIN = {"wins": 0, "losses": 0, "gold_logp_gain": 0.0}
 SYSTEM = (
     "You are a specialist in adapting language models. You choose how a model's adapter is refined "
     "for a task it has not seen, and you answer with one JSON object and nothing else."
 )
+# one entry per family that `strategies.schema` knows
 DESCRIPTIONS = {
     "TTT": "Test-time training: gradient steps that lower the perplexity of the task's unlabelled "
     "questions.\n"
@@ -76,27 +76,33 @@ DESCRIPTIONS = {
 
 
 def proposal_prompt(
-    lm: LM, task: Task, families: list[str], support: list[Scores], metric: str
+    lm: LM,
+    task: Task,
+    families: list[str],
+    support: list[Scores],
+    metric: str,
 ) -> str:
     """What the policy reads: the task's context, the state, and the families it may choose from.
 
     The state is how the generated adapter does on the support set: `support` are its scores.
     Source: TEMPO, G.6 (structure, fields); DeGAML, section 2.2 (state). The wording is ours.
     """
+    # the state: with it the policy can tell a task that needs help from one that does not
     examples = list(task.support)
     right = sum(scoring.judge(support, examples, metric)["correct"])
     log_p = sum(scoring.gold_logprob(support, examples, metric)) / len(examples)
 
     # the first family listed is proposed too often, so every task lists them in its own order
     order = runtime.rng_for("families", task.name).permutation(families)
-    listed = [f"({number}) {DESCRIPTIONS[family]}" for number, family in enumerate(order, 1)]
+    listed = []
+    for number, family in enumerate(order, 1):
+        listed.append(f"({number}) {DESCRIPTIONS[family]}")
 
     user = "\n".join(
         [
             f"Task: {task.title}. {task.context or 'No description is available.'}",
             f"State: with the generated adapter the model answers {right} of {len(examples)} "
-            "labelled examples "
-            f"correctly; mean log-probability of the right answer {log_p:.2f}.",
+            f"labelled examples correctly; mean log-probability of the right answer {log_p:.2f}.",
             "Choose the one strategy family and the settings that should help most. "
             "Families and their JSON:",
             *listed,
@@ -116,26 +122,23 @@ def sample_proposals(
     policy_config,
     seed: int,
 ) -> list[str]:
-    """One constrained sample per schema, all in one batch behind one cached prompt.
-
-    The grammar first removes the tokens that its schema does not allow here. Then come temperature,
-    top-k and top-p (TEMPO, G.5).
-    """
+    """One constrained sample per schema, all in one batch behind one cached prompt."""
     import llguidance.numpy as llnp
 
-    count = len(schemas)
-    device = lm.model.device
-    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
+    # every sample has a grammar of its own, and a row of bits for its legal next tokens
+    model = lm.model
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     matchers = [_compile_grammar(lm, schema, vocabulary) for schema in schemas]
+    count = len(schemas)
     legal = llnp.allocate_token_bitmask(count, vocabulary)
     rng = torch.Generator().manual_seed(seed)
-    written: list[list[int]] = [[] for _ in schemas]
-    ids = torch.tensor([scoring.encode(lm, prompt)], device=device)
-    lora.swap_adapter(lm.model, layout, policy_adapter)
+    written = [[] for _ in schemas]
+    lora.swap_adapter(model, layout, policy_adapter)
     try:
         # the prompt is read once; every sample continues from a copy of its cache
         lm.forwards += 1
-        output = lm.model(ids, use_cache=True, logits_to_keep=1)
+        ids = torch.tensor([scoring.encode(lm, prompt)], device=model.device)
+        output = model(ids, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         cache.batch_repeat_interleave(count)
         logits = output.logits[:, -1].expand(count, -1)
@@ -144,30 +147,29 @@ def sample_proposals(
             live = [i for i, matcher in enumerate(matchers) if not matcher.is_stopped()]
             if not live:
                 break
+            # finished samples stay in the batch, so that its shape does not change
             for i in live:
                 llnp.fill_next_token_bitmask(matchers[i], legal, i)
             chosen = _sample(logits.float(), legal, policy_config, rng)
             for i in live:
                 if matchers[i].consume_token(chosen[i]):
                     written[i].append(chosen[i])
-
             lm.forwards += count
-            ids = torch.tensor(chosen, device=device)[:, None]
-            output = lm.model(ids, past_key_values=cache, use_cache=True)
+            ids = torch.tensor(chosen, device=model.device)[:, None]
+            output = model(ids, past_key_values=cache, use_cache=True)
             logits = output.logits[:, -1]
     finally:
-        lora.clear_adapters(lm.model)
-    return [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+        lora.clear_adapters(model)
+    return lm.tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
 def _compile_grammar(lm: LM, schema: dict, vocabulary: int):
-    """What follows one sample through its JSON schema; no white space, which would never end."""
+    """What follows one sample through its JSON schema; compact JSON, for white space never ends."""
     from llguidance import LLMatcher
 
-    tokenizer = _grammar_tokenizer(lm.tokenizer, vocabulary)
     compact = {"whitespace_flexible": False}
     grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=compact)
-    matcher = LLMatcher(tokenizer, grammar)
+    matcher = LLMatcher(_grammar_tokenizer(lm.tokenizer, vocabulary), grammar)
     if matcher.is_error():
         raise RuntimeError(f"the strategy grammar does not compile: {matcher.get_error()}")
     return matcher
@@ -181,28 +183,35 @@ def _grammar_tokenizer(tokenizer, vocabulary: int):
     return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary)
 
 
-def _sample(logits: Tensor, legal: np.ndarray, policy_config, rng: torch.Generator) -> list[int]:
-    """One token per sample, among the legal ones, by temperature, top-k and top-p.
+def _sample(logits, legal, policy_config, rng) -> list[int]:
+    """One token per sample, among the legal ones, by temperature, top-k and top-p (TEMPO, G.5).
 
     Args:
-        logits: (samples, V). legal: (samples, V / 32) int32, one bit per token. A finished sample
-            may have no legal token left: it gets any, and nobody reads it.
+        logits: (samples, V) tensor.
+        legal: (samples, V / 32) array of int32, a bit per token. A finished sample keeps its last
+            bits: it gets some token, and nobody reads it.
     """
+    # the grammar: an illegal token gets no probability at all
     vocabulary = logits.shape[1]
     bits = np.unpackbits(legal.view("uint8"), axis=1, count=vocabulary, bitorder="little")
-    allowed = runtime.to_device(torch.from_numpy(bits), logits.device).bool()
-    finished = ~allowed.any(-1, keepdim=True)
-    logits = logits.masked_fill(~(allowed | finished), float("-inf")) / policy_config.temperature
+    allowed = torch.as_tensor(bits, dtype=torch.bool, device=logits.device)
+    logits = logits.masked_fill(~allowed, -math.inf) / policy_config.temperature
 
+    # top-k first: what follows is small, and the draw is made on the CPU, alike on every device
     values, index = logits.topk(min(policy_config.top_k, vocabulary))
     p = torch.softmax(values.cpu(), -1)
+    # top-p: the token that crosses the limit stays
     mass_before = p.cumsum(-1) - p
-    p = torch.where(mass_before < policy_config.top_p, p, 0.0)  # the one that crosses top_p stays
+    p = torch.where(mass_before < policy_config.top_p, p, 0.0)
     drawn = torch.multinomial(p, 1, generator=rng)
     return index.cpu().gather(1, drawn)[:, 0].tolist()
 
 
-def plan_families(families: list[str], count: int, minimum: int) -> list[list[str]]:
+def plan_families(
+    families: list[str],
+    count: int,
+    minimum: int,
+) -> list[list[str]]:
     """Which families each of `count` samples may use.
 
     `minimum` samples are tied to each family, so that every family is explored; the rest are free.
@@ -210,22 +219,28 @@ def plan_families(families: list[str], count: int, minimum: int) -> list[list[st
     plan = []
     for family in families:
         plan += [[family]] * minimum
+    # with few samples the first families go first
     plan = plan[:count]
-    return plan + [list(families)] * (count - len(plan))
+    return plan + [families] * (count - len(plan))
 
 
-def make_target(run: Run, task: Task, left_out: str | None = None, aligned: bool = False) -> Target:
+def make_target(
+    run: Run,
+    task: Task,
+    left_out: str | None = None,
+    aligned: bool = False,
+) -> Target:
     """A task ready for strategies: its generated adapter, and whatever a strategy may draw on.
 
     The adapter comes from prompt batch 0, by the generator of `left_out` (default: the task's own).
     With `aligned` every drawn adapter has passed the Fusion VAE (TEMPO, stage 2).
     """
     cfg = run.cfg
-    if left_out is None:
-        left_out = data.left_out_for(cfg, task.name)
+    left_out = left_out or data.left_out_for(cfg, task.name)
 
+    # TTS asks for several batches, and `evaluate` asks again: a batch is generated once
     @functools.cache
-    def draw(batch: int):
+    def draw(batch):
         adapter, index = generator.generate_adapter(run, task.name, batch, left_out=left_out)
         if aligned:
             aligner = alignment.load_aligner(run, left_out)
@@ -242,74 +257,6 @@ def make_target(run: Run, task: Task, left_out: str | None = None, aligned: bool
     return Target(task.name, scoring.load_lm(run), start, cfg.strategies, cfg.seed, source)
 
 
-def evaluate_strategy(
-    target: Target,
-    strategy: Strategy,
-    support: list,
-    metric: str,
-    folds: int,
-    at_steps: Iterable[int] = (),
-) -> dict[str, dict]:
-    """What a strategy makes of the support examples.
-
-    Returns: {canonical JSON: {correct, gold_logp (one entry per example), seconds, forwards,
-        backwards}}; for SFT also of the shorter trainings in `at_steps`.
-    """
-    lm = target.lm
-    began = time.monotonic()
-    forwards = lm.forwards
-    backwards = lm.backwards
-    try:
-        if strategy.family == "SFT":
-            scores = _cross_validate(target, strategy, support, folds, at_steps)
-        else:
-            # it reads no label, so the whole support set may judge it
-            refined = strategies.execute(target, strategy)
-            scores = {strategy: strategies.score_refined(lm, refined, support, target.cache)}
-    except FloatingPointError:  # a training that diverged lost every example
-        lost = [0] * len(support)
-        unlikely = [-100.0] * len(support)
-        return {str(strategy): {"correct": lost, "gold_logp": unlikely, "diverged": True}}
-
-    cost = {
-        "seconds": round(time.monotonic() - began, 2),
-        "forwards": lm.forwards - forwards,
-        "backwards": lm.backwards - backwards,
-    }
-    results = {}
-    for trained, found in scores.items():
-        results[str(trained)] = scoring.judge(found, support, metric) | cost
-    return results
-
-
-def _cross_validate(
-    target: Target, strategy: Strategy, support: list, folds: int, at_steps: Iterable[int]
-) -> dict[Strategy, list[Scores]]:
-    """Scores of SFT: no example is scored by an adapter that was fitted on it.
-
-    One trajectory per fold yields every number of steps in `at_steps` up to the strategy's own.
-    """
-    longest = strategy["sft_steps"]
-    shorter = [steps for steps in sorted(at_steps) if steps < longest]
-    lengths = [*shorter, longest]
-    scores = {length: [None] * len(support) for length in lengths}
-    for held in fold_indices(target, len(support), folds):
-        fitted = [example for i, example in enumerate(support) if i not in held]
-        held_out = [support[i] for i in held]
-        trained = strategies.train_on_support(target, strategy, fitted, lengths)
-        for length, adapter in trained.items():
-            found = scoring.score_examples(target.lm, adapter, held_out)
-            for i, score in zip(held, found, strict=True):
-                scores[length][i] = score
-    return {strategy.but(sft_steps=length): found for length, found in scores.items()}
-
-
-def fold_indices(target: Target, n: int, folds: int) -> list[list[int]]:
-    """Seeded folds of the support set."""
-    order = runtime.rng_for(target.seed, "folds", target.name).permutation(n).tolist()
-    return [order[i::folds] for i in range(folds)]
-
-
 class Rewards:
     """What strategies make of one task's support set, kept in files: none is executed twice.
 
@@ -319,10 +266,18 @@ class Rewards:
     Attributes: scores: of the support set with the starting adapter. reference: these, judged.
     """
 
-    def __init__(self, run: Run, name: str, target: Target, support: list):
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        target: Target,
+        support: list,
+    ):
+        # of the keys that a reward depends on: a change of policy.lr, say, keeps the files
         fingerprint = runtime.fingerprint(run.cfg, "rewards", unit=target.name)
         digest = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:8]
         folder = run.path / f"adapted/rewards-{digest}"
+        # two files, because a plain start is the same for every method
         self.own_file = folder / f"{name}.jsonl"
         self.plain_file = folder / f"{target.name}.plain.jsonl"
         self.run = run
@@ -331,48 +286,108 @@ class Rewards:
         self.scores = scoring.score_examples(target.lm, target.start, support)
         self.reference = scoring.judge(self.scores, support, run.cfg.evaluate.metric)
 
-    def of(self, strategy: Strategy, at_steps: Iterable[int] = ()) -> dict:
+    def of(self, strategy: Strategy, at_steps=()) -> dict:
         """{wins, losses, gold_logp_gain, seconds, forwards, backwards}, against the start.
 
         Args: at_steps: lengths of other trainings that will be asked for, measured by the way.
         """
         path = self.plain_file if strategy.plain else self.own_file
         kept = runtime.read_jsonl(path) if path.exists() else []
+        # a run that was stopped finds here what it had measured
         rows = {row["strategy"]: row for row in kept}
         if str(strategy) not in rows:
-            cfg = self.run.cfg
-            measured = evaluate_strategy(
-                self.target,
-                strategy,
-                self.support,
-                cfg.evaluate.metric,
-                cfg.policy.folds,
-                at_steps,
-            )
-            for key, found in measured.items():
+            for key, found in self.measure(strategy, at_steps).items():
                 rows.setdefault(key, {"strategy": key, **found})
             runtime.write_jsonl(path, list(rows.values()))
 
+        # files keep what was measured; wins and losses depend on the start and are counted here
         row = rows[str(strategy)]
         cost = {k: v for k, v in row.items() if k not in ("strategy", "correct", "gold_logp")}
         return scoring.compare(row, self.reference) | cost
 
-    def of_all(self, proposed: list[Strategy], label: str) -> dict[Strategy, dict]:
+    def of_all(
+        self,
+        proposed: list[Strategy],
+        label: str,
+    ) -> dict[Strategy, dict]:
         """`of` several strategies. A longer SFT training goes first: it yields the shorter ones."""
+        proposed = sorted(proposed, key=training_length, reverse=True)
         lengths = {s["sft_steps"] for s in proposed if s.family == "SFT"}
         results = {}
-        for strategy in self.run.track(longest_first(proposed), label):
+        for strategy in self.run.track(proposed, label):
             results[strategy] = self.of(strategy, lengths)
         return results
 
+    def measure(self, strategy: Strategy, at_steps=()) -> dict[str, dict]:
+        """Carry a strategy out and judge what it makes of the support set.
 
-def longest_first(proposed: list[Strategy]) -> list[Strategy]:
-    """SFT by falling number of steps, then the other families."""
+        Returns: {canonical JSON: {correct, gold_logp (one entry per example), seconds, forwards,
+            backwards}}; for SFT also of the shorter trainings in `at_steps`.
+        """
+        target = self.target
+        lm = target.lm
+        began = time.monotonic()
+        forwards = lm.forwards
+        backwards = lm.backwards
+        try:
+            if strategy.family == "SFT":
+                scores = self._cross_validate(strategy, at_steps)
+            else:
+                # it reads no label, so the whole support set may judge it
+                refined = strategies.execute(target, strategy)
+                found = strategies.score_refined(lm, refined, self.support, target.cache)
+                scores = {strategy: found}
+        except FloatingPointError:  # a training that diverged lost every example
+            lost = [0] * len(self.support)
+            unlikely = [-100.0] * len(self.support)
+            return {str(strategy): {"correct": lost, "gold_logp": unlikely, "diverged": True}}
 
-    def steps(strategy: Strategy) -> int:
-        return strategy["sft_steps"] if strategy.family == "SFT" else 0
+        cost = {
+            "seconds": round(time.monotonic() - began, 2),
+            "forwards": lm.forwards - forwards,
+            "backwards": lm.backwards - backwards,
+        }
+        metric = self.run.cfg.evaluate.metric
+        results = {}
+        for trained, found in scores.items():
+            results[str(trained)] = scoring.judge(found, self.support, metric) | cost
+        return results
 
-    return sorted(proposed, key=steps, reverse=True)
+    def _cross_validate(self, strategy: Strategy, at_steps) -> dict:
+        """{Strategy: scores} by length. Nothing is scored by an adapter that was fitted on it.
+
+        One trajectory per fold yields every number of steps in `at_steps` up to the strategy's own.
+        """
+        target = self.target
+        support = self.support
+        longest = strategy["sft_steps"]
+        lengths = [steps for steps in sorted({*at_steps, longest}) if steps <= longest]
+        scores = {length: [None] * len(support) for length in lengths}
+        for held in fold_indices(target, len(support), self.run.cfg.policy.folds):
+            fitted = [example for i, example in enumerate(support) if i not in held]
+            held_out = [support[i] for i in held]
+            # the rate is constant, so a short training is the beginning of a long one
+            trained = strategies.train_on_support(target, strategy, fitted, lengths)
+            for length, adapter in trained.items():
+                found = scoring.score_examples(target.lm, adapter, held_out)
+                # back to the place of its example: afterwards no place is empty
+                for i, score in zip(held, found, strict=True):
+                    scores[length][i] = score
+        return {strategy.but(sft_steps=length): found for length, found in scores.items()}
+
+
+def fold_indices(
+    target: Target,
+    n: int,
+    folds: int,
+) -> list[list[int]]:
+    """Seeded folds of the support set."""
+    order = runtime.rng_for(target.seed, "folds", target.name).permutation(n)
+    return [order[i::folds].tolist() for i in range(folds)]
+
+
+def training_length(strategy: Strategy) -> int:
+    return strategy["sft_steps"] if strategy.family == "SFT" else 0
 
 
 def reward_of(result: dict, policy_config) -> int:
@@ -393,11 +408,13 @@ def choose(results: dict[Strategy, dict], policy_config) -> tuple[Strategy, dict
     for strategy, result in results.items():
         net = result["wins"] - result["losses"]
         gain = result["gold_logp_gain"]
+        # SFT has a margin of its own: its result is cross-validated
         margin = policy_config.select_margin
         if strategy.family == "SFT":
             margin = policy_config.sft_margin
         if net < margin or gain <= 0:
             continue
+        # the first of equals stays
         rank = (net, gain) if policy_config.select_by == "wins" else (gain, net)
         if best_rank is None or rank > best_rank:
             best = strategy
@@ -412,20 +429,22 @@ def with_plain_twins(proposed: list[Strategy]) -> list[Strategy]:
     field whose two ends are always tried; the plain end costs nothing, `no_meta` needs it too.
     """
     twins = [s.but(init_scale=0.0) for s in proposed if s.family == "SFT"]
-    return list({str(s): s for s in [*proposed, *twins]}.values())
+    return list(dict.fromkeys([*proposed, *twins]))
 
 
 def policy_layout(run: Run) -> Layout:
     """Layout of the policy's own adapter in the shared base model."""
-    p = run.cfg.policy
+    settings = run.cfg.policy
     model = scoring.load_lm(run).model
-    layout = lora.find_layout(model, p.rank, p.alpha, 1, p.modules)
+    layout = lora.find_layout(model, settings.rank, settings.alpha, 1, settings.modules)
     lora.attach_lora(model, layout)
     return layout
 
 
 def train_policy(
-    run: Run, layout: Layout, samples: dict[str, list[str]], seed: int
+    run: Run,
+    samples: dict[str, list[str]],
+    seed: int,
 ) -> Adapter | None:
     """One Improve step of ReST-EM: a fresh adapter, trained on the rewarded proposals.
 
@@ -434,24 +453,28 @@ def train_policy(
     """
     if not any(samples.values()):
         return None
-    p = run.cfg.policy
     lm = scoring.load_lm(run)
-    rows = _improve_rows(lm, samples, p, runtime.rng_for(seed, "policy"))
+    layout = policy_layout(run)
+    policy_config = run.cfg.policy
+    rng = runtime.rng_for(seed, "policy")
+    rows = _improve_rows(lm, samples, policy_config, rng)
+    # a fresh adapter, not the last policy: errors of one iteration do not add up
     fresh = lora.init_adapter(layout, runtime.seed_for(seed, "policy"))
     with AdapterTrainer(lm.model, layout, fresh) as trainer:
         for step, row in enumerate(rows):
             hidden, starts = scoring.hidden_states(lm, [row])
             log_p = scoring.branch_logprobs(lm, [row], hidden, starts)[0]
+            # per token, or long proposals would count more than short ones
             lengths = [len(branch) for branch in row.branches]
             per_token = log_p / torch.tensor(lengths, device=log_p.device)
             loss = trainer.backward(-per_token.mean())
             if not math.isfinite(loss):
                 raise FloatingPointError(f"policy, step {step + 1}")
-            trainer.step(lora.rate(step, len(rows), p.lr, 0, "cosine"))
+            trainer.step(lora.rate(step, len(rows), policy_config.lr, 0, "cosine"))
     return trainer.adapter()
 
 
-def _improve_rows(lm: LM, samples: dict[str, list[str]], policy_config, rng) -> list[Row]:
+def _improve_rows(lm, samples, policy_config, rng) -> list[Row]:
     """One row per update: a prompt with up to `batch_size` of its proposals as branches.
 
     So the prompt, far longer than a proposal, is computed once per update.
@@ -465,6 +488,7 @@ def _improve_rows(lm: LM, samples: dict[str, list[str]], policy_config, rng) -> 
             branches = []
             for i in rng.permutation(len(texts)):
                 ids = lm.tokenizer(texts[i], add_special_tokens=False)["input_ids"]
+                # with the closing token, so that the policy learns to stop
                 branches.append((*ids, lm.tokenizer.eos_token_id))
             context = tuple(scoring.encode(lm, prompt))
             for at in range(0, len(branches), size):
@@ -474,14 +498,15 @@ def _improve_rows(lm: LM, samples: dict[str, list[str]], policy_config, rng) -> 
     return rows
 
 
-def rewarded(episodes: list[dict], cap: int) -> list[str]:
-    """The distinct rewarded proposals, at most `cap`, best first."""
-    rank: dict[str, tuple] = {}
+def rewarded(episodes: list[dict]) -> list[str]:
+    """The distinct rewarded proposals, best first, at most MAX_SAMPLES."""
+    rank = {}
     for episode in episodes:
         if episode["reward"]:
+            # most net wins first, then the larger gain; a text that was sampled twice counts once
             net = episode["wins"] - episode["losses"]
             rank.setdefault(episode["text"], (-net, -episode["gold_logp_gain"]))
-    return sorted(rank, key=rank.get)[:cap]
+    return sorted(rank, key=rank.get)[:MAX_SAMPLES]
 
 
 @dataclass
@@ -492,13 +517,17 @@ class Case:
     """
 
     task: Task
-    target: Target
     rewards: Rewards
     families: list[str]
     prompt: str
 
 
-def open_case(run: Run, task: Task, method: str, left_out: str | None = None) -> Case:
+def open_case(
+    run: Run,
+    task: Task,
+    method: str,
+    left_out: str | None = None,
+) -> Case:
     """Draw the starting adapter, score it on the support set, and write the prompt.
 
     Args: left_out: whose generator draws it, where that is not the task's own.
@@ -516,40 +545,45 @@ def open_case(run: Run, task: Task, method: str, left_out: str | None = None) ->
 
     # every starting adapter of a task has a reward file of its own
     name = task.name
-    if left_out is not None:
+    if left_out:
         name += f".without_{left_out}"
     if aligned:
         name += f".aligned-{lora.adapter_hash(target.start)[:8]}"
     rewards = Rewards(run, name, target, support)
 
+    # one prompt per task: the state is the start's, and does not change between iterations
     families = methods.families_of(method, cfg.policy.families)
     prompt = proposal_prompt(target.lm, task, families, rewards.scores, cfg.evaluate.metric)
-    return Case(task, target, rewards, families, prompt)
+    return Case(task, rewards, families, prompt)
 
 
 def run_episodes(
-    run: Run,
-    case: Case,
-    layout: Layout,
-    policy_adapter: Adapter | None,
-    iteration: int,
-    label: str,
+    run: Run, case: Case, policy_adapter: Adapter | None, iteration: int, label: str
 ) -> list[dict]:
-    """One round: sample proposals, carry each out, reward it. One record per proposal."""
+    """One round: sample proposals, carry each out, reward it. One record per proposal.
+
+    Args: label: names the search, in seeds and in the log.
+    """
     cfg = run.cfg
     name = case.task.name
-    texts = _propose(cfg, case, layout, policy_adapter, (label, iteration))
-    proposed = []
-    for text in texts:
-        try:
-            strategy = strategies.parse_strategy(text, cfg.strategies, case.families)
-        except ValueError:
-            strategy = None
-        proposed.append(strategy)
+    # propose: with the base model at first, then with the policy of the last iteration
+    key = (cfg.seed, "propose", name, label, iteration)
+    texts = sample_proposals(
+        scoring.load_lm(run),
+        policy_layout(run),
+        policy_adapter,
+        case.prompt,
+        _round_schemas(cfg, case.families, runtime.rng_for(*key, "explore")),
+        cfg.policy,
+        runtime.seed_for(*key),
+    )
+    proposed = [_parse(text, cfg.strategies, case.families) for text in texts]
 
+    # execute, each strategy once
     valid = [strategy for strategy in proposed if strategy is not None]
     results = case.rewards.of_all(valid, f"{label} {name} iteration {iteration + 1}")
 
+    # reward
     episodes = []
     for index, strategy in enumerate(proposed):
         episode = {"iteration": iteration, "index": index, "text": texts[index]}
@@ -562,33 +596,35 @@ def run_episodes(
             episode["cached"] = strategy in proposed[:index]
         episodes.append(episode)
 
-    mean = sum(episode["reward"] for episode in episodes) / len(episodes)
     run.metric(
         stage="policy",
         unit=name,
         method=label,
         iteration=iteration,
-        reward_mean=round(mean, 4),
+        reward_mean=round(sum(e["reward"] for e in episodes) / len(episodes), 4),
     )
     return episodes
 
 
-def _propose(
-    cfg, case: Case, layout: Layout, policy_adapter: Adapter | None, round_: tuple
-) -> list[str]:
-    """The texts of one round's proposals."""
-    p = cfg.policy
-    key = (cfg.seed, "propose", case.task.name, *round_)
-    explore = runtime.rng_for(*key, "explore")
+def _parse(text, bounds, families) -> Strategy | None:
+    """None: a grammar promises neither a value in bounds nor an end before max_new_tokens."""
+    try:
+        return strategies.parse_strategy(text, bounds, families)
+    except ValueError:
+        return None
+
+
+def _round_schemas(cfg, families, explore) -> list[dict]:
+    """The grammar of each sample of a round."""
+    settings = cfg.policy
     schemas = []
-    for families in plan_families(case.families, p.proposals, p.min_per_family):
+    for offered in plan_families(families, settings.proposals, settings.min_per_family):
         # left alone, a small policy proposes the same few settings every time: a sample that is
         # tied to a family sees a random half of them
-        tied = len(families) < len(case.families)
+        tied = len(offered) < len(families)
         half = explore if tied else None
-        schemas.append(strategies.proposal_schema(cfg.strategies, families, half))
-    seed = runtime.seed_for(*key)
-    return sample_proposals(case.target.lm, layout, policy_adapter, case.prompt, schemas, p, seed)
+        schemas.append(strategies.proposal_schema(cfg.strategies, offered, half))
+    return schemas
 
 
 def proposing_methods(cfg) -> list[str]:
@@ -603,6 +639,7 @@ def train_policies(run: Run) -> dict:
     if cfg.policy.mode == "per_task":
         run.log("policy.mode=per_task: the policy is trained inside stage=adapt")
         return {}
+    # targets out of domain share one left-out set, and so one policy
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     left_out_sets = sorted({data.left_out_for(cfg, target) for target in targets})
     units = list(itertools.product(left_out_sets, proposing_methods(cfg)))
@@ -620,7 +657,6 @@ def _meta_train(run: Run, left_out: str, method: str) -> None:
     cfg = run.cfg
     began = time.monotonic()
     unit = f"policy/{left_out}/{method}"
-    layout = policy_layout(run)
 
     # the left-out task is no case, and its generator, which never saw it, draws the adapters
     tasks = data.load_tasks(run)
@@ -636,14 +672,16 @@ def _meta_train(run: Run, left_out: str, method: str) -> None:
         # every task's proposals come from the same policy
         samples = {}
         for case in cases:
-            new = run_episodes(run, case, layout, policy_adapter, iteration, label)
+            new = run_episodes(run, case, policy_adapter, iteration, label)
             episodes += [{"task": case.task.name, **episode} for episode in new]
-            samples[case.prompt] = rewarded(new, MAX_SAMPLES)
+            samples[case.prompt] = rewarded(new)
 
         # with nothing rewarded there is nothing to learn, and the policy stays
         seed = runtime.seed_for(cfg.seed, seed_name, method, iteration)
-        policy_adapter = train_policy(run, layout, samples, seed) or policy_adapter
+        policy_adapter = train_policy(run, samples, seed) or policy_adapter
 
+    # the base model as policy is an adapter with B = 0
+    layout = policy_layout(run)
     kept = policy_adapter or lora.init_adapter(layout, 0)
     folder = run.path / unit
     lora.save_adapter(folder, kept, layout, cfg.model.name, cfg.model.revision)
@@ -651,13 +689,9 @@ def _meta_train(run: Run, left_out: str, method: str) -> None:
     run.finish(unit, "policy", began, method)
 
 
-def longest_support_first(tasks: list[Task]) -> list[Task]:
-    """The order in which ranks take targets: the costliest first."""
-
-    def characters(task: Task) -> int:
-        return sum(len(example.prompt) for example in task.support)
-
-    return sorted(tasks, key=characters, reverse=True)
+def support_length(task: Task) -> int:
+    """What a target costs, in characters: ranks take the longest first."""
+    return sum(len(example.prompt) for example in task.support)
 
 
 def adapt_targets(run: Run) -> dict:
@@ -672,13 +706,16 @@ def adapt_targets(run: Run) -> dict:
     unrefined = ["generator"]
     if "aligned" in cfg.evaluate.methods:
         unrefined.append("aligned")
-    for task in run.deal(longest_support_first(wanted)):
-        for method in proposing_methods(cfg):
-            if not run.finished(f"adapted/{method}/{task.name}", "adapt", method):
-                _adapt_one(run, task, method)
-        for method in unrefined:
-            if not run.finished(f"adapted/{method}/{task.name}", "adapt", method):
+    # a task stays on one rank: its methods share what strategies earned
+    for task in run.deal(sorted(wanted, key=support_length, reverse=True)):
+        for method in [*proposing_methods(cfg), *unrefined]:
+            if run.finished(f"adapted/{method}/{task.name}", "adapt", method):
+                continue
+            if method in unrefined:
                 _keep_unrefined(run, task, method)
+            else:
+                _adapt_one(run, task, method)
+    # for the report: which examples the numbers are about
     if run.rank == 0:
         data.keep_example_ids(run, wanted)
     return {}
@@ -709,8 +746,9 @@ def _adapt_one(run: Run, task: Task, method: str) -> None:
 
     # nothing is measured on the support set any more: now SFT trains on all of it
     support = case.rewards.support
-    refined = strategies.execute_finite(case.target, strategy, support)
+    refined = strategies.execute_finite(case.rewards.target, strategy, support)
 
+    # beside the adapter: what was proposed, what the policy had read, and why this was chosen
     folder = run.path / f"adapted/{method}/{task.name}"
     runtime.write_jsonl(folder / "episodes.jsonl", episodes)
     runtime.write_text(folder / "prompt.txt", case.prompt)
@@ -729,7 +767,13 @@ def _adapt_one(run: Run, task: Task, method: str) -> None:
 
 
 def keep_adapted(
-    run: Run, method: str, task: Task, adapter: Adapter, facts: dict, began: float, said: str
+    run: Run,
+    method: str,
+    task: Task,
+    adapter: Adapter,
+    facts: dict,
+    began: float,
+    said: str,
 ) -> None:
     """Write adapted/<method>/<task>: a PEFT folder, strategy.json, and the record of the unit."""
     unit = f"adapted/{method}/{task.name}"
@@ -748,24 +792,24 @@ def _search(run: Run, case: Case, method: str) -> list[dict]:
     """
     cfg = run.cfg
     name = case.task.name
-    layout = policy_layout(run)
     policy_adapter = None  # the base model
     iterations = cfg.policy.iterations
     if cfg.policy.mode == "meta":
         ready = f"policy/{data.left_out_for(cfg, name)}/{method}"
         if not run.finished(ready, "policy", method, redo=False):
             raise UserError(f"{run.path / ready}: not trained yet; run stage=policy")
-        policy_adapter = lora.load_adapter(run.path / ready, layout)
-        iterations = 1
+        policy_adapter = lora.load_adapter(run.path / ready, policy_layout(run))
+        iterations = 1  # nothing is learnt from the target
 
     episodes = []
     for iteration in range(iterations):
-        new = run_episodes(run, case, layout, policy_adapter, iteration, method)
+        new = run_episodes(run, case, policy_adapter, iteration, method)
         episodes += new
-        if iteration + 1 < iterations:  # nobody samples from a policy after the last
-            samples = {case.prompt: rewarded(new, MAX_SAMPLES)}
+        # after the last iteration nobody would sample from another policy
+        if iteration + 1 < iterations:
+            samples = {case.prompt: rewarded(new)}
             seed = runtime.seed_for(cfg.seed, name, method, iteration)
-            policy_adapter = train_policy(run, layout, samples, seed) or policy_adapter
+            policy_adapter = train_policy(run, samples, seed) or policy_adapter
     return episodes
 
 
@@ -775,36 +819,35 @@ def write_contexts(run: Run) -> dict:
     Source: TEMPO, G.6 (there: by a larger model). Writes contexts.yaml in the run folder; use it by
     policy.contexts=<that file>.
     """
+    lm = scoring.load_lm(run)
+    tokenizer = lm.tokenizer
     found = {}
     for name, task in data.load_tasks(run).items():
         found[name] = task.context
-        if not task.context:
-            found[name] = _describe(scoring.load_lm(run), task)
-            run.log(f"context of {name}: {found[name]}")
+        if task.context:
+            continue
+        # four examples show the kind of question and of answer
+        shown = []
+        for example in task.support[:4]:
+            answer = example.options[example.gold] if example.options else example.answer
+            shown.append(f"{example.text} {answer}")
+        prompt = scoring.chat_prompt(
+            tokenizer,
+            "You describe benchmark tasks in plain, neutral English.",
+            "Examples of a task:\n\n" + "\n\n".join(shown) + "\n\nIn one paragraph, say what the "
+            "task asks and which skills it tests. Do not quote the examples.",
+        )
+        ids = torch.tensor([scoring.encode(lm, prompt)], device=lm.model.device)
+        output = lm.model.generate(
+            ids,
+            max_new_tokens=120,
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        found[name] = " ".join(text.split())
+        run.log(f"context of {name}: {found[name]}")
     path = run.path / "contexts.yaml"
     runtime.write_text(path, yaml.safe_dump(found, sort_keys=False, width=100))
     return {"contexts": str(path)}
-
-
-def _describe(lm: LM, task: Task) -> str:
-    """One paragraph on a task, from its first four support examples."""
-    shown = []
-    for example in task.support[:4]:
-        answer = example.options[example.gold] if example.options else example.answer
-        shown.append(f"{example.text} {answer}")
-    prompt = scoring.chat_prompt(
-        lm.tokenizer,
-        "You describe benchmark tasks in plain, neutral English.",
-        "Examples of a task:\n\n" + "\n\n".join(shown) + "\n\nIn one paragraph, say what the "
-        "task asks and which skills it tests. Do not quote the examples.",
-    )
-    ids = torch.tensor([scoring.encode(lm, prompt)], device=lm.model.device)
-    output = lm.model.generate(
-        ids,
-        max_new_tokens=120,
-        do_sample=False,
-        repetition_penalty=1.0,
-        pad_token_id=lm.tokenizer.eos_token_id,
-    )
-    text = lm.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    return " ".join(text.split())
