@@ -105,7 +105,9 @@ class Draws:
         size = min(size, len(train))
         # without replacement: what tests an inner step is not what it trained on
         index = self.rng.choice(len(train), size, replace=False)
-        rows = [scoring.make_row(self.lm, train[i]) for i in index]
+        rows = []
+        for i in index:
+            rows.append(scoring.make_row(self.lm, train[i]))
         self.tokens += sum(row.length for row in rows)
         return rows
 
@@ -139,6 +141,7 @@ def _meta_train(run: Run, method: str, left_out: str) -> None:
     began = time.monotonic()
     unit = f"baselines/{method}/{left_out}"
     lm = scoring.load_lm(run)
+    # the left-out task is in no batch
     draws = Draws(run, left_out, method)
     backwards = lm.backwards
     trainings = {
@@ -188,8 +191,8 @@ def _train_union(run: Run, draws: Draws) -> Trained:
     first = max(1, round(settings.pretrain_steps * longer))
     second = max(1, round(settings.finetune_steps * longer))
 
-    # the A that every adapter of the run begins with
     losses = []
+    # the A that every adapter of the run begins with
     start = lora.init_adapter(lm.layout, cfg.seed)
     with AdapterTrainer(lm.model, lm.layout, start) as trainer:
         for step in run.track(range(first + second), "union"):
@@ -285,6 +288,7 @@ def vector_loss(lm: LM, rows: list[Row]) -> Callable[[Tensor], Tensor]:
     """
 
     def loss(vector: Tensor) -> Tensor:
+        # views, so that the loss is a function of the vector
         adapter = lora.unflatten_adapter(vector, lm.layout)
         lora.swap_adapter(lm.model, lm.layout, adapter)
         with sdpa_kernel(SDPBackend.MATH):
@@ -317,15 +321,21 @@ def _train_maml(run: Run, draws: Draws) -> Trained:
             episodes.append((inner, query))
 
         # inner steps: every task moves theta for itself, and all of them move the moments
-        rates = (settings.inner_lr, WEIGHT_DECAY)
-        grad, loss, moments = meta_gradient(theta, moments, episodes, *rates, settings.order)
+        grad, loss, moments = meta_gradient(
+            theta,
+            moments,
+            episodes,
+            settings.inner_lr,
+            WEIGHT_DECAY,
+            settings.order,
+        )
         if not math.isfinite(loss) or not torch.isfinite(grad).all():
             diverged_at = step
             break
 
         # outer step: theta itself moves, from the moments that the inner steps left
-        rates = (settings.outer_lr, WEIGHT_DECAY)
-        theta, moments = shared_update(theta, _clip(grad), moments, *rates)
+        grad = _clip(grad)
+        theta, moments = shared_update(theta, grad, moments, settings.outer_lr, WEIGHT_DECAY)
         losses.append(loss)
     lora.clear_adapters(lm.model)
     start = lora.unflatten_adapter(theta.cpu(), lm.layout)
@@ -372,7 +382,7 @@ def draw_adapter(
     """
 
     def noise(log_sd: Tensor) -> Tensor:
-        # drawn where the generator lives, so that a CPU and a GPU can share a seed
+        # drawn where the generator lives: `evaluate` draws on the CPU, alike on every machine
         unit = torch.randn(log_sd.shape, generator=rng, device=rng.device)
         return log_sd.exp() * unit.to(log_sd.device)
 
@@ -538,7 +548,7 @@ def _train_abmll(run: Run, draws: Draws) -> Trained:
             diverged_at = step
             break
 
-        # outer step
+        # outer step: the mean gradient over the tasks, clipped as everywhere
         theta.grad = _clip(total / settings.tasks_per_step)
         optimizer.step()
         losses.append(value / settings.tasks_per_step)
@@ -558,12 +568,14 @@ def _adapt_posterior(run: Run, task: Task) -> None:
     began = time.monotonic()
     settings = run.cfg.baselines.abmll
     lm = scoring.load_lm(run)
+    # the learnt theta is the target's prior
     prior = load_posterior(start_folder(run, "abmll", task), lm.layout)
     seed = runtime.seed_for(run.cfg.seed, "abmll", task.name)
     rng = torch.Generator(run.device).manual_seed(seed)
     rows = [scoring.make_row(lm, example) for example in task.support]
     batches = [rows] * settings.inner_steps
-    posterior = infer_posterior(lm, prior.to(lm.model.device), batches, settings, rng)
+    prior = prior.to(lm.model.device)
+    posterior = infer_posterior(lm, prior, batches, settings, rng)
     lora.clear_adapters(lm.model)
 
     # the folder holds the mean; `evaluate` draws from the posterior

@@ -163,7 +163,7 @@ def sample_proposals(
     return lm.tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
-def _compile_grammar(lm: LM, schema: dict, vocabulary: int):
+def _compile_grammar(lm, schema, vocabulary):
     """What follows one sample through its JSON schema; compact JSON, for white space never ends."""
     from llguidance import LLMatcher
 
@@ -176,7 +176,7 @@ def _compile_grammar(lm: LM, schema: dict, vocabulary: int):
 
 
 @functools.lru_cache(maxsize=4)
-def _grammar_tokenizer(tokenizer, vocabulary: int):
+def _grammar_tokenizer(tokenizer, vocabulary):
     """The grammar library's own form of a tokenizer, which takes a second to make."""
     import llguidance.hf
 
@@ -204,7 +204,7 @@ def _sample(logits, legal, policy_config, rng) -> list[int]:
     mass_before = p.cumsum(-1) - p
     p = torch.where(mass_before < policy_config.top_p, p, 0.0)
     drawn = torch.multinomial(p, 1, generator=rng)
-    return index.cpu().gather(1, drawn)[:, 0].tolist()
+    return index.cpu().gather(1, drawn).squeeze(1).tolist()
 
 
 def plan_families(
@@ -456,8 +456,7 @@ def train_policy(
     lm = scoring.load_lm(run)
     layout = policy_layout(run)
     policy_config = run.cfg.policy
-    rng = runtime.rng_for(seed, "policy")
-    rows = _improve_rows(lm, samples, policy_config, rng)
+    rows = _improve_rows(lm, samples, policy_config, runtime.rng_for(seed, "policy"))
     # a fresh adapter, not the last policy: errors of one iteration do not add up
     fresh = lora.init_adapter(layout, runtime.seed_for(seed, "policy"))
     with AdapterTrainer(lm.model, layout, fresh) as trainer:
@@ -658,7 +657,7 @@ def _meta_train(run: Run, left_out: str, method: str) -> None:
     began = time.monotonic()
     unit = f"policy/{left_out}/{method}"
 
-    # the left-out task is no case, and its generator, which never saw it, draws the adapters
+    # the left-out task is none of the cases, and the generator that draws for them never saw it
     tasks = data.load_tasks(run)
     cases = []
     for name in data.training_tasks(cfg, left_out):
