@@ -247,13 +247,14 @@ def make_target(
             adapter = alignment.align_adapter(run, aligner, task.name, adapter)
         return adapter, index
 
+    # first of all, so that a missing generator is what the user hears of
+    start, _ = draw(0)
     source = Source(
         draw,
         texts=generator.task_texts(run, task.name),
         pooled=generator.load_pooled(run, task.name),
         embed=lambda texts: generator.encode_texts(run, texts)[1],
     )
-    start, _ = draw(0)
     return Target(task.name, scoring.load_lm(run), start, cfg.strategies, cfg.seed, source)
 
 

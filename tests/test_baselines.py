@@ -1,54 +1,29 @@
-"""Meta-gradients, Gaussians and the meta-trained baselines, by finite differences, closed forms and tiny models."""
+"""Meta-gradients, Gaussians and the meta-trained baselines: closed forms and tiny models."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_command
 
-from baselines import (
-    ALONE,
-    Draws,
-    Moments,
-    Share,
-    draw_adapter,
-    gaussian_kl,
-    infer_posterior,
-    initial_posterior,
-    load_posterior,
-    meta_gradient,
-    negative_log_prior,
-    posterior_moments,
-    shared_update,
-    train_baselines,
-    vector_loss,
-)
-from collect import collect_adapters
-from config import META_TRAINED, load_config
-from data import load_tasks
-from evaluate import evaluate_methods
-from generator import train_generators
-from lora import (
-    clear_adapters,
-    dense_key,
-    flatten_adapter,
-    init_adapter,
-    load_adapter,
-    swap_adapter,
-    unflatten_adapter,
-)
-from policy import adapt_targets
-from runtime import Run, read_json, read_jsonl, seed_for
-from scoring import lm_loss, load_lm, make_row, score_examples
-from strategies import Refined, combine
+import baselines
+import collect
+import data
+import evaluate
+import generator
+import lora
+import methods
+import policy
+import runtime
+import scoring
+import strategies
+from baselines import Draws, Moments
+from config import load_config
+from runtime import Run
 
 FAST = [
     "baselines.union.step_share=0.3",
-    "baselines.reptile.meta_steps=3",
-    "baselines.reptile.inner_steps=2",
-    "baselines.reptile.inner_lr=0.01",
     "baselines.maml.meta_steps=3",
     "baselines.maml.inner_lr=0.01",
     "baselines.maml.outer_lr=0.01",
@@ -56,225 +31,223 @@ FAST = [
     "baselines.abmll.inner_steps=2",
     "baselines.abmll.inner_lr=0.1",
     "baselines.abmll.outer_lr=0.01",
-    "data.targets=[alpha, delta]",
+    "data.targets=[delta]",
 ]
 
 
 def make_run(args: list[str], *more: str) -> Run:
     cfg, _ = load_config([*args, *more])
-    Path(cfg.run).mkdir(parents=True, exist_ok=True)
-    return Run(Path(cfg.run), cfg, quiet=True)
+    path = Path(cfg.run)
+    path.mkdir(parents=True, exist_ok=True)
+    return Run(path, cfg, quiet=True)
 
 
-def state(n: int, seed: int = 0) -> Moments:
+def run_stages(run: Run) -> None:
+    collect.collect_adapters(run)
+    generator.train_generators(run)
+    policy.adapt_targets(run)
+    baselines.train_baselines(run)
+    evaluate.evaluate_methods(run)
+
+
+def num_scores(run: Run, method: str, task: str) -> int:
+    return len(runtime.read_jsonl(run.path / f"scores/{method}/{task}.jsonl"))
+
+
+def differ(a: dict, b: dict) -> bool:
+    return any(not torch.equal(a[key], b[key]) for key in a)
+
+
+def normal(shape, seed: int):
+    """Seeded float64 noise."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+
+def mid_training(n: int) -> Moments:
     """Moments in mid-training, so that no second moment is zero."""
-    g = torch.Generator().manual_seed(seed)
-    return Moments(
-        0.1 * torch.randn(n, generator=g, dtype=torch.float64),
-        torch.rand(n, generator=g, dtype=torch.float64) + 0.1,
-        3,
-    )
+    rng = torch.Generator().manual_seed(0)
+    mean = 0.1 * torch.randn(n, generator=rng, dtype=torch.float64)
+    square = torch.rand(n, generator=rng, dtype=torch.float64) + 0.1
+    return Moments(mean, square, 3)
+
+
+def fresh(n: int) -> Moments:
+    zeros = torch.zeros(n, dtype=torch.float64)
+    return Moments(zeros, zeros)
 
 
 def curved(seed: int):
     """A smooth loss of a vector that is neither linear nor quadratic."""
-    g = torch.Generator().manual_seed(seed)
-    w = torch.randn(5, 5, generator=g, dtype=torch.float64)
-    return lambda x: (torch.tanh(w @ x) ** 2).sum() + 0.1 * torch.exp(x).sum()
+    w = normal((5, 5), seed)
+
+    def loss(x):
+        return (torch.tanh(w @ x) ** 2).sum() + 0.1 * torch.exp(x).sum()
+
+    return loss
 
 
-# ---------------------------------------------------------------------------------------------------------------- MAML
+def inner_step(x, loss, moments: Moments):
+    x = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(x), x)
+    return baselines.shared_update(x, grad, moments, 0.05, 0.01)
 
 
-def moments_along(theta, inner, s: Moments) -> list[Moments]:
-    """The state each inner step finds, then the last one: constants of the second-order gradient."""
-    found, x = [Moments(s.m, s.v, s.t)], theta
-    for f in inner:
-        x = x.detach().requires_grad_()
-        x = shared_update(x, torch.autograd.grad(f(x), x)[0], s, 0.05, 0.01)
-        found.append(Moments(s.m, s.v, s.t))
+def moments_along(theta, inner: list, moments: Moments) -> list[Moments]:
+    """The state each inner step finds, then the last: constants of the second-order gradient."""
+    found = [moments]
+    x = theta
+    for loss in inner:
+        x, moments = inner_step(x, loss, moments)
+        found.append(moments)
     return found
 
 
-def query_value(theta, episode, moments: list[Moments]) -> float:
+def query_value(theta, episode, along: list[Moments]) -> float:
     """Query loss after the inner steps, each from the given moments."""
     inner, query = episode
     x = theta
-    for f, s in zip(inner, moments, strict=False):
-        x = x.detach().requires_grad_()
-        x = shared_update(x, torch.autograd.grad(f(x), x)[0], Moments(s.m, s.v, s.t), 0.05, 0.01)
+    for loss, moments in zip(inner, along, strict=False):
+        x, _ = inner_step(x, loss, moments)
     return float(query(x.detach()))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_second_order_meta_gradient_is_that_of_finite_differences(steps):
-    """The slope of the mean query loss after the inner steps, through AdamW and its decay, in float64."""
-    episodes = [([curved(10 * t + i) for i in range(steps)], curved(10 * t + 9)) for t in range(2)]
-    theta = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    grad, loss = meta_gradient(theta, state(5), episodes, 0.05, 0.01, 2)
-    s = state(5)
-    along = [
-        moments_along(theta, e[0], s) for e in episodes
-    ]  # the second task continues the first one's moments
+    """The slope of the mean query loss after the inner steps, through AdamW and its decay."""
+    theta = normal(5, 1)
+    episodes = []
+    along = []
+    moments = mid_training(5)
+    for first in (0, 10):
+        inner = [curved(first + i) for i in range(steps)]
+        episodes.append((inner, curved(first + 9)))
+        # the second task continues the first one's moments
+        along.append(moments_along(theta, inner, moments))
+        moments = along[-1][-1]
 
-    def value(x):
-        return sum(query_value(x, e, m) for e, m in zip(episodes, along, strict=True)) / 2
+    def value(x) -> float:
+        values = [query_value(x, e, m) for e, m in zip(episodes, along, strict=True)]
+        return sum(values) / 2
 
+    grad, loss, left = baselines.meta_gradient(theta, mid_training(5), episodes, 0.05, 0.01, 2)
     assert loss == pytest.approx(value(theta))
-    slopes = [
-        (value(theta + 1e-6 * unit) - value(theta - 1e-6 * unit)) / 2e-6
-        for unit in torch.eye(5, dtype=torch.float64)
-    ]
+    assert left.t == moments.t
+    torch.testing.assert_close(left.m, moments.m)
+    slopes = []
+    for unit in torch.eye(5, dtype=torch.float64):
+        up = value(theta + 1e-6 * unit)
+        down = value(theta - 1e-6 * unit)
+        slopes.append((up - down) / 2e-6)
     assert grad.tolist() == pytest.approx(slopes, rel=1e-6, abs=1e-8)
 
 
-def test_meta_gradient_of_the_language_model(tmp_path, tiny_args):
-    """On a random decoder in float64 the slope along random directions is the second-order meta-gradient's."""
+def test_meta_gradient_of_the_language_model(tiny_args):
+    """On a random float64 decoder the second-order meta-gradient is the slope along directions."""
     run = make_run(tiny_args)
-    lm = load_lm(run)
+    lm = scoring.load_lm(run)
     lm.model.double()
-    rows = [make_row(lm, e) for e in load_tasks(run)["alpha"].train[:6]]
-    theta = flatten_adapter(init_adapter(lm.layout, 1), lm.layout).double()
-    theta += 0.05 * torch.randn(
-        theta.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64
-    )
-    episode = [([vector_loss(lm, rows[:3])], vector_loss(lm, rows[3:]))]
-    warm = torch.autograd.grad(episode[0][1](x := theta.clone().requires_grad_()), x)[0] ** 2 + 1e-4
+    examples = data.load_tasks(run)["alpha"].train[:6]
+    rows = [scoring.make_row(lm, example) for example in examples]
+    plain = lora.init_adapter(lm.layout, 1)
+    theta = lora.flatten_adapter(plain, lm.layout).double()
+    theta += 0.05 * normal(theta.shape, 2)
+    query = baselines.vector_loss(lm, rows[3:])
+    episodes = [([baselines.vector_loss(lm, rows[:3])], query)]
+    x = theta.clone().requires_grad_()
+    (warm,) = torch.autograd.grad(query(x), x)
+    moments = Moments(torch.zeros_like(theta), warm**2 + 1e-4, 5)
 
     def go(vector, order=2):
-        return meta_gradient(
-            vector, Moments(torch.zeros_like(theta), warm.clone(), 5), episode, 0.02, 0.0, order
-        )
+        grad, loss, _ = baselines.meta_gradient(vector, moments, episodes, 0.02, 0.0, order)
+        return grad, loss
 
-    try:
-        grad, first = go(theta)[0], go(theta, 1)[0]
-        for seed in (3, 4, 5):
-            d = torch.randn(
-                theta.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-            )
-            d = (
-                grad / grad.norm() + d / d.norm()
-            )  # half along the gradient, so that the slope is not noise
-            slope = (go(theta + 1e-3 * d)[1] - go(theta - 1e-3 * d)[1]) / 2e-3
-            assert float(grad @ d) == pytest.approx(slope, rel=2e-3)
-            assert abs(float(first @ d) - slope) > 5 * abs(float(grad @ d) - slope), (
-                "first order is another gradient"
-            )
-    finally:
-        clear_adapters(lm.model)
+    second, _ = go(theta)
+    first, _ = go(theta, order=1)
+    for seed in (3, 4, 5):
+        # half along the gradient, so that the slope is not noise
+        noise = normal(theta.shape, seed)
+        direction = second / second.norm() + noise / noise.norm()
+        _, up = go(theta + 1e-3 * direction)
+        _, down = go(theta - 1e-3 * direction)
+        slope = (up - down) / 2e-3
+        assert float(second @ direction) == pytest.approx(slope, rel=2e-3)
+        # first order is another gradient
+        error = abs(float(second @ direction) - slope)
+        assert abs(float(first @ direction) - slope) > 5 * error
+    lora.clear_adapters(lm.model)
 
 
-def summands(seed: int, part: int):
-    """Halves of a curved loss that differ from each other."""
-    whole, odd = curved(seed), curved(seed + 50)
-    return lambda x: 0.5 * whole(x) + (1 - 2 * part) * odd(x)
-
-
-def keep_and_leave(found, path: str) -> None:
-    """End a rank without the interpreter's clean-up, in which a library's thread aborts it now and then."""
-    torch.save(found, path)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)
-
-
-def meta_gradient_of_one_rank(rank: int, store: str, folder: str) -> None:
-    """What one of two ranks gets that holds half of every loss."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
-    share = Share(Run(Path(folder), None, rank, 2), rank, 2)
-    theta, found = (
-        torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
-        {},
-    )
+def both_orders(theta, episodes: list):
+    found = []
     for order in (1, 2):
-        episodes = [
-            ([summands(10 * t + i, rank) for i in range(3)], summands(10 * t + 9, rank))
-            for t in range(2)
-        ]
-        found[order] = meta_gradient(theta, state(5), episodes, 0.05, 0.01, order, share)
-    keep_and_leave(found, f"{folder}/{rank}.pt")
-
-
-def test_ranks_that_hold_summands_get_the_meta_gradient_of_the_sum(tmp_path):
-    """Through three inner steps, both orders, in float64: the inner gradients' sum carries its graph over ranks."""
-    torch.multiprocessing.spawn(
-        meta_gradient_of_one_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2
-    )
-    theta = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for order in (1, 2):
-        episodes = [([curved(10 * t + i) for i in range(3)], curved(10 * t + 9)) for t in range(2)]
-        want, loss = meta_gradient(theta, state(5), episodes, 0.05, 0.01, order)
-        for rank in range(2):
-            got, value = torch.load(tmp_path / f"{rank}.pt")[order]
-            torch.testing.assert_close(got, want)
-            assert value == pytest.approx(loss)
+        grad, *_ = baselines.meta_gradient(theta, mid_training(5), episodes, 0.1, 0.0, order)
+        found.append(grad)
+    return found
 
 
 def test_orders_agree_where_the_loss_is_linear():
-    """With a constant inner gradient and no decay nothing is lost by stopping at the end of the inner steps."""
-    a = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    episodes = [([lambda x: a @ x] * 2, curved(3))]
+    """With a constant inner gradient and no decay nothing is lost by stopping at the end."""
+    slope = normal(5, 0)
     theta = torch.ones(5, dtype=torch.float64)
-    one, two = (meta_gradient(theta, state(5), episodes, 0.1, 0.0, order)[0] for order in (1, 2))
+    one, two = both_orders(theta, [([lambda x: slope @ x] * 2, curved(3))])
     torch.testing.assert_close(one, two)
-    curved_inner = [([curved(4)] * 2, curved(3))]
-    one, two = (
-        meta_gradient(theta, state(5), curved_inner, 0.1, 0.0, order)[0] for order in (1, 2)
-    )
+    one, two = both_orders(theta, [([curved(4)] * 2, curved(3))])
     assert (one - two).norm() > 1e-3 * two.norm()
 
 
 def test_no_inner_step_is_multi_task_adamw():
     """k = 0: the outer update on the mean gradient is torch's AdamW."""
-    fs = [curved(1), curved(2)]
-    theta = torch.ones(5, dtype=torch.float64)
-    ours, s = (
-        theta.clone(),
-        Moments(torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)),
-    )
-    peer = theta.clone().requires_grad_()
-    opt = torch.optim.AdamW([peer], lr=0.01, weight_decay=0.01)
+    losses = [curved(1), curved(2)]
+    episodes = [([], loss) for loss in losses]
+    ours = torch.ones(5, dtype=torch.float64)
+    moments = fresh(5)
+    peer = ours.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([peer], lr=0.01, weight_decay=0.01)
     for _ in range(4):
-        grad, loss = meta_gradient(ours, s, [([], f) for f in fs], 0.5, 0.01, 2)
-        ours = shared_update(ours, grad, s, 0.01, 0.01)
-        opt.zero_grad()
-        total = sum(f(peer) for f in fs) / 2
+        grad, loss, moments = baselines.meta_gradient(ours, moments, episodes, 0.5, 0.01, 2)
+        ours, moments = baselines.shared_update(ours, grad, moments, 0.01, 0.01)
+        optimizer.zero_grad()
+        total = (losses[0](peer) + losses[1](peer)) / 2
         total.backward()
         assert loss == pytest.approx(float(total.detach()))
-        opt.step()
+        optimizer.step()
     torch.testing.assert_close(ours, peer.detach())
 
 
 def test_moments_are_shared_and_carry_no_graph():
-    """Inner steps advance the state the outer step continues from."""
-    s = Moments(torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64))
-    meta_gradient(
-        torch.ones(5, dtype=torch.float64), s, [([curved(1)] * 2, curved(2))] * 3, 0.01, 0.0, 2
-    )
-    assert s.t == 6 and not s.m.requires_grad and not s.v.requires_grad and float(s.v.sum()) > 0
+    """Inner steps advance the state that the outer step continues from."""
+    theta = torch.ones(5, dtype=torch.float64)
+    episodes = [([curved(1)] * 2, curved(2))] * 3
+    _, _, moments = baselines.meta_gradient(theta, fresh(5), episodes, 0.01, 0.0, 2)
+    assert moments.t == 6
+    assert not moments.m.requires_grad
+    assert not moments.v.requires_grad
+    assert float(moments.v.sum()) > 0
 
 
 def test_a_zero_gradient_gives_no_nan():
     """A's first gradient is exactly zero because B is; the second-order gradient stays finite."""
-    s = Moments(torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
 
     def product(x):
         return (x[0] * x[1] - 1) ** 2
 
-    grad, _ = meta_gradient(
-        torch.tensor([1.0, 0.0], dtype=torch.float64), s, [([product], product)], 0.1, 0.0, 2
-    )
-    assert torch.isfinite(grad).all() and float(grad.norm()) > 0
+    theta = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    episodes = [([product], product)]
+    grad, *_ = baselines.meta_gradient(theta, fresh(2), episodes, 0.1, 0.0, 2)
+    assert torch.isfinite(grad).all()
+    assert float(grad.norm()) > 0
 
 
 def test_inner_and_query_rows_are_distinct(tiny_args):
     """One draw serves both, without replacement."""
-    draws = Draws(*(lambda r: (r.cfg, r))(make_run(tiny_args)), "none", "x")
+    run = make_run(tiny_args, "baselines.maml.inner_steps=2", "baselines.maml.batch_size=2")
+    draws = Draws(run, "all", "x")
     for _ in range(20):
-        rows = draws.rows(draws.task(), 6)
-        assert len({(r.context, r.branches) for r in rows}) == 6
+        batches = draws.episode(run.cfg.baselines.maml)
+        assert [len(batch) for batch in batches] == [2, 2, 2]
+        rows = {(row.context, row.branches) for row in sum(batches, [])}
+        assert len(rows) == 6
     assert draws.tokens > 0
 
 
@@ -282,139 +255,114 @@ def test_the_left_out_task_is_never_drawn(tiny_args):
     """Leave-one-out holds for every meta-trained baseline, since all draw here."""
     run = make_run(tiny_args)
     draws = Draws(run, "beta", "x")
-    assert set(draws.tasks) == {"alpha", "gamma"} and {draws.task() for _ in range(50)} == {
-        "alpha",
-        "gamma",
-    }
-    assert not {e.id for rows in draws.tasks.values() for e in rows} & {
-        e.id for e in load_tasks(run)["beta"].test
-    }
-
-
-# --------------------------------------------------------------------------------------------------------------- ABMLL
+    assert set(draws.tasks) == {"alpha", "gamma"}
+    assert {draws.task() for _ in range(50)} == {"alpha", "gamma"}
+    drawn = {example.id for train in draws.tasks.values() for example in train}
+    left_out = data.load_tasks(run)["beta"]
+    assert drawn.isdisjoint(example.id for example in left_out.test)
 
 
 def test_kl_is_the_closed_form():
     """Against torch's own, and zero between equals."""
-    g = torch.Generator().manual_seed(0)
-    m, s, m0, s0 = (torch.randn(7, generator=g, dtype=torch.float64) for _ in range(4))
-    want = torch.distributions.kl_divergence(
-        torch.distributions.Normal(m, s.exp()), torch.distributions.Normal(m0, s0.exp())
-    ).sum()
-    torch.testing.assert_close(gaussian_kl(m, s, m0, s0), want)
-    assert float(gaussian_kl(m, s, m, s)) == pytest.approx(0, abs=1e-12)
+    mean, log_sd, mean0, log_sd0 = normal((4, 7), 0)
+    here = torch.distributions.Normal(mean, log_sd.exp())
+    there = torch.distributions.Normal(mean0, log_sd0.exp())
+    want = torch.distributions.kl_divergence(here, there).sum()
+    torch.testing.assert_close(baselines.gaussian_kl(mean, log_sd, mean0, log_sd0), want)
+    itself = baselines.gaussian_kl(mean, log_sd, mean, log_sd)
+    assert float(itself) == pytest.approx(0, abs=1e-12)
 
 
 def test_prior_is_the_named_distributions():
     """Differences of -log p equal those of torch's normal and gamma."""
 
-    def want(m, s):
-        return -(
-            torch.distributions.Normal(0.0, 1.0).log_prob(m).sum()
-            + torch.distributions.Gamma(1.0, 0.01).log_prob(torch.exp(-2 * s)).sum()
-        )
+    def want(mean, log_sd):
+        of_mean = torch.distributions.Normal(0.0, 1.0).log_prob(mean)
+        precision = torch.exp(-2 * log_sd)
+        of_precision = torch.distributions.Gamma(1.0, 0.01).log_prob(precision)
+        return -(of_mean.sum() + of_precision.sum())
 
-    g = torch.Generator().manual_seed(0)
-    a, b = ((torch.randn(6, generator=g), torch.randn(6, generator=g) - 3) for _ in range(2))
-    got = negative_log_prior(*a) - negative_log_prior(*b)
+    a = normal((2, 6), 0).float()
+    b = normal((2, 6), 1).float()
+    a[1] -= 3
+    b[1] -= 3
+    got = baselines.negative_log_prior(*a) - baselines.negative_log_prior(*b)
     torch.testing.assert_close(got, want(*a) - want(*b), rtol=1e-4, atol=1e-3)
-
-
-def posterior_after_four_steps(words: list[str], share: Share) -> torch.Tensor:
-    """With a KL that pulls a third of the way back at every step."""
-    run = make_run(
-        words,
-        "baselines.abmll.inner_lr=0.01",
-        "baselines.abmll.beta=0.00003",
-        "baselines.abmll.clip=1000",
-    )
-    lm, b = load_lm(run), run.cfg.baselines.abmll
-    rows = [make_row(lm, e) for e in load_tasks(run)["alpha"].train[:5]]
-    try:
-        return infer_posterior(
-            lm, initial_posterior(lm, b, 1), [rows] * 4, b, torch.Generator().manual_seed(0), share
-        )
-    finally:
-        clear_adapters(lm.model)
-
-
-def posterior_of_one_rank(rank: int, words: list[str], folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    share = Share(Run(Path(folder), None, rank, 2), rank, 2)
-    keep_and_leave(posterior_after_four_steps(words, share), f"{folder}/{rank}.pt")
-
-
-def test_two_ranks_infer_one_posterior(tmp_path, tiny_args):
-    """Rows are shared out, and the KL is counted once."""
-    torch.multiprocessing.spawn(posterior_of_one_rank, (tiny_args, str(tmp_path)), nprocs=2)
-    run = make_run(tiny_args)
-    want, prior = (
-        posterior_after_four_steps(tiny_args, ALONE),
-        initial_posterior(load_lm(run), run.cfg.baselines.abmll, 1),
-    )
-    for rank in range(2):
-        assert (torch.load(tmp_path / f"{rank}.pt") - want).norm() < 1e-3 * (want - prior).norm()
 
 
 @pytest.mark.parametrize("space", ["factor", "product"])
 def test_posterior_fits_the_task(tiny_args, space):
     """Its steps lower the loss of the task, and a heavy KL holds it at the prior."""
-    run = make_run(tiny_args)
-    lm, b = load_lm(run), run.cfg.baselines.abmll.model_copy(update={"inner_lr": 0.3})
-    rows = [make_row(lm, e) for e in load_tasks(run)["alpha"].train[:8]]
-    mean = flatten_adapter(init_adapter(lm.layout, 1), lm.layout)
-    b = b.model_copy(update={"space": space})
-    prior = initial_posterior(lm, b, 1)
+    run = make_run(tiny_args, f"baselines.abmll.space={space}", "baselines.abmll.inner_lr=0.3")
+    lm = scoring.load_lm(run)
+    settings = run.cfg.baselines.abmll
+    examples = data.load_tasks(run)["alpha"].train[:8]
+    rows = [scoring.make_row(lm, example) for example in examples]
+    prior = baselines.initial_posterior(lm, settings, 1)
 
-    def fit(beta):
+    def fit(beta: float):
+        """The mean of the posterior."""
+        changed = settings.model_copy(update={"beta": beta})
         rng = torch.Generator().manual_seed(0)
-        return infer_posterior(
-            lm, prior, [rows] * 10, b.model_copy(update={"beta": beta}), rng, ALONE
-        )
+        return baselines.infer_posterior(lm, prior, [rows] * 10, changed, rng)[0]
 
-    try:
-        free, held = fit(0.0), fit(1e4)
-        with torch.no_grad():
-            before, after = (float(vector_loss(lm, rows, lm_loss)(v)) for v in (mean, free[0]))
-    finally:
-        clear_adapters(lm.model)
+    free = fit(0.0)
+    held = fit(1e4)
+    loss = baselines.vector_loss(lm, rows)
+    with torch.no_grad():
+        before = float(loss(prior[0]))
+        after = float(loss(free))
+    lora.clear_adapters(lm.model)
     assert after < before - 0.1
-    assert (held[0] - mean).norm() < 0.5 * (free[0] - mean).norm()
+    far = (free - prior[0]).norm()
+    near = (held - prior[0]).norm()
+    assert near < 0.5 * far
 
 
 def test_prediction_is_the_mean_probability():
     """Probabilities are averaged, not log-probabilities or votes."""
     scores = [(0.0, -1.0, -9.0), (-3.0, 0.0, -9.0)]
     p = torch.softmax(torch.tensor(scores, dtype=torch.float64), -1).mean(0)
-    assert combine(scores, "mean_probability") == pytest.approx(p.log().tolist())
+    found = strategies.combine(scores, "mean_probability")
+    assert found == pytest.approx(p.log().tolist())
 
 
 def test_product_space_is_a_gaussian_over_dw(tiny_args):
-    """Draws of (alpha/r) B A + dense have the stated mean and sd in every entry, and reach the model's output."""
-    run = make_run(tiny_args, "baselines.abmll.init_log_sd=-3")
-    lm, b = load_lm(run), run.cfg.baselines.abmll
-    posterior = initial_posterior(lm, b.model_copy(update={"space": "product"}), 1)
-    posterior += 0.05 * torch.randn(posterior.shape, generator=torch.Generator().manual_seed(5))
-    (path, *_), (ka, _, kb, _) = lm.layout.modules[0], next(lm.layout.keys())
-    mean, log_sd = posterior_moments(posterior, lm.layout, "product", b.init_log_sd)[0]
+    """Draws have the stated mean and sd in every entry of dW, and reach the model's output."""
+    space = "baselines.abmll.space=product"
+    run = make_run(tiny_args, space, "baselines.abmll.init_log_sd=-3")
+    lm = scoring.load_lm(run)
+    layout = lm.layout
+    posterior = baselines.initial_posterior(lm, run.cfg.baselines.abmll, 1)
+    rng = torch.Generator().manual_seed(5)
+    posterior += 0.05 * torch.randn(posterior.shape, generator=rng)
+    mean, log_sd = baselines.posterior_moments(posterior, layout, "product", -3)[0]
+    assert float(log_sd.min()) >= -3
+    assert float(log_sd.max()) > -3 + 0.1
+
+    # what 400 draws add to the first matrix
     rng = torch.Generator().manual_seed(0)
-    draws = [draw_adapter(posterior, lm.layout, "product", b.init_log_sd, rng) for _ in range(400)]
-    updates = torch.stack([lm.layout.scale * d[kb] @ d[ka] + d[dense_key(path)] for d in draws])
-    off = (updates.mean(0) - mean) / (log_sd.exp() / 20)
-    assert float(off.std()) == pytest.approx(1, abs=0.15), "standard errors of the mean"
-    assert float((updates.std(0) / log_sd.exp()).mean()) == pytest.approx(1, abs=0.03)
-    assert float(log_sd.min()) >= b.init_log_sd and float(log_sd.max()) > b.init_log_sd + 0.1
-    layer, x = lm.model.get_submodule(path), torch.randn(2, mean.shape[1], generator=rng)
-    try:
-        swap_adapter(lm.model, lm.layout, draws[0])
-        torch.testing.assert_close(
-            layer(x), layer.base(x) + x @ updates[0].t(), rtol=1e-4, atol=1e-5
-        )
-    finally:
-        clear_adapters(lm.model)
+    path = layout.modules[0][0]
+    a, _, b, _ = next(layout.keys())
+    updates = []
+    for _ in range(400):
+        drawn = baselines.draw_adapter(posterior, layout, "product", -3, rng)
+        dense = drawn[lora.dense_key(path)]
+        updates.append(layout.scale * drawn[b] @ drawn[a] + dense)
+    updates = torch.stack(updates)
+    sd = log_sd.exp()
+    standard_error = sd / 20
+    off = (updates.mean(0) - mean) / standard_error
+    assert float(off.std()) == pytest.approx(1, abs=0.15)
+    spread = updates.std(0) / sd
+    assert float(spread.mean()) == pytest.approx(1, abs=0.03)
+
+    layer = lm.model.get_submodule(path)
+    x = torch.randn(2, mean.shape[1], generator=rng)
+    lora.swap_adapter(lm.model, layout, drawn)
+    want = layer.base(x) + x @ updates[-1].t()
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
+    lora.clear_adapters(lm.model)
     torch.testing.assert_close(layer(x), layer.base(x))
 
 
@@ -424,163 +372,141 @@ def test_product_space_end_to_end(tiny_args):
         tiny_args,
         *FAST,
         "evaluate.methods=[base, degaml_plus, abmll]",
-        "data.targets=[delta]",
         "baselines.abmll.space=product",
     )
-    for stage in (
-        collect_adapters,
-        train_generators,
-        adapt_targets,
-        train_baselines,
-        evaluate_methods,
-    ):
-        stage(run)
-    lm = load_lm(run)
-    learned = load_posterior(run.path / "baselines/abmll/none", lm.layout)
-    moved = (learned - initial_posterior(lm, run.cfg.baselines.abmll, run.cfg.seed)).norm(dim=1)
-    assert (moved > 1e-3).all() and torch.isfinite(learned).all()
-    assert len(read_jsonl(run.path / "scores/abmll/delta.jsonl")) == 12
-
-
-# -------------------------------------------------------------------------------------------------------- end to end
+    run_stages(run)
+    lm = scoring.load_lm(run)
+    start = baselines.initial_posterior(lm, run.cfg.baselines.abmll, run.cfg.seed)
+    learned = baselines.load_posterior(run.path / "baselines/abmll/all", lm.layout)
+    assert torch.isfinite(learned).all()
+    moved = (learned - start).norm(dim=1)
+    assert (moved > 1e-3).all()
+    assert num_scores(run, "abmll", "delta") == 12
 
 
 def test_every_baseline_is_trained_adapted_and_scored(tiny_args):
-    """Meta-training without the target, a PEFT folder per target, scores, and nothing is done twice."""
-    methods = f"evaluate.methods=[base, degaml_plus, no_meta, {', '.join(META_TRAINED)}]"
-    run = make_run(tiny_args, *FAST, methods)
-    for stage in (
-        collect_adapters,
-        train_generators,
-        adapt_targets,
-        train_baselines,
-        evaluate_methods,
-    ):
-        stage(run)
-    lm, plain = load_lm(run), init_adapter(load_lm(run).layout, run.cfg.seed)
-    for method in META_TRAINED:
-        for left_out in ("alpha", "none"):
+    """Meta-training without the target, a PEFT folder per target, scores; nothing is done twice."""
+    chosen = ["base", "degaml_plus", "no_meta", *methods.META_TRAINED]
+    run = make_run(
+        tiny_args, *FAST, "data.targets=[alpha, delta]", f"evaluate.methods={json.dumps(chosen)}"
+    )
+    run_stages(run)
+    lm = scoring.load_lm(run)
+    plain = lora.init_adapter(lm.layout, run.cfg.seed)
+    for method in methods.META_TRAINED:
+        for left_out in ("alpha", "all"):
             folder = run.path / f"baselines/{method}/{left_out}"
-            done = read_json(folder / "DONE.json")
-            start = load_adapter(folder, lm.layout)
-            assert any(not torch.equal(start[k], plain[k]) for k in plain), (
-                f"{method} learned nothing"
-            )
-            assert done["diverged_at"] is None and done["tokens"] > 0 and done["backwards"] > 0
-            assert len(json.loads((folder / "losses.json").read_text())) == done["steps"]
+            assert differ(plain, lora.load_adapter(folder, lm.layout)), f"{method} learned nothing"
+            done = runtime.read_json(folder / "DONE.json")
+            assert done["diverged_at"] is None
+            assert done["tokens"] > 0
+            assert done["backwards"] > 0
+            assert len(runtime.read_json(folder / "losses.json")) == done["steps"]
         for task in ("alpha", "delta"):
-            assert len(read_jsonl(run.path / f"scores/{method}/{task}.jsonl")) == 12
-    test = list(load_tasks(run)["delta"].test)
-    posterior = load_posterior(run.path / "adapted/abmll/delta", lm.layout)
-    rng = torch.Generator().manual_seed(seed_for(run.cfg.seed, "posterior"))
-    samples = [draw_adapter(posterior, lm.layout, "factor", -7.0, rng) for _ in range(5)]
-    each = [score_examples(lm, a, test) for a in Refined(samples).adapters]
-    want = [
-        max(
-            range(len(e.options)),
-            key=lambda o, i=i: combine([s[i].norm for s in each], "mean_probability")[o],
-        )
-        for i, e in enumerate(test)
-    ]
-    assert [r["pred_norm"] for r in read_jsonl(run.path / "scores/abmll/delta.jsonl")] == want
-    before = {p: p.stat().st_mtime_ns for p in run.path.glob("**/*.safetensors")}
-    train_baselines(run)
-    assert {p: p.stat().st_mtime_ns for p in run.path.glob("**/*.safetensors")} == before
+            assert num_scores(run, method, task) == 12
+
+    files = list(run.path.glob("**/*.safetensors"))
+    before = [path.stat().st_mtime_ns for path in files]
+    baselines.train_baselines(run)
+    assert [path.stat().st_mtime_ns for path in files] == before
+    assert_predicted_by_mean_probability(run)
+
+
+def assert_predicted_by_mean_probability(run: Run) -> None:
+    """What is evaluated are five draws from the target's posterior."""
+    lm = scoring.load_lm(run)
+    test = list(data.load_tasks(run)["delta"].test)
+    posterior = baselines.load_posterior(run.path / "adapted/abmll/delta", lm.layout)
+    rng = torch.Generator().manual_seed(runtime.seed_for(run.cfg.seed, "posterior"))
+    each = []
+    for _ in range(5):
+        drawn = baselines.draw_adapter(posterior, lm.layout, "factor", -7.0, rng)
+        each.append(scoring.score_examples(lm, drawn, test))
+    picks = []
+    for i in range(len(test)):
+        scores = [found[i].norm for found in each]
+        pooled = strategies.combine(scores, "mean_probability")
+        picks.append(pooled.index(max(pooled)))
+    rows = runtime.read_jsonl(run.path / "scores/abmll/delta.jsonl")
+    assert [row["pred_norm"] for row in rows] == picks
 
 
 def test_a_fixed_setting_needs_no_policy(tiny_args):
-    """One setting in baselines.sft is applied as it is, without degaml_plus and without selection."""
+    """One setting in baselines.sft is applied as it is, without degaml_plus, without selection."""
     sft = {"sft_steps": 2, "learning_rate": 1e-3, "batch_size": 4, "loss": "lm"}
     run = make_run(
-        tiny_args,
-        *FAST,
-        f"baselines.sft={json.dumps([sft])}",
-        "evaluate.methods=[base, maml]",
-        "data.targets=[delta]",
+        tiny_args, *FAST, f"baselines.sft={json.dumps([sft])}", "evaluate.methods=[base, maml]"
     )
-    collect_adapters(run)
-    train_generators(run)
-    train_baselines(run)
-    kept = read_json(run.path / "adapted/maml/delta/strategy.json")["strategy"]
-    assert kept == {"family": "SFT", **sft, "init_scale": 1.0} and not list(
-        run.path.glob("adapted/rewards*")
-    )
-    lm = load_lm(run)
-    start = load_adapter(run.path / "baselines/maml/none", lm.layout)
-    tuned = load_adapter(run.path / "adapted/maml/delta", lm.layout)
-    assert any(not torch.equal(start[k], tuned[k]) for k in start)
+    collect.collect_adapters(run)
+    generator.train_generators(run)
+    baselines.train_baselines(run)
+    kept = runtime.read_json(run.path / "adapted/maml/delta/strategy.json")
+    assert kept["strategy"] == {"family": "SFT", **sft, "init_scale": 1.0}
+    assert not list(run.path.glob("adapted/rewards*"))
+    layout = scoring.load_lm(run).layout
+    start = lora.load_adapter(run.path / "baselines/maml/all", layout)
+    assert differ(start, lora.load_adapter(run.path / "adapted/maml/delta", layout))
 
 
 def test_no_settings_without_adaptation(tiny_args, capsys):
-    """Where the baselines' SFT settings are the policy's, its stage comes first: nothing is recorded as untrained."""
+    """Where the SFT settings are the policy's, its stage comes first: nothing is left untrained."""
     words = [*tiny_args, "evaluate.methods=[degaml_plus, no_meta]"]
     assert run_command([*words, "stage=collect"]) == 0
-    assert (
-        run_command([*words, "stage=adapt"]) == 2
-        and "run stage=generator" in capsys.readouterr().err
-    )
+    assert run_command([*words, "stage=adapt"]) == 2
+    assert "run stage=generator" in capsys.readouterr().err
     assert run_command([*words, "stage=generator"]) == 0
     assert run_command([*words, "stage=baselines"]) == 2
     assert "run stage=adapt first" in capsys.readouterr().err
 
 
 def test_matched_update_norm(tiny_args):
-    """MAML's start moves as far as the generated adapter lies from the mean adapter, by its rate alone."""
-    run = make_run(
-        tiny_args,
-        *FAST,
-        "evaluate.methods=[base, degaml_plus, maml_matched]",
-        "data.targets=[delta]",
-    )
-    for stage in (
-        collect_adapters,
-        train_generators,
-        adapt_targets,
-        train_baselines,
-        evaluate_methods,
-    ):
-        stage(run)
-    lm = load_lm(run)
-    kept = read_json(run.path / "adapted/maml_matched/delta/strategy.json")
-    start = load_adapter(run.path / "baselines/maml/none", lm.layout)
-    moved = load_adapter(run.path / "adapted/maml_matched/delta", lm.layout)
-    norm = float((flatten_adapter(moved, lm.layout) - flatten_adapter(start, lm.layout)).norm())
-    assert norm == pytest.approx(kept["update_norm"]) == pytest.approx(kept["matched_to"], rel=0.05)
+    """MAML's start moves as far as the generated adapter lies from the mean adapter."""
+    run = make_run(tiny_args, *FAST, "evaluate.methods=[base, degaml_plus, maml_matched]")
+    run_stages(run)
+    layout = scoring.load_lm(run).layout
+    folder = run.path / "adapted/maml_matched/delta"
+    kept = runtime.read_json(folder / "strategy.json")
+    start = lora.load_adapter(run.path / "baselines/maml/all", layout)
+    moved = lora.load_adapter(folder, layout)
+    update = lora.flatten_adapter(moved, layout) - lora.flatten_adapter(start, layout)
+    assert float(update.norm()) == pytest.approx(kept["update_norm"])
+    assert kept["update_norm"] == pytest.approx(kept["matched_to"], rel=0.05)
     assert not (run.path / "adapted/maml").exists()
-    assert len(read_jsonl(run.path / "scores/maml_matched/delta.jsonl")) == 12
+    assert num_scores(run, "maml_matched", "delta") == 12
 
 
-@pytest.mark.parametrize("method", META_TRAINED)
+@pytest.mark.parametrize("method", methods.META_TRAINED)
 def test_a_diverged_training_is_reported_not_dropped(tiny_args, monkeypatch, method):
-    """The start before the failure is kept with its loss curve, and DONE says at which step it went."""
-    import baselines
-
-    run = make_run(
-        tiny_args, *FAST, f"evaluate.methods=[base, degaml_plus, {method}]", "data.targets=[delta]"
-    )
-    real, calls = baselines.lm_loss, []
+    """The start before the failure is kept with its losses, and DONE says at which step it went."""
+    run = make_run(tiny_args, *FAST, f"evaluate.methods=[base, degaml_plus, {method}]")
+    real = scoring.lm_loss
+    calls = []
 
     def breaks(lm, rows):
-        calls.append(1)
+        calls.append(rows)
         loss = real(lm, rows)
         return loss * float("nan") if len(calls) > 4 else loss
 
-    monkeypatch.setattr(baselines, "lm_loss", breaks)
-    baselines._meta_train(run, method, "none")
-    done = read_json(run.path / f"baselines/{method}/none/DONE.json")
-    losses = read_json(run.path / f"baselines/{method}/none/losses.json")
-    assert done["diverged_at"] == len(losses) and all(x == x for x in losses)
-    start = load_adapter(run.path / f"baselines/{method}/none", load_lm(run).layout)
-    assert all(torch.isfinite(v).all() for v in start.values())
+    monkeypatch.setattr(scoring, "lm_loss", breaks)
+    baselines._meta_train(run, method, "all")
+    folder = run.path / f"baselines/{method}/all"
+    losses = runtime.read_json(folder / "losses.json")
+    assert runtime.read_json(folder / "DONE.json")["diverged_at"] == len(losses)
+    assert all(loss == loss for loss in losses)
+    start = lora.load_adapter(folder, scoring.load_lm(run).layout)
+    assert all(torch.isfinite(value).all() for value in start.values())
 
 
 def test_flatten_and_unflatten_are_inverse(tiny_lm):
     """And gradients flow through the views."""
-    adapter = init_adapter(tiny_lm.layout, 3)
-    vector = flatten_adapter(adapter, tiny_lm.layout)
-    assert vector.shape == (tiny_lm.layout.size,)
-    back = unflatten_adapter(vector, tiny_lm.layout)
-    assert set(back) == set(adapter) and all(torch.equal(back[k], adapter[k]) for k in adapter)
+    layout = tiny_lm.layout
+    adapter = lora.init_adapter(layout, 3)
+    vector = lora.flatten_adapter(adapter, layout)
+    assert vector.shape == (layout.size,)
+    back = lora.unflatten_adapter(vector, layout)
+    assert set(back) == set(adapter)
+    assert not differ(back, adapter)
     leaf = vector.clone().requires_grad_()
-    sum((v**2).sum() for v in unflatten_adapter(leaf, tiny_lm.layout).values()).backward()
+    views = lora.unflatten_adapter(leaf, layout).values()
+    sum((view**2).sum() for view in views).backward()
     torch.testing.assert_close(leaf.grad, 2 * vector)
