@@ -1,13 +1,18 @@
-"""Paper D, stage 1: LoRA checkpoints of the training tasks, and the generator from a batch of prompts to an adapter.
+"""From a batch of a task's prompts to an adapter (DeGAML, stage 1).
 
-    python degaml.py stage=collect config=configs/smollm2.yaml     -> adapters/<task>/step_0060.safetensors …
-    python degaml.py stage=generator config=configs/smollm2.yaml   -> generator/<left out task>/generator.safetensors
+    python degaml.py stage=generator config=configs/smollm2.yaml
+        -> generator/<left-out set>/generator.safetensors
 
-Everything is leave-one-out: the generator of a training task is trained without it, the one named `none` on all.
+The file follows the data. A frozen encoder turns prompts into states. Collected checkpoints become
+weight tokens. A hyper-convolutional decoder learns to map the states to the tokens, and then
+generates. All is leave-one-out: the generator of a training task is trained without that task, the
+one named `all` on every task.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -15,8 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
 
 import collect
 import data
@@ -29,8 +37,6 @@ from fastconv import SameConv2d
 from lora import Adapter, Layout
 from runtime import Run
 
-# ------------------------------------------------------------------------------------------------------ prompt states
-
 
 def encode_prompts(run: Run) -> None:
     """Cache the frozen encoder's token states of every task's prompts, once per prompt.
@@ -38,13 +44,17 @@ def encode_prompts(run: Run) -> None:
     Writes prompts/<task>/states.npy, (prompts, L, d) float16, and pooled.npy, (prompts, d) float32.
     """
     tasks = data.load_tasks(run)
-    for name in run.deal(list(tasks)):
-        if not run.finished(f"prompts/{name}", "prompts"):
-            start, folder = time.monotonic(), run.path / f"prompts/{name}"
-            states, pooled = encode_texts(run, task_texts(run, name), f"encode {name}")
-            runtime.save_array(folder / "states.npy", states.numpy())
-            runtime.save_array(folder / "pooled.npy", pooled.numpy())
-            run.finish(f"prompts/{name}", "prompts", start)
+    for task in run.deal(list(tasks)):
+        unit = f"prompts/{task}"
+        if run.finished(unit, "prompts"):
+            continue
+        began = time.monotonic()
+        folder = run.path / unit
+        texts = task_texts(run, task)
+        states, pooled = encode_texts(run, texts, f"encode {task}")
+        runtime.save_array(folder / "states.npy", states.numpy())
+        runtime.save_array(folder / "pooled.npy", pooled.numpy())
+        run.finish(unit, "prompts", began)
 
 
 def task_texts(run: Run, name: str) -> list[str]:
@@ -53,67 +63,91 @@ def task_texts(run: Run, name: str) -> list[str]:
     Question-only text instead made generated adapters no better than their mean (trial run).
     """
     lm = scoring.load_lm(run)
+    prompts = data.load_tasks(run)[name].prompts
     if lm.form == "cloze":
-        return list(data.load_tasks(run)[name].prompts)
-    return [
-        scoring.input_text(lm, Example("", p, ("",))) for p in data.load_tasks(run)[name].prompts
-    ]
+        return list(prompts)
+    examples = [Example("", prompt, ("",)) for prompt in prompts]
+    return [scoring.input_text(lm, example) for example in examples]
 
 
 def check_encoder(cfg) -> None:
-    """Raises: UserError: the encoder is not to be had, or generator.flow begins with another width than its states'."""
+    """Look at the encoder's configuration alone, before the hours of collection.
+
+    Raises: UserError: the encoder is not to be had, or generator.flow begins with another width.
+    """
     from transformers import AutoConfig
 
     g = cfg.generator
     try:
         width = AutoConfig.from_pretrained(g.encoder).hidden_size
-    except (OSError, ValueError) as e:
-        raise _no_encoder(g.encoder, e) from None
+    except (OSError, ValueError) as error:
+        raise _no_encoder(g.encoder, error) from None
     if g.flow[0][2] != width:
         raise UserError(
-            f"generator.flow: its first entry ends in {g.flow[0][2]}, the width of {g.encoder} is {width}"
+            f"generator.flow: its first entry ends in {g.flow[0][2]}, the width of {g.encoder} "
+            f"is {width}"
         )
 
 
 def _no_encoder(name: str, why: Exception) -> UserError:
+    first_line = str(why).splitlines()[0]
     return UserError(
-        f"generator.encoder={name}: cannot be loaded ({str(why).splitlines()[0][:120]}); run `make "
-        "assets` or name a folder or hub id"
+        f"generator.encoder={name}: cannot be loaded ({first_line[:120]}); run `make assets` or "
+        "name a folder or hub id"
     )
+
+
+def _load_encoder(run: Run):
+    """The frozen SentenceTransformer, loaded once per process. Raises: UserError."""
+    if "encoder" not in run.cache:
+        check_encoder(run.cfg)
+        # Imported here because it takes seconds, and most commands encode nothing.
+        from huggingface_hub import is_offline_mode
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        name = run.cfg.generator.encoder
+        # Nobody asks the hub where it has nothing to give: it would warn of being out of reach.
+        local = Path(name).is_dir() or is_offline_mode()
+        try:
+            encoder = SentenceTransformer(name, device=run.device, local_files_only=local)
+        except (OSError, ValueError) as error:
+            raise _no_encoder(name, error) from None
+        run.cache["encoder"] = encoder.eval()
+    return run.cache["encoder"]
 
 
 @torch.no_grad()
 def encode_texts(run: Run, texts: list[str], label: str = "encode") -> tuple[Tensor, Tensor]:
-    """(n, L, d) float16 states at all L positions, padding included, and (n, d) float32 mean-pooled, L2-normalised
-    embeddings.
+    """What the encoder makes of texts: states of its last hidden layer, and their mean.
 
-    Source: paper D, E.1 (all-MiniLM-L6-v2, last hidden state, no pooling).
+    Returns: (n, L, d) float16 states at all L positions, padding included, and (n, d) float32
+        embeddings, mean-pooled over the text and L2-normalised.
+    Source: DeGAML, E.1 (all-MiniLM-L6-v2, last hidden state, no pooling).
     """
-    if "encoder" not in run.cache:
-        check_encoder(run.cfg)
-        from transformers import AutoModel, AutoTokenizer
-
-        try:
-            run.cache["encoder"] = (
-                AutoTokenizer.from_pretrained(run.cfg.generator.encoder),
-                AutoModel.from_pretrained(run.cfg.generator.encoder).to(run.device).eval(),
-            )
-        except (OSError, ValueError) as e:
-            raise _no_encoder(run.cfg.generator.encoder, e) from None
-    tokenizer, encoder = run.cache["encoder"]
-    states, pooled = [], []
-    for at in run.track(range(0, len(texts), 32), label):
-        x = tokenizer(
+    encoder = _load_encoder(run)
+    states = []
+    pooled = []
+    starts = range(0, len(texts), 32)
+    for at in run.track(starts, label):
+        # The decoder convolves over positions, so every text takes all L of them.
+        tokens = encoder.tokenizer(
             texts[at : at + 32],
             padding="max_length",
             truncation=True,
-            return_tensors="pt",
             max_length=run.cfg.generator.max_length,
+            return_tensors="pt",
         ).to(run.device)
-        h = encoder(**x).last_hidden_state
-        m = x["attention_mask"][..., None]
-        states.append(h.half().cpu())
-        pooled.append(F.normalize((h * m).sum(1) / m.sum(1), dim=-1).cpu())
+        # The transformer alone: the encoder's own pooling may be another than the mean.
+        hidden = encoder[0](tokens)["token_embeddings"]
+        states.append(hidden.half().cpu())
+
+        # Padding has states too, which say nothing about the text.
+        is_text = tokens["attention_mask"][..., None]
+        mean = (hidden * is_text).sum(1) / is_text.sum(1)
+        mean = F.normalize(mean, dim=-1)
+        pooled.append(mean.cpu())
     return torch.cat(states), torch.cat(pooled)
 
 
@@ -123,431 +157,613 @@ def load_states(run: Run, task: str) -> np.ndarray:
 
 
 def load_pooled(run: Run, task: str) -> Tensor:
-    """(prompts, d) float32, the prompts' pooled embeddings. Raises: UserError: not made yet, or damaged."""
-    return torch.from_numpy(runtime.load_array(run.path / f"prompts/{task}/pooled.npy"))
+    """(prompts, d) float32, pooled embeddings. Raises: UserError: not made yet, or damaged."""
+    path = run.path / f"prompts/{task}/pooled.npy"
+    return torch.from_numpy(runtime.load_array(path))
 
 
 def draw_prompts(cfg, task: str, count: int, *key) -> np.ndarray:
-    """Indices of one prompt batch: `num_prompts` drawn without replacement and shuffled; repeated cyclically if the
-    task has fewer."""
-    n = cfg.generator.num_prompts
-    order = runtime.rng_for(cfg.generator.seed, "prompts", task, *key).permutation(count)
-    return np.resize(order, n)
+    """Indices of one prompt batch: `num_prompts` of `count`, drawn without replacement.
+
+    A task with fewer prompts repeats its shuffled order cyclically.
+    """
+    g = cfg.generator
+    rng = runtime.rng_for(g.seed, "prompts", task, *key)
+    order = rng.permutation(count)
+    return np.resize(order, g.num_prompts)
+
+
+def to_tokens(adapter: Adapter, layout: Layout) -> Tensor:
+    """(T, r, k) float32: per module the column blocks of A (r, d_in), then of B^T (r, d_out).
+
+    Source: the Drag-and-Drop tokenizer both papers adopt.
+    """
+    blocks = []
+    for a, _, b, _ in layout.keys():
+        for matrix in (adapter[a], adapter[b].t()):
+            columns = matrix.reshape(layout.rank, -1, layout.width)
+            blocks.append(columns.transpose(0, 1))
+    return torch.cat(blocks).float()
+
+
+def from_tokens(tokens: Tensor, layout: Layout) -> Adapter:
+    """The inverse of `to_tokens`, exactly. Raises: ValueError: another number of tokens."""
+    wanted = (layout.num_tokens, layout.rank, layout.width)
+    if tokens.shape != wanted:
+        raise ValueError(f"tokens are {tuple(tokens.shape)}, this layout has {wanted}")
+    # A module's blocks stand together, A's before B's.
+    counts = []
+    for _, _, d_in, d_out in layout.modules:
+        counts += [d_in // layout.width, d_out // layout.width]
+    blocks = iter(tokens.split(counts))
+    adapter = {}
+    for a, _, b, _ in layout.keys():
+        adapter[a] = _join(next(blocks))
+        adapter[b] = _join(next(blocks)).t().contiguous()
+    return adapter
+
+
+def _join(blocks: Tensor) -> Tensor:
+    """(n, r, k) column blocks -> (r, n k)."""
+    return blocks.transpose(0, 1).flatten(1)
+
+
+def frame_tokens(content: Tensor, m: Tensor, s: Tensor) -> Tensor:
+    """Write scale codes around normalised blocks: (…, T, r, k), (…, T), (…, T) -> (…, T, r+2, k+2).
+
+    The 2x2 tile [[m, s], [m, s]] repeats along the last two rows and columns, as Drag-and-Drop
+    stores it.
+    """
+    framed = F.pad(content, (0, 2, 0, 2))
+    framed[..., -2:, 0::2] = m[..., None, None]
+    framed[..., -2:, 1::2] = s[..., None, None]
+    framed[..., :, -2] = m[..., None]
+    framed[..., :, -1] = s[..., None]
+    return framed
+
+
+def unframe_tokens(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse. A code is read as the mean of the bottom rows' and the right columns' means."""
+    bottom = tokens[..., -2:, :]
+    m_below = bottom[..., 0::2].mean((-1, -2))
+    s_below = bottom[..., 1::2].mean((-1, -2))
+    m_beside = tokens[..., :, -2].mean(-1)
+    s_beside = tokens[..., :, -1].mean(-1)
+    content = tokens[..., :-2, :-2]
+    return content, (m_below + m_beside) / 2, (s_below + s_beside) / 2
+
+
+@dataclass
+class TokenCode:
+    """How weight tokens become regression targets: `dnd | element` (docs/choices.md, 2).
+
+    dnd: a token's mean and standard deviation travel in a frame around it and are predicted.
+    element: they are constants of each element over the training checkpoints, and are stored with
+    the generator.
+    """
+
+    kind: str
+    layout: Layout
+    constants: dict[str, Tensor]
+
+    @classmethod
+    def fit(cls, kind: str, layout: Layout, tokens: Tensor) -> TokenCode:
+        """Constants from training checkpoints: (C, T, r, k) tokens."""
+        constants = {}
+        if kind == "element":
+            constants["mean"] = tokens.mean(0)
+            constants["std"] = tokens.std(0) + 1e-10
+        return cls(kind, layout, constants)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one adapter's targets."""
+        frame = 2 if self.kind == "dnd" else 0
+        rows = self.layout.rank + frame
+        columns = self.layout.width + frame
+        return self.layout.num_tokens, rows, columns
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """(…, T, r, k) -> (…, *shape), float32."""
+        if self.kind == "element":
+            return (tokens - self.constants["mean"]) / self.constants["std"]
+        mean = tokens.mean((-1, -2), keepdim=True)
+        std = tokens.std((-1, -2), keepdim=True)
+        content = (tokens - mean) / std.clamp_min(1e-30)
+        # A constant block, such as a B that is still zero, has content zero and not 0/0.
+        content = torch.where(std < 1e-12, 0.0, content)
+        # Drag-and-Drop's numbers. The logarithm is finite where the deviation is zero.
+        m = 8 * mean
+        s = torch.log(0.9 * std + 0.1) + 1.6
+        return frame_tokens(content, m[..., 0, 0], s[..., 0, 0])
+
+    def decode(self, coded: Tensor) -> Tensor:
+        """The inverse of `encode`."""
+        coded = coded.float()
+        if self.kind == "element":
+            return coded * self.constants["std"] + self.constants["mean"]
+        content, m, s = unframe_tokens(coded)
+        mean = m / 8
+        std = (torch.exp(s - 1.6) - 0.1) / 0.9
+        # Predicted below zero it counts as zero, not as a flipped sign.
+        std = std.clamp_min(0)
+        return content * std[..., None, None] + mean[..., None, None]
 
 
 class HyperConvLayer(nn.Module):
-    """(B, N, L, C) -> (B, N', L', C'): two crossed pairs of 2-D convolutions, then one over the prompt axis.
+    """(B, N, L, C) -> (B, N', L', C'): two crossed pairs of convolutions, then one over prompts.
 
-    Implements: paper D, eq. 9 with Drag-and-Drop's axes: W = conv C->C' over (L, N), then L->L' over (N, C');
-    H = conv L->L' over (N, C), then C->C' over (L', N), then tanh; out = conv N->N' of (W + H + b)/3.
+    Implements: DeGAML, eq. 9, with Drag-and-Drop's axes. W: conv C->C' over (L, N), then L->L' over
+    (N, C'). H: conv L->L' over (N, C), then C->C' over (L', N), then tanh. Out: conv N->N' of
+    (W + H + b)/3.
     """
 
     def __init__(self, shape: list[int], out: list[int], kernel: int):
         super().__init__()
-        (n, length, c), (n2, length2, c2) = shape, out
+        n, length, c = shape
+        n2, length2, c2 = out
+        half = kernel // 2
 
-        def conv(a, b, bias=False):
-            return SameConv2d(a, b, kernel, padding=kernel // 2, bias=bias)
+        def conv(inputs, outputs, bias=False):
+            return SameConv2d(inputs, outputs, kernel, padding=half, bias=bias)
 
         self.norm = nn.LayerNorm([length, c])
-        self.w1, self.w2 = conv(c, c2), conv(length, length2)
-        self.h1, self.h2 = conv(length, length2), conv(c, c2)
-        self.bias = nn.Parameter(torch.empty(length2, c2).uniform_(-1, 1) / (length2 * c2))
+        self.w1 = conv(c, c2)
+        self.w2 = conv(length, length2)
+        self.h1 = conv(length, length2)
+        self.h2 = conv(c, c2)
+        bias = torch.empty(length2, c2).uniform_(-1, 1)
+        self.bias = nn.Parameter(bias / (length2 * c2))
         self.out = conv(n, n2, bias=True)
         self.residual = list(shape) == list(out)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
+        # Channels stand second: a permutation brings the axis there that the convolution changes.
         w = self.w1(y.permute(0, 3, 2, 1))  # (B, C', L, N)
-        w = self.w2(w.permute(0, 2, 3, 1)).permute(0, 2, 1, 3)  # (B, L', N, C') -> (B, N, L', C')
+        w = self.w2(w.permute(0, 2, 3, 1))  # (B, L', N, C')
+        w = w.permute(0, 2, 1, 3)  # (B, N, L', C')
+
         h = self.h1(y.permute(0, 2, 1, 3))  # (B, L', N, C)
-        h = torch.tanh(self.h2(h.permute(0, 3, 1, 2))).permute(
-            0, 3, 2, 1
-        )  # (B, C', L', N) -> (B, N, L', C')
+        h = self.h2(h.permute(0, 3, 1, 2))  # (B, C', L', N)
+        h = torch.tanh(h).permute(0, 3, 2, 1)  # (B, N, L', C')
+
         y = self.out((w + h + self.bias) / 3)
         return x + y if self.residual else y
 
 
 class HyperConvDecoder(nn.Sequential):
-    """The whole flow of (N, L, C) shapes; the last one is the weight tokens' (T, r[+2], k[+2])."""
+    """The whole flow of (N, L, C) shapes; the last is the weight tokens' (T, r[+2], k[+2])."""
 
     def __init__(self, flow: list[list[int]], kernel: int):
-        super().__init__(
-            *(HyperConvLayer(a, b, kernel) for a, b in zip(flow, flow[1:], strict=False))
-        )
+        layers = []
+        for shape, out in itertools.pairwise(flow):
+            layers.append(HyperConvLayer(shape, out, kernel))
+        super().__init__(*layers)
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+def train_generators(run: Run) -> dict:
+    """One generator per left-out set that the targets need.
+
+    Ranks take whole generators; with `data_parallel` all ranks train each one together.
+    Writes generator/<left-out set>/generator.safetensors.
+    """
+    cfg = run.cfg
+    encode_prompts(run)
+    targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
+    needed = {data.left_out_for(cfg, target) for target in targets}
+    # The longest first. Sorted, because ranks take units by number and a set has no order.
+    wanted = sorted(needed, key=lambda left_out: (left_out != "all", left_out))
+
+    if cfg.data_parallel and run.world > 1:
+        for left_out in wanted:
+            _train_together(run, left_out)
+    else:
+        for left_out in run.deal(wanted):
+            if not run.finished(f"generator/{left_out}", "generator"):
+                _train_one(run, left_out, ranks=1)
+
+    losses = []
+    for left_out in wanted:
+        done = runtime.read_json(run.path / f"generator/{left_out}/DONE.json")
+        losses.append(done["recon_mse"])
+    return {"generator/recon_mse": sum(losses) / len(losses)}
+
+
+def _train_together(run, left_out: str) -> None:
+    """One generator by all ranks, unless it is finished."""
+    # Rank 0 looks first: with `overwrite=true` to look may be to clear the folder.
+    if run.rank > 0:
+        run.barrier()
+    finished = run.finished(f"generator/{left_out}", "generator")
+    if run.rank == 0:
+        run.barrier()
+
+    if not finished:
+        _train_one(run, left_out, ranks=run.world)
+    run.barrier()  # nobody looks for the results before rank 0 has written them
+
+
+@dataclass
+class Lessons:
+    """What a generator learns from, by training task.
+
+    Attributes: states: (prompts, L, d) float16. targets: (checkpoints, *TokenCode.shape) float32.
+        weight: (1, T, 1, 1), of the squared errors, or None.
+    """
+
+    states: dict[str, np.ndarray]
+    targets: dict[str, Tensor]
+    weight: Tensor | None
+
+
+@dataclass
+class Training:
+    """A decoder in training, by `ranks` ranks together, and how far it has come.
+
+    Attributes: made_with: a number for the configuration. network: what is called, the decoder or
+        what spreads it over ranks. step: steps done. last: the last loss. spent: seconds, those of
+        interrupted attempts included.
+    """
+
+    folder: Path
+    ranks: int
+    made_with: int
+    decoder: HyperConvDecoder
+    network: nn.Module
+    optimizer: Optimizer
+    step: int = 0
+    last: float = math.nan
+    spent: float = 0.0
+
+
+def _train_one(run, left_out: str, ranks: int) -> None:
+    """Regress checkpoints on prompt batches (DeGAML, eq. 10), by this rank or by all together."""
+    g = run.cfg.generator
+    began = time.monotonic()
+    label = "generator on all tasks" if left_out == "all" else f"generator without {left_out}"
+    tasks = data.training_tasks(run.cfg, left_out)
+    code, lessons = _prepare_lessons(run, tasks)
+
+    # A new decoder, or the one that an interrupted training of this configuration left.
+    training = _build(run, run.path / f"generator/{left_out}", code, ranks)
+    _resume(run, training)
+    began -= training.spent
+    decoder = training.decoder
+    optimizer = training.optimizer
+
+    leads = ranks == 1 or run.rank == 0
+    steps = range(training.step, g.steps)
+    if leads:
+        steps = run.track(steps, label)
+    for step in steps:
+        rate = lora.rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
+        optimizer.param_groups[0]["lr"] = rate
+        # The global batch is drawn by its step alone, whoever computes which part of it.
+        pairs = draw_pairs(run.cfg, lessons.states, lessons.targets, step)
+        loss = _accumulate(run, training, lessons, pairs)
+        norm = nn.utils.clip_grad_norm_(decoder.parameters(), lora.CLIP)
+
+        # Looked at before the step, which would spoil the weights. All ranks see the same numbers.
+        training.spent = time.monotonic() - began
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            _save_state(run, training)
+            raise _not_finite(training, label)
+        optimizer.step()
+        decoder.zero_grad(set_to_none=True)
+        training.step += 1
+        training.last = loss
+
+        over = training.step == g.steps
+        if leads and (over or training.step % 10 == 0):
+            row = {"step": training.step, "loss": round(loss, 5), "lr": rate}
+            run.metric(stage="generator", unit=left_out, **row)
+        if not over and training.step % g.save_every == 0:
+            _save_state(run, training)
+
+    if leads:
+        _save_generator(training, code)
+        facts = {"tasks": tasks, "recon_mse": training.last}
+        facts["parameters"] = sum(weight.numel() for weight in decoder.parameters())
+        run.finish(f"generator/{left_out}", "generator", began, ranks=ranks, **facts)
+        run.log(f"{label}: mse {training.last:.4f} in {training.spent:.0f} s", every_rank=True)
+
+
+def _prepare_lessons(run, tasks: list[str]) -> tuple[TokenCode, Lessons]:
+    """What the decoder reads and what it has to write."""
+    g = run.cfg.generator
+    layout = scoring.load_lm(run).layout
+    states = {task: load_states(run, task) for task in tasks}
+    tokens = {task: _load_tokens(run, task) for task in tasks}
+
+    # The constants of an element code are those of all checkpoints; dnd has none.
+    code = TokenCode(g.scale_code, layout, {})
+    if g.scale_code == "element":
+        code = TokenCode.fit("element", layout, torch.cat([*tokens.values()]))
+    targets = {}
+    for task in tasks:
+        # Out of `tokens` one by one: at the papers' scale there is no room for both.
+        targets[task] = code.encode(tokens.pop(task))
+
+    weight = None
+    if g.criterion_weight == "std":
+        weight = token_weights(targets).to(run.device)
+    return code, Lessons(states, targets, weight)
+
+
+def _load_tokens(run, task: str) -> Tensor:
+    """(checkpoints, T, r, k) weight tokens of a task's checkpoints, oldest first."""
+    lm = scoring.load_lm(run)
+    tokens = []
+    for adapter in collect.load_checkpoints(run, lm, task):
+        tokens.append(to_tokens(adapter, lm.layout))
+    return torch.stack(tokens)
+
+
+def token_weights(targets: dict[str, Tensor]) -> Tensor:
+    """(1, T, 1, 1) loss weights with mean 1: each token's spread over a task's checkpoints.
+
+    Averaged over tasks. Source: Drag-and-Drop's criterion weight.
+    """
+    per_task = []
+    for target in targets.values():
+        spread = target.std(0).mean((-1, -2))
+        per_task.append(spread / spread.mean().clamp_min(1e-30))
+    weight = torch.stack(per_task).mean(0)
+    return weight.view(1, -1, 1, 1)
+
+
+def _build(run, folder: Path, code: TokenCode, ranks: int) -> Training:
+    """A new decoder and its AdamW, spread over the ranks that train it together."""
+    g = run.cfg.generator
+    made_with = runtime.seed_for(runtime.fingerprint(run.cfg, "generator"))
+    torch.manual_seed(runtime.seed_for(g.seed, "generator"))
+    decoder = HyperConvDecoder([*g.flow, code.shape], g.kernel)
+    decoder.to(run.device)
+    network = decoder
+    weights = decoder.parameters()
+    options = {"lr": g.lr, "weight_decay": g.weight_decay, "fused": run.device == "cuda"}
+    if ranks == 1:
+        optimizer = AdamW(weights, **options)
+    else:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        # Gradients live in the buffers that the ranks exchange: no second copy of them.
+        network = DistributedDataParallel(decoder, gradient_as_bucket_view=True)
+        # Moments take twice the room of the weights: each rank keeps those of some weights only.
+        optimizer = ZeroRedundancyOptimizer(weights, AdamW, **options)
+    return Training(folder, ranks, made_with, decoder, network, optimizer)
+
+
+def _accumulate(run, training, lessons, pairs: list) -> float:
+    """Leave the gradient of one global batch on the decoder's parameters, and return its loss.
+
+    Ranks that train together take the micro-batches in turn, and all get the sum over all.
+    """
+    size = run.cfg.generator.micro_batch
+    starts = range(0, len(pairs), size)
+    idle = False
+    if training.ranks > 1:
+        # A rank without a micro-batch must exchange gradients all the same: of weight zero.
+        idle = run.rank >= len(starts)
+        starts = starts[run.rank :: run.world] or [0]
+
+    total = torch.zeros((), device=run.device)
+    for at in starts:
+        part = pairs[at : at + size]
+        share = 0.0 if idle else len(part) / len(pairs)
+        exchange = contextlib.nullcontext()
+        if training.ranks > 1 and at != starts[-1]:
+            exchange = training.network.no_sync()  # to do so with the last micro-batch is enough
+        with exchange:
+            loss = share * _loss(run, training, lessons, part, at)
+            # The exchange takes the mean over ranks, and the sum is wanted.
+            (loss * training.ranks).backward()
+        total += loss.detach()
+    if training.ranks > 1:
+        dist.all_reduce(total)
+    return float(total)
+
+
+def _loss(run, training, lessons, pairs: list, at: int) -> Tensor:
+    """Mean squared error of a micro-batch, which begins with pair number `at` of its step."""
+    noise = run.cfg.generator.noise
+    condition, target = _load_pairs(run, lessons, pairs)
+    if noise:
+        # Drag-and-Drop's. Seeded by place: resumed, or on other ranks, it is the same.
+        seed = runtime.seed_for(run.cfg.generator.seed, "noise", training.step, at)
+        rng = torch.Generator(run.device).manual_seed(seed)
+        for tensor, scale in ((condition, noise), (target, 0.1 * noise)):
+            tensor += scale * torch.randn(tensor.shape, generator=rng, device=run.device)
+    with _autocast(run):
+        out = training.network(condition)
+    weight = None
+    if lessons.weight is not None:
+        weight = lessons.weight.expand(out.shape)
+    return F.mse_loss(out.float(), target, weight=weight)
+
+
+def _autocast(run):
+    """Convolutions in the base model's dtype, in training and generation alike."""
+    half = run.dtype == torch.bfloat16
+    return torch.autocast(run.device, torch.bfloat16, enabled=half)
+
+
+def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple]:
+    """(task, prompt indices, checkpoint) of one step: `batch_size` pairs, the tasks in turn.
+
+    Each is drawn from the task's pool of `pairs_per_task` random pairs (DeGAML, E.4).
+    """
+    g = cfg.generator
+    tasks = list(targets)
+    rng = runtime.rng_for(g.seed, "step", step)
+    pairs = []
+    for i in range(g.batch_size):
+        task = tasks[(i + step * g.batch_size) % len(tasks)]
+        # The pool is never written out: a pair's number seeds its prompts and its checkpoint.
+        number = int(rng.integers(g.pairs_per_task))
+        prompts = draw_prompts(cfg, task, len(states[task]), "pair", number)
+        of_pair = runtime.rng_for(g.seed, "pair", task, number)
+        checkpoint = int(of_pair.integers(len(targets[task])))
+        pairs.append((task, prompts, checkpoint))
+    return pairs
+
+
+def _load_pairs(run, lessons, pairs: list) -> tuple[Tensor, Tensor]:
+    """(B, N, L, d) conditions and (B, T, …) targets on the device, float32."""
+    task, prompts, _ = pairs[0]
+    _, length, width = lessons.states[task].shape
+    shape = (len(pairs), len(prompts), length, width)
+    # One copy from the file into pinned memory, and float16 on the way to the device: a micro-batch
+    # is 0.3 GB at the papers' scale.
+    on_gpu = run.device == "cuda"
+    condition = torch.empty(shape, dtype=torch.float16, pin_memory=on_gpu)
+    rows = condition.numpy()
+    target = []
+    for i, (task, prompts, checkpoint) in enumerate(pairs):
+        # "clip" for speed: "raise" copies through a buffer, and no index is out of bounds.
+        np.take(lessons.states[task], prompts, axis=0, out=rows[i], mode="clip")
+        target.append(lessons.targets[task][checkpoint])
+    condition = runtime.to_device(condition, run.device)
+    target = runtime.to_device(torch.stack(target), run.device)
+    return condition.float(), target
+
+
+def _not_finite(training, label: str) -> UserError:
+    return UserError(
+        f"{label}: the loss is not finite at step {training.step + 1} (last finite "
+        f"{training.last:.4f}); the state before it is saved in {training.folder}; lower "
+        "generator.lr"
+    )
+
+
+def _save_state(run, training) -> None:
+    """Write weights, moments and progress, whole or not at all; every rank that trains calls it."""
+    path = training.folder / "state.safetensors"
+    if training.ranks > 1:
+        training.optimizer.consolidate_state_dict(to=0)  # all moments to rank 0
+    if training.ranks == 1 or run.rank == 0:
+        for torn in path.parent.glob(f".{path.name}.*.tmp"):  # of a process killed while it saved
+            torn.unlink(missing_ok=True)
+        state = training.decoder.state_dict(prefix="p.")
+        moments = training.optimizer.state_dict()["state"]
+        for i, of_weight in moments.items():
+            state[f"m.{i}"] = of_weight["exp_avg"]
+            state[f"v.{i}"] = of_weight["exp_avg_sq"]
+        state["made_with"] = torch.tensor(training.made_with)
+        state["step"] = torch.tensor(training.step)
+        state["last"] = torch.tensor(training.last)
+        state["spent"] = torch.tensor(training.spent)
+        runtime.save_tensors(path, state)
+    if training.ranks > 1:
+        run.barrier()  # a rank that fails has the others ended: not before rank 0 has written
+
+
+def _resume(run, training) -> None:
+    """Take up what an interrupted training of this configuration left, by however many ranks.
+
+    Randomness depends on the step alone, so weights, moments and progress are all there is.
+    """
+    path = training.folder / "state.safetensors"
+    if not path.is_file():
+        return
+    state = runtime.load_tensors(path)
+    if int(state["made_with"]) != training.made_with:
+        return  # another configuration's: it is not continued
+    training.decoder.load_state_dict(_part(state, "p."))
+    training.step = int(state["step"])
+    training.last = float(state["last"])
+    training.spent = float(state["spent"])
+
+    # Each of several ranks has an AdamW of its own inside, for its share of the weights.
+    optimizer = training.optimizer if training.ranks == 1 else training.optimizer.optim
+    mine = {id(weight) for weight in optimizer.param_groups[0]["params"]}
+    for i, weight in enumerate(training.decoder.parameters()):
+        if id(weight) in mine and f"m.{i}" in state:
+            optimizer.state[weight] = {
+                "step": torch.tensor(float(training.step)).to(run.device),
+                "exp_avg": state[f"m.{i}"].to(run.device),
+                "exp_avg_sq": state[f"v.{i}"].to(run.device),
+            }
+
+
+def _save_generator(training, code: TokenCode) -> None:
+    """Decoder and constants of the code in one file; the state is of no more use."""
+    tensors = training.decoder.state_dict(prefix="decoder.")
+    for name, constant in code.constants.items():
+        tensors[f"code.{name}"] = constant
+    runtime.save_tensors(training.folder / "generator.safetensors", tensors)
+    (training.folder / "state.safetensors").unlink(missing_ok=True)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those of a file's tensors whose names begin so, under the rest of the name."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
 @dataclass
 class Generator:
-    """A trained generator: decoder, weight-token code, and the layout it writes."""
+    """A trained decoder, the code of the tokens it writes, and what it was trained without."""
 
     decoder: HyperConvDecoder
     code: TokenCode
     left_out: str
 
 
-def train_generators(run: Run) -> dict:
-    """One generator per left-out task that the targets need. Writes generator/<left out>/generator.safetensors."""
-    cfg = run.cfg
-    encode_prompts(run)
-    targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    wanted = sorted(
-        {data.left_out_for(cfg, t) for t in targets}, key=lambda t: (t != "all", t)
-    )  # the same on every rank
-    for left_out in run.deal(wanted):
-        if not run.finished(f"generator/{left_out}", "generator"):
-            _train_one(run, left_out)
-    losses = [
-        runtime.read_json(run.path / f"generator/{left_out}/DONE.json")["recon_mse"]
-        for left_out in wanted
-    ]
-    return {"generator/recon_mse": sum(losses) / len(losses)}
-
-
-def _train_one(run: Run, left_out: str) -> None:
-    """MSE regression from prompt batches to checkpoints (paper D, eq. 10)."""
-    cfg = run.cfg
-    g, start, lm = cfg.generator, time.monotonic(), scoring.load_lm(run)
-    tasks = data.training_tasks(cfg, left_out)
-    states = {t: load_states(run, t) for t in tasks}
-    tokens = {
-        t: torch.stack([to_tokens(a, lm.layout) for a in collect.load_checkpoints(run, lm, t)])
-        for t in tasks
-    }
-    code = TokenCode.fit(
-        g.scale_code, lm.layout, None if g.scale_code == "dnd" else torch.cat(list(tokens.values()))
-    )
-    targets = {
-        t: code.encode(tokens.pop(t)) for t in tasks
-    }  # at the papers' scale two copies do not fit
-    weight = token_weights(targets).to(run.device) if g.criterion_weight == "std" else None
-    folder = run.path / f"generator/{left_out}"
-    torch.manual_seed(runtime.seed_for(g.seed, "generator"))
-    decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel).to(run.device)
-    opt = torch.optim.AdamW(
-        decoder.parameters(), lr=g.lr, weight_decay=g.weight_decay, fused=run.device == "cuda"
-    )
-    made_with = runtime.seed_for(runtime.fingerprint(cfg, "generator"))
-    done, last, spent = _resume(folder / "state.safetensors", decoder, opt, made_with)
-    start -= spent  # by the attempts before this one
-    label = "generator on all tasks" if left_out == "all" else f"generator without {left_out}"
-
-    def save() -> None:
-        _save_state(
-            folder / "state.safetensors",
-            decoder,
-            opt,
-            step=done,
-            last=last,
-            made_with=made_with,
-            spent=time.monotonic() - start,
-        )
-
-    for step in run.track(range(done, g.steps), label):
-        opt.param_groups[0]["lr"] = lora.rate(step, g.steps, g.lr, g.warmup_steps, "cosine")
-        pairs = draw_pairs(cfg, states, targets, step)
-        loss = _accumulate(run, decoder, pairs, states, targets, weight, step)
-        norm = nn.utils.clip_grad_norm_(decoder.parameters(), lora.CLIP)
-        value = float(loss)
-        if not (math.isfinite(value) and torch.isfinite(norm)):
-            save()
-            raise UserError(
-                f"{label}: the loss is not finite at step {step + 1} (last finite "
-                f"{last:.4f}); the state before it is saved in {folder}; lower generator.lr"
-            )
-        opt.step()
-        decoder.zero_grad(set_to_none=True)
-        last, done = value, step + 1
-        if step % 10 == 9 or done == g.steps:
-            run.metric(
-                stage="generator",
-                unit=left_out,
-                step=done,
-                loss=round(value, 5),
-                lr=opt.param_groups[0]["lr"],
-            )
-        if done % g.save_every == 0 and done < g.steps:
-            save()
-    runtime.save_tensors(
-        folder / "generator.safetensors",
-        {f"decoder.{k}": v.cpu() for k, v in decoder.state_dict().items()}
-        | {f"code.{k}": v for k, v in code.constants.items()},
-    )
-    (folder / "state.safetensors").unlink(missing_ok=True)
-    run.finish(
-        f"generator/{left_out}",
-        "generator",
-        start,
-        tasks=tasks,
-        recon_mse=last,
-        steps=g.steps,
-        parameters=sum(p.numel() for p in decoder.parameters()),
-    )
-    run.log(f"{label}: mse {last:.4f} in {time.monotonic() - start:.0f} s", True)
-
-
-def _accumulate(
-    run: Run, decoder, pairs: list, states: dict, targets: dict, weight: Tensor | None, step: int
-) -> Tensor:
-    """Leave the gradient of one global batch on the decoder's parameters, and return its loss."""
-    cfg = run.cfg
-    g, total = cfg.generator, torch.zeros((), device=run.device)
-    for at in range(0, len(pairs), g.micro_batch):
-        condition, target = _load_pairs(
-            run, pairs[at : at + g.micro_batch], states, targets, step, at
-        )
-        with _autocast(run):
-            out = decoder(condition)
-        each = None if weight is None else weight.expand(out.shape)
-        loss = F.mse_loss(out.float(), target, weight=each) * (len(condition) / len(pairs))
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
-def _autocast(run: Run):
-    """Convolutions in the base model's dtype, in training and generation alike."""
-    return torch.autocast(run.device, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
-
-
-def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple[str, np.ndarray, int]]:
-    """(task, prompt indices, checkpoint) of one step: `batch_size` pairs dealt evenly over the training tasks, each
-    drawn from the task's pool of `pairs_per_task` random pairs (paper D, E.4)."""
-    g, out, tasks = cfg.generator, [], list(targets)
-    rng = runtime.rng_for(g.seed, "step", step)
-    for i in range(g.batch_size):
-        task = tasks[(i + step * g.batch_size) % len(tasks)]
-        pair = int(rng.integers(g.pairs_per_task))
-        checkpoint = int(runtime.rng_for(g.seed, "pair", task, pair).integers(len(targets[task])))
-        out.append((task, draw_prompts(cfg, task, len(states[task]), "pair", pair), checkpoint))
-    return out
-
-
-def _load_pairs(run: Run, pairs, states, targets, step: int, at: int) -> tuple[Tensor, Tensor]:
-    """(B, N, L, d) conditions and (B, T, …) targets on the device, float32, with Drag-and-Drop's noise."""
-    g = run.cfg.generator
-    shape = (len(pairs[0][1]), *states[pairs[0][0]].shape[1:])
-    condition = torch.empty(
-        len(pairs), *shape, dtype=torch.float16, pin_memory=run.device == "cuda"
-    )
-    for row, (t, index, _) in zip(
-        condition.numpy(), pairs, strict=True
-    ):  # one copy: 0.3 GB at the papers' scale
-        np.take(states[t], np.asarray(index), 0, out=row, mode="clip")
-    condition = runtime.to_device(
-        condition, run.device
-    ).float()  # float16 on the way, and noise drawn there
-    target = runtime.to_device(torch.stack([targets[t][c] for t, _, c in pairs]), run.device)
-    if g.noise:
-        rng = torch.Generator(run.device).manual_seed(runtime.seed_for(g.seed, "noise", step, at))
-        condition += g.noise * torch.randn(condition.shape, generator=rng, device=run.device)
-        target = target + 0.1 * g.noise * torch.randn(
-            target.shape, generator=rng, device=run.device
-        )
-    return condition, target
-
-
-def token_weights(targets: dict[str, Tensor]) -> Tensor:
-    """(1, T, 1, 1) loss weights with mean 1: each token's spread over a task's checkpoints, averaged over tasks.
-
-    Source: Drag-and-Drop's criterion weight.
-    """
-    per_task = []
-    for t in targets.values():
-        spread = t.std(0).mean((-1, -2))
-        per_task.append(spread / spread.mean().clamp_min(1e-30))
-    return torch.stack(per_task).mean(0).view(1, -1, 1, 1)
-
-
-def _save_state(path: Path, decoder: nn.Module, opt: torch.optim.AdamW, **numbers: float) -> None:
-    for torn in path.parent.glob(f".{path.name}.*.tmp"):  # of a process killed while it saved
-        torn.unlink(missing_ok=True)
-    state = {f"p.{k}": v.cpu() for k, v in decoder.state_dict().items()}
-    for i, p in enumerate(decoder.parameters()):
-        if p in opt.state:
-            state |= {
-                f"m.{i}": opt.state[p]["exp_avg"].cpu(),
-                f"v.{i}": opt.state[p]["exp_avg_sq"].cpu(),
-            }
-    runtime.save_tensors(path, state | {k: torch.tensor(v) for k, v in numbers.items()})
-
-
-def _resume(
-    path: Path, decoder: nn.Module, opt: torch.optim.AdamW, made_with: int
-) -> tuple[int, float, float]:
-    """Load weights and moments if an interrupted training of this configuration left them.
-
-    Returns: steps done, the last loss, seconds spent. Randomness depends on the step alone: nothing else is needed.
-    """
-    state = runtime.load_tensors(path) if path.is_file() else {}
-    if (
-        int(state.get("made_with", -1)) != made_with
-    ):  # none, or another configuration's: start afresh
-        return 0, float("nan"), 0.0
-    decoder.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("p.")})
-    for i, p in enumerate(decoder.parameters()):
-        if f"m.{i}" in state:
-            at = p.device if opt.defaults["fused"] else "cpu"  # where AdamW keeps its count
-            opt.state[p] = {
-                "step": torch.tensor(float(state["step"]), device=at),
-                "exp_avg": state[f"m.{i}"].to(p.device),
-                "exp_avg_sq": state[f"v.{i}"].to(p.device),
-            }
-    return int(state["step"]), float(state["last"]), float(state.get("spent", 0.0))
-
-
-# --------------------------------------------------------------------------------------------------------- generation
-
-
 def load_generator(run: Run, left_out: str) -> Generator:
-    """The trained generator of a left-out set, kept until another is asked for. Raises: UserError."""
+    """The trained generator of a left-out set. Raises: UserError: not trained, or damaged."""
     key = f"generator/{left_out}"
     if key not in run.cache:
-        lm, g = scoring.load_lm(run), run.cfg.generator
-        for other in [k for k in run.cache if k.startswith("generator/")]:
-            del run.cache[other]  # the papers' take 4 GiB each
-        if not run.finished(key, "generator", redo=False):
-            raise UserError(f"{run.path / key}: not trained yet; run stage=generator")
-        state = runtime.load_tensors(run.path / key / "generator.safetensors")
-        code = TokenCode(
-            g.scale_code, lm.layout, {k[5:]: v for k, v in state.items() if k.startswith("code.")}
-        )
-        with torch.device("meta"):  # nothing to initialise
-            decoder = HyperConvDecoder([*g.flow, list(code.shape)], g.kernel)
-        decoder.load_state_dict(
-            {k[8:]: v for k, v in state.items() if k.startswith("decoder.")}, assign=True
-        )
-        run.cache[key] = Generator(
-            decoder.to(run.device).eval().requires_grad_(False), code, left_out
-        )
+        # One at a time: the papers' take 4 GiB each.
+        for other in list(run.cache):
+            if other.startswith("generator/"):
+                del run.cache[other]
+        run.cache[key] = _read_generator(run, left_out)
     return run.cache[key]
 
 
-@torch.no_grad()
+def _read_generator(run, left_out: str) -> Generator:
+    g = run.cfg.generator
+    unit = f"generator/{left_out}"
+    folder = run.path / unit
+    if not run.finished(unit, "generator", redo=False):
+        raise UserError(f"{folder}: not trained yet; run stage=generator")
+    state = runtime.load_tensors(folder / "generator.safetensors")
+    layout = scoring.load_lm(run).layout
+    code = TokenCode(g.scale_code, layout, _part(state, "code."))
+    with torch.device("meta"):  # the stored weights take the places of new ones
+        decoder = HyperConvDecoder([*g.flow, code.shape], g.kernel)
+    decoder.load_state_dict(_part(state, "decoder."), assign=True)
+    decoder.to(run.device).eval().requires_grad_(False)
+    return Generator(decoder, code, left_out)
+
+
+@torch.no_grad()  # the policy's gradients must not reach the generator
 def generate_adapter(
     run: Run, target: str, batch: int, prompts_of: str = "", left_out: str | None = None
 ) -> tuple[Adapter, np.ndarray]:
-    """One draw from q_phi(adapter | task): the adapter of the `batch`-th independent prompt batch of a target.
+    """One draw from q_phi(adapter | task): by the `batch`-th independent prompt batch of a target.
 
-    Args: prompts_of: condition on another task's prompts (the control `wrong_prompts`). left_out: which generator,
-        if not the target's own leave-one-out one (meta-training of the policy).
+    Args: prompts_of: condition on another task's prompts (the control `wrong_prompts`). left_out:
+        which generator, if not the target's own leave-one-out one (meta-training of the policy).
     Returns: the adapter, without gradient, and the indices of the prompts it was conditioned on.
     """
+    if left_out is None:
+        left_out = data.left_out_for(run.cfg, target)
+    generator = load_generator(run, left_out)
     source = prompts_of or target
-    gen = load_generator(run, data.left_out_for(run.cfg, target) if left_out is None else left_out)
     states = load_states(run, source)
     index = draw_prompts(run.cfg, source, len(states), "generate", batch)
-    condition = torch.from_numpy(states[index]).float()[None].to(run.device)
+    condition = torch.from_numpy(states[index])[None]
     with _autocast(run):
-        out = gen.decoder(condition)[0]
-    adapter = from_tokens(gen.code.decode(out.float().cpu()), gen.code.layout)
-    if any(
-        v.requires_grad for v in adapter.values()
-    ):  # the policy's gradients must not reach the generator
-        raise RuntimeError("a generated adapter carries a gradient")
-    return adapter, index
+        out = generator.decoder(condition.float().to(run.device))
+    tokens = generator.code.decode(out[0].float().cpu())
+    return from_tokens(tokens, generator.code.layout), index
 
 
 def save_generated(folder: Path, adapter: Adapter, run: Run) -> None:
     """A generated adapter as a PEFT folder."""
-    lora.save_adapter(
-        folder, adapter, scoring.load_lm(run).layout, run.cfg.model.name, run.cfg.model.revision
-    )
-
-
-# ----------------------------------------------------------------------------------------------------- weight tokens
-
-
-def to_tokens(adapter: Adapter, layout: Layout) -> Tensor:
-    """(T, r, k) float32: per module the column blocks of A (r, d_in), then those of B^T (r, d_out).
-
-    Source: the Drag-and-Drop tokenizer both papers adopt.
-    """
-    r, k = layout.rank, layout.width
-    return torch.cat(
-        [
-            m.reshape(r, -1, k).transpose(0, 1)
-            for a, _, b, _ in layout.keys()
-            for m in (adapter[a], adapter[b].t())
-        ]
-    ).float()
-
-
-def from_tokens(tokens: Tensor, layout: Layout) -> Adapter:
-    """The inverse of `to_tokens`, exactly. Raises: ValueError: another number of tokens."""
-    r, k = layout.rank, layout.width
-    if tokens.shape != (layout.num_tokens, r, k):
-        raise ValueError(
-            f"tokens are {tuple(tokens.shape)}, this layout has {(layout.num_tokens, r, k)}"
-        )
-    out, at = {}, 0
-    for a, (_, d_in), b, (d_out, _) in layout.keys():
-        na, nb = d_in // k, d_out // k
-        out[a] = tokens[at : at + na].transpose(0, 1).reshape(r, d_in).contiguous()
-        out[b] = tokens[at + na : at + na + nb].transpose(0, 1).reshape(r, d_out).t().contiguous()
-        at += na + nb
-    return out
-
-
-def frame_tokens(content: Tensor, m: Tensor, s: Tensor) -> Tensor:
-    """Write scale codes around normalised blocks: (…, T, r, k) and (…, T) twice -> (…, T, r+2, k+2).
-
-    The 2x2 tile [[m, s], [m, s]] repeats along the last two rows and columns, as Drag-and-Drop stores it.
-    """
-    out = F.pad(content, (0, 2, 0, 2))
-    out[..., -2:, 0::2], out[..., -2:, 1::2] = m[..., None, None], s[..., None, None]
-    out[..., :, -2], out[..., :, -1] = m[..., None], s[..., None]
-    return out
-
-
-def unframe_tokens(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Read content and codes back; the codes are the mean over the bottom tiles and over the right tiles, averaged."""
-    bottom, right = tokens[..., -2:, :], tokens[..., :, -2:]
-    m = (bottom[..., 0::2].mean((-1, -2)) + right[..., 0].mean(-1)) / 2
-    s = (bottom[..., 1::2].mean((-1, -2)) + right[..., 1].mean(-1)) / 2
-    return tokens[..., :-2, :-2], m, s
-
-
-class TokenCode:
-    """How weight tokens become regression targets: `dnd | element` (docs/choices.md, 2).
-
-    dnd: per-token mean and standard deviation travel in a frame and are predicted. element: they are constants over
-    the training checkpoints, per element, stored with the generator.
-    """
-
-    def __init__(self, kind: str, layout: Layout, constants: dict[str, Tensor]):
-        self.kind, self.layout, self.constants = kind, layout, constants
-
-    @classmethod
-    def fit(cls, kind: str, layout: Layout, tokens: Tensor) -> TokenCode:
-        """Constants from training checkpoints: (C, T, r, k) tokens."""
-        if kind == "dnd":
-            return cls(kind, layout, {})
-        return cls(kind, layout, {"mean": tokens.mean(0), "std": tokens.std(0) + 1e-10})
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        extra = 2 if self.kind == "dnd" else 0
-        return self.layout.num_tokens, self.layout.rank + extra, self.layout.width + extra
-
-    def encode(self, tokens: Tensor) -> Tensor:
-        """(…, T, r, k) -> (…, *shape), float32. A constant block has content zero, not 0/0."""
-        c = self.constants
-        if self.kind == "element":
-            return (tokens - c["mean"]) / c["std"]
-        mu, sd = tokens.mean((-1, -2)), tokens.std((-1, -2))
-        content = (tokens - mu[..., None, None]) / sd.clamp_min(1e-30)[..., None, None]
-        content = torch.where((sd < 1e-12)[..., None, None], 0.0, content)
-        return frame_tokens(content, 8 * mu, torch.log(0.9 * sd + 0.1) + 1.6)
-
-    def decode(self, coded: Tensor) -> Tensor:
-        """The inverse of `encode`; a predicted standard deviation below zero counts as zero, not as a flipped sign."""
-        c, coded = self.constants, coded.float()
-        if self.kind == "element":
-            return coded * c["std"] + c["mean"]
-        content, m, s = unframe_tokens(coded)
-        mu, sd = m / 8, (torch.exp(s - 1.6) - 0.1) / 0.9
-        return content * sd.clamp_min(0)[..., None, None] + mu[..., None, None]
+    layout = scoring.load_lm(run).layout
+    model = run.cfg.model
+    lora.save_adapter(folder, adapter, layout, model.name, model.revision)
