@@ -1,15 +1,16 @@
-"""An adapter: its layout in a model, swapping it in, fine-tuning it on packed rows, its weight tokens, its PEFT folder.
+"""An adapter: its layout in a model, swapping it in, fine-tuning it, and its PEFT folder.
 
-The base model is loaded once and never changed or cast; `attach_lora` replaces its adapted linear layers by
-`LoraLinear`, into which `swap_adapter` puts any adapter in a few milliseconds. An adapter is {PEFT key: float32 CPU
-tensor}.
+The base model is loaded once and never changed or cast. `attach_lora` replaces its adapted linear
+layers by `LoraLinear`. `swap_adapter` then puts any adapter into these, in a few milliseconds.
+An adapter is {PEFT key: float32 CPU tensor}.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import runtime
 from config import UserError
 
 Adapter = dict[str, Tensor]
-PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # PEFT wraps the model twice, and its keys say so
 CLIP = 1.0  # of the gradient's global norm, in every training (both papers)
 
 
@@ -30,8 +31,10 @@ class Layout:
     """Where a model's adapters sit, in token order.
 
     Attributes:
-        modules: (path, layer, d_in, d_out) per adapted linear, layers ascending, modules in configured order.
-        rank, alpha: LoRA r and alpha. width: k, columns of a weight token.
+        modules: (path, layer, d_in, d_out) per adapted linear. Layers ascend; inside a layer the
+            modules stand in the configured order.
+        rank, alpha: LoRA r and alpha.
+        width: k, columns of a weight token.
     """
 
     modules: tuple[tuple[str, int, int, int], ...]
@@ -52,60 +55,92 @@ class Layout:
         """D, trainable scalars."""
         return sum(self.rank * (d_in + d_out) for _, _, d_in, d_out in self.modules)
 
-    def keys(self):
+    def keys(self) -> Iterator[tuple]:
         """(key of A, (r, d_in), key of B, (d_out, r)) per module."""
         for path, _, d_in, d_out in self.modules:
-            yield (
-                f"{PREFIX}{path}.lora_A.weight",
-                (self.rank, d_in),
-                f"{PREFIX}{path}.lora_B.weight",
-                (d_out, self.rank),
-            )
+            a_key = f"{PREFIX}{path}.lora_A.weight"
+            b_key = f"{PREFIX}{path}.lora_B.weight"
+            yield a_key, (self.rank, d_in), b_key, (d_out, self.rank)
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """{key: shape} of an adapter's tensors: module by module, A before B."""
+        found = {}
+        for a_key, a_shape, b_key, b_shape in self.keys():
+            found[a_key] = a_shape
+            found[b_key] = b_shape
+        return found
 
 
 def find_layout(model: nn.Module, rank: int, alpha: int, width: int, modules: list[str]) -> Layout:
     """The adapted linears of any decoder, found by module name.
 
-    Raises: UserError: a name that matches nothing, or a token width that divides not every dimension (legal widths
-        are named).
+    Raises: UserError: a name that matches nothing, or a token width that does not divide every
+        dimension.
     """
-    found, names = [], set()
-    for path, m in model.named_modules():
-        name, layer = path.rsplit(".", 1)[-1], re.search(r"\.(\d+)\.", path)
-        if isinstance(m, (nn.Linear, LoraLinear)):
-            names.add(name)
-            if name in modules and layer:
-                found.append((path, int(layer[1]), m.in_features, m.out_features))
-    if missing := [n for n in modules if n not in {p.rsplit(".", 1)[-1] for p, *_ in found}]:
+    found = []
+    linears = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, LoraLinear)):
+            continue
+        name = _last_name(path)
+        # a linear outside the numbered layers, as the head, is never adapted
+        linears.add(name)
+        layer = re.search(r"\.(\d+)\.", path)
+        if layer and name in modules:
+            found.append((path, int(layer[1]), module.in_features, module.out_features))
+
+    # a name that matches nothing would leave the adapter smaller than the user believes
+    matched = {_last_name(path) for path, *_ in found}
+    missing = [name for name in modules if name not in matched]
+    if missing:
         raise UserError(
-            f"model.modules: {missing} not found in the model; its linear layers are {sorted(names)}"
+            f"model.modules: {missing} not found in the model; "
+            f"its linear layers are {sorted(linears)}"
         )
-    found.sort(key=lambda f: (f[1], modules.index(f[0].rsplit(".", 1)[-1])))
-    check_width(width, [d for _, _, i, o in found for d in (i, o)])
+
+    # A is cut along d_in and B along d_out: no token may be ragged
+    dims = []
+    for _, _, d_in, d_out in found:
+        dims += [d_in, d_out]
+    check_width(width, dims)
+
+    # token order: by layer, then as configured, whatever order the model registers its modules in
+    found.sort(key=lambda entry: (entry[1], modules.index(_last_name(entry[0]))))
     return Layout(tuple(found), rank, alpha, width)
+
+
+def _last_name(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
 
 
 def check_width(width: int, dims: list[int]) -> None:
     """Raises: UserError: `width` does not divide every dimension; the widths that do are named."""
-    if any(d % width for d in dims):
-        common = math.gcd(*dims)
-        legal = [w for w in range(1, common + 1) if common % w == 0 and w >= 8] or [common]
-        raise UserError(
-            f"model.token_width: {width} does not divide every adapted dimension {sorted(set(dims))}; "
-            f"legal: {legal}"
-        )
+    common = math.gcd(*dims)
+    if common % width == 0:
+        return
+    # widths below 8 make more tokens than a decoder can hold
+    divisors = [w for w in range(1, common + 1) if common % w == 0]
+    useful = [w for w in divisors if w >= 8]
+    raise UserError(
+        f"model.token_width: {width} does not divide every adapted dimension {sorted(set(dims))}; "
+        f"legal: {useful or [common]}"
+    )
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer plus an optional update (alpha/r) B A; A and B are plain tensors swapped from outside.
+    """A frozen linear layer plus an optional update (alpha/r) B A.
 
-    `dense` is a further update of any rank, (d_out, d_in): what a draw from a posterior over whole matrices adds.
+    A and B are plain tensors, swapped from outside. `dense` is a further update of any rank,
+    (d_out, d_in): what a draw from a posterior over whole matrices adds.
     """
 
     def __init__(self, base: nn.Linear, scale: float):
         super().__init__()
-        self.base, self.scale = base, scale
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base = base
+        self.scale = scale
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        # no buffers: what is swapped in stays out of the model's state
         self.A: Tensor | None = None
         self.B: Tensor | None = None
         self.dense: Tensor | None = None
@@ -120,38 +155,50 @@ class LoraLinear(nn.Module):
             return y
         if self.dense is not None:
             y = y + F.linear(x, self.dense)
+        # addmm takes matrices: all positions of all sequences are rows of one
+        flat = y.reshape(-1, y.shape[-1])
         low = F.linear(x, self.A).reshape(-1, self.A.shape[0])
+
         # one fused multiply-add; in place only where no gradient is recorded
-        add = torch.Tensor.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
-        return add(y.reshape(-1, y.shape[-1]), low, self.B.t(), alpha=self.scale).view(y.shape)
+        add = torch.Tensor.addmm_
+        if torch.is_grad_enabled():
+            add = torch.Tensor.addmm
+        return add(flat, low, self.B.t(), alpha=self.scale).view(y.shape)
 
 
 def attach_lora(model: nn.Module, layout: Layout) -> None:
     """Replace the adapted linears by LoraLinear, once; the model is frozen."""
     model.requires_grad_(False)
     for path, *_ in layout.modules:
-        parent, name = path.rsplit(".", 1)
-        if not isinstance(getattr(model.get_submodule(parent), name), LoraLinear):
-            setattr(
-                model.get_submodule(parent),
-                name,
-                LoraLinear(getattr(model.get_submodule(parent), name), layout.scale),
-            )
+        parent_path, name = path.rsplit(".", 1)
+        parent = model.get_submodule(parent_path)
+        linear = getattr(parent, name)
+        # the policy's layout may adapt modules that a task layout has wrapped before
+        if not isinstance(linear, LoraLinear):
+            setattr(parent, name, LoraLinear(linear, layout.scale))
 
 
 def swap_adapter(model: nn.Module, layout: Layout, adapter: Adapter | None) -> None:
     """Put an adapter into the model, cast to the base's dtype; None leaves the bare base model.
 
-    Besides A and B an adapter may hold `dense_key(path)`: (d_out, d_in), added to the matrix (`LoraLinear.dense`).
+    Besides A and B an adapter may hold `dense_key(path)`, (d_out, d_in): see `LoraLinear.dense`.
     """
-    for (path, *_), (a, _, b, _) in zip(layout.modules, layout.keys(), strict=True):
-        m = model.get_submodule(path)
-        w = m.weight
-        m.A = None if adapter is None else adapter[a].to(w.device, w.dtype)
-        m.B = None if adapter is None else adapter[b].to(w.device, w.dtype)
-        dense = None if adapter is None else adapter.get(dense_key(path))
-        m.dense = None if dense is None else dense.to(w.device, w.dtype)
-        m.scale = layout.scale
+    for (path, *_), (a_key, _, b_key, _) in zip(layout.modules, layout.keys(), strict=True):
+        module = model.get_submodule(path)
+        module.scale = layout.scale  # layouts of several ranks take turns in one model
+
+        # nothing of the adapter before stays
+        module.A = None
+        module.B = None
+        module.dense = None
+        if adapter is None:
+            continue
+        weight = module.weight
+        module.A = adapter[a_key].to(weight.device, weight.dtype)
+        module.B = adapter[b_key].to(weight.device, weight.dtype)
+        dense = adapter.get(dense_key(path))
+        if dense is not None:
+            module.dense = dense.to(weight.device, weight.dtype)
 
 
 def dense_key(path: str) -> str:
@@ -161,45 +208,50 @@ def dense_key(path: str) -> str:
 
 def clear_adapters(model: nn.Module) -> None:
     """The bare base model, whatever layout was in."""
-    for m in model.modules():
-        if isinstance(m, LoraLinear):
-            m.A = m.B = m.dense = None
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.A = None
+            module.B = None
+            module.dense = None
 
 
 def init_adapter(layout: Layout, seed: int) -> Adapter:
     """The A initialisation every checkpoint shares (Kaiming uniform, as PEFT) and B = 0.
 
-    One seed for all tasks: with different A's, A is unpredictable noise to the generator (docs/choices.md, 4).
+    One seed for all tasks: with different A's, A is unpredictable noise to the generator
+    (docs/choices.md, 4).
     """
-    g = torch.Generator().manual_seed(runtime.seed_for(seed, "lora_A"))
-    out = {}
-    for a, a_shape, b, b_shape in layout.keys():
+    rng = torch.Generator().manual_seed(runtime.seed_for(seed, "lora_A"))
+    adapter = {}
+    for a_key, a_shape, b_key, b_shape in layout.keys():
+        # Kaiming uniform with a = sqrt(5): 1 / sqrt(fan in)
         bound = 1 / math.sqrt(a_shape[1])
-        out[a] = torch.empty(a_shape).uniform_(-bound, bound, generator=g)
-        out[b] = torch.zeros(b_shape)
-    return out
+        adapter[a_key] = torch.empty(a_shape).uniform_(-bound, bound, generator=rng)
+        adapter[b_key] = torch.zeros(b_shape)
+    return adapter
 
 
 def flatten_adapter(adapter: Adapter, layout: Layout) -> Tensor:
     """(D,) float32, module by module, A before B."""
-    return torch.cat(
-        [adapter[k].reshape(-1).float() for a, _, b, _ in layout.keys() for k in (a, b)]
-    )
+    return torch.cat([adapter[key].reshape(-1).float() for key in layout.shapes()])
 
 
 def unflatten_adapter(vector: Tensor, layout: Layout) -> Adapter:
     """The inverse: views into the vector, through which gradients flow back to it."""
-    shapes = [(k, s) for a, sa, b, sb in layout.keys() for k, s in ((a, sa), (b, sb))]
-    parts = vector.split([math.prod(s) for _, s in shapes])
-    return {k: v.view(s) for v, (k, s) in zip(parts, shapes, strict=True)}
+    shapes = layout.shapes()
+    parts = vector.split([math.prod(shape) for shape in shapes.values()])
+    adapter = {}
+    for (key, shape), part in zip(shapes.items(), parts, strict=True):
+        adapter[key] = part.view(shape)
+    return adapter
 
 
 def average_adapters(adapters: list[Adapter]) -> Adapter:
     """Element-wise mean."""
-    return {k: torch.stack([a[k] for a in adapters]).mean(0) for k in adapters[0]}
-
-
-# ------------------------------------------------------------------------------------------------------- fine-tuning
+    mean = {}
+    for key in adapters[0]:
+        mean[key] = torch.stack([adapter[key] for adapter in adapters]).mean(0)
+    return mean
 
 
 class AdapterTrainer:
@@ -221,18 +273,16 @@ class AdapterTrainer:
         self.model = model
         self.layout = layout
         self.master = flatten_adapter(adapter, layout).to(parameter.device)
+
+        # what the model sees, in its own dtype
         self.copy = self.master.to(parameter.dtype, copy=True)
 
         # the model's A and B are views of the copy: one tensor to cast, one gradient to gather
         views = unflatten_adapter(self.copy, layout)
-        self.leaves = [view.requires_grad_() for view in views.values()]
-        for (path, *_), a, b in zip(
-            layout.modules, self.leaves[::2], self.leaves[1::2], strict=True
-        ):
-            module = model.get_submodule(path)
-            module.A = a
-            module.B = b
-            module.scale = layout.scale
+        for view in views.values():
+            view.requires_grad_()
+        swap_adapter(model, layout, views)
+        self.leaves = list(views.values())
 
         fused = parameter.device.type == "cuda"
         self.optimizer = torch.optim.AdamW([self.master], lr=1.0, weight_decay=0.0, fused=fused)
@@ -251,11 +301,15 @@ class AdapterTrainer:
                 the sums over the counts, and the graphs of two parts are never held at once.
         Returns: the loss; nan if it or its gradient is not finite; None if nothing was counted.
         """
-        parts = [(loss, 1)] if torch.is_tensor(loss) else loss
+        # a plain loss is one part
+        parts = loss
+        if torch.is_tensor(loss):
+            parts = [(loss, 1)]
         gradient = 0
         total = 0
         count = 0
         for part, size in parts:
+            # gradients are summed in float32, whatever the model computes in
             pieces = torch.autograd.grad(part, self.leaves)
             gradient = gradient + torch.cat([piece.reshape(-1) for piece in pieces]).float()
             total = total + part.detach()
@@ -263,11 +317,14 @@ class AdapterTrainer:
         if not count:
             return None
 
+        # a limit on the norm keeps one odd batch from throwing the adapter away
         self.master.grad = gradient / count
         norm = self.master.grad.norm()
         self.master.grad.mul_((CLIP / (norm + 1e-6)).clamp(max=1.0))
-        value = float(total / count)
-        return value if math.isfinite(norm) else math.nan
+        # the norm is not finite if any entry of the gradient is not
+        if not math.isfinite(norm):
+            return math.nan
+        return float(total / count)
 
     def step(self, lr: float) -> None:
         """One update of the masters, and fresh copies for the model."""
@@ -284,59 +341,78 @@ class AdapterTrainer:
 def rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """Learning rate of one phase: linear warm-up, then constant or cosine to zero."""
     if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
+        return peak * (step + 1) / (warmup + 1)  # no step is wasted on a rate of zero
     if schedule == "constant":
         return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-# -------------------------------------------------------------------------------------------------------------- files
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def save_adapter(
     folder: Path, adapter: Adapter, layout: Layout, base_name: str, revision: str = "main"
 ) -> None:
     """A PEFT folder: adapter_model.safetensors and adapter_config.json."""
+    from peft import LoraConfig  # slow to import
+
     runtime.save_tensors(folder / "adapter_model.safetensors", adapter, {"format": "pt"})
-    runtime.write_json(
-        folder / "adapter_config.json",
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_name,
-            "revision": revision,
-            "r": layout.rank,
-            "lora_alpha": layout.alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
-            "fan_in_fan_out": False,
-            "use_rslora": False,
-            "target_modules": sorted({p.rsplit(".", 1)[-1] for p, *_ in layout.modules}),
-        },
+
+    modules = sorted({_last_name(path) for path, *_ in layout.modules})
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        revision=revision,
+        r=layout.rank,
+        lora_alpha=layout.alpha,
+        target_modules=modules,
+        inference_mode=True,
     )
+    # PEFT's own writer is not whole-or-not-at-all, and it orders a set as the process hashes it
+    fields = config.to_dict() | {"target_modules": modules}
+    runtime.write_json(folder / "adapter_config.json", fields)
 
 
 def load_adapter(path: Path, layout: Layout) -> Adapter:
-    """Raises: UserError: missing, corrupt, or of another shape than the layout."""
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    """The adapter of a PEFT folder, or of one safetensors file.
+
+    Raises: UserError: missing, corrupt, or of another shape or scale than the layout.
+    """
+    file = path
+    if path.is_dir():
+        file = path / "adapter_model.safetensors"
     adapter = runtime.load_tensors(file)
-    want = {k: s for a, sa, b, sb in layout.keys() for k, s in ((a, sa), (b, sb))}
-    got = {k: tuple(v.shape) for k, v in adapter.items()}
-    if got != want:
-        odd = next(k for k in sorted(want | got) if want.get(k) != got.get(k))
+
+    # shapes first: a wrong one would otherwise fail deep inside a matrix product
+    found = {key: tuple(tensor.shape) for key, tensor in adapter.items()}
+    expected = layout.shapes()
+    for key in sorted(found | expected):
+        if found.get(key) != expected.get(key):
+            raise UserError(
+                f"{file}: {key} is {found.get(key, 'absent')}, "
+                f"expected {expected.get(key, 'no such key')}; "
+                "the adapter belongs to another model, rank or module set"
+            )
+
+    # a checkpoint is a bare file; a folder also says at which scale its adapter was trained
+    if path.is_dir():
+        _check_scale(path / "adapter_config.json", layout)
+    return {key: tensor.float() for key, tensor in adapter.items()}
+
+
+def _check_scale(file: Path, layout: Layout) -> None:
+    """Raises: UserError: PEFT would apply the adapter with another alpha than this layout."""
+    from peft import LoraConfig
+
+    config = LoraConfig.from_peft_type(**runtime.read_json(file))
+    if config.lora_alpha != layout.alpha:
         raise UserError(
-            f"{file}: {odd} is {got.get(odd, 'absent')}, expected {want.get(odd, 'no such key')}; "
-            "the adapter belongs to another model, rank or module set"
+            f"{file}: lora_alpha is {config.lora_alpha}, expected {layout.alpha}; "
+            "the adapter was trained at another scale"
         )
-    return {k: v.float() for k, v in adapter.items()}
 
 
 def adapter_hash(adapter: Adapter) -> str:
     """Identity of an adapter's numbers."""
-    import hashlib
-
-    h = hashlib.sha256()
-    for k in sorted(adapter):
-        h.update(k.encode() + adapter[k].contiguous().numpy().tobytes())
-    return h.hexdigest()[:16]
+    digest = hashlib.sha256()
+    for key in sorted(adapter):  # independent of the order of the keys
+        digest.update(key.encode() + adapter[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
