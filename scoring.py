@@ -1,7 +1,8 @@
-"""Log-likelihood and generation scoring with any adapter, and the losses that train on the same packed rows.
+"""What a base model says with an adapter in it: log-likelihoods, losses, steering, answers.
 
-A question is one row: its context once, its options behind it as branches that see the context and themselves but not
-each other. Rows of similar length share a forward pass; the vocabulary projection runs at scored positions only.
+A question is one row: its context once, and its options behind it as branches. A branch sees the
+context and itself, and no other branch. Rows of similar length share a forward pass. The
+vocabulary projection, the widest matrix of all, runs at scored positions only.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import functools
 import math
 import re
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 import lora
@@ -29,8 +30,13 @@ from runtime import Run
 class LM:
     """A frozen base model ready for adapters.
 
-    Attributes: model, tokenizer: of transformers. layout: of the task adapters. form: data.format. max_tokens: of a
-        row's context. budget: tokens per forward pass. forwards, backwards: passes counted in rows, for cost reports.
+    Attributes:
+        model, tokenizer: of transformers.
+        layout: of the task adapters.
+        form: data.format, cloze or letter.
+        max_tokens: of a row's context.
+        budget: tokens per forward pass.
+        forwards, backwards: passes so far, counted in rows, for cost reports.
     """
 
     model: torch.nn.Module
@@ -45,10 +51,14 @@ class LM:
 
 @dataclass(frozen=True)
 class Row:
-    """One packed question.
+    """One question as tokens.
 
-    Attributes: context: token ids. branches: token ids per option. starts: first scored position in each branch.
-        chars: length of each option's text, for length normalisation. gold: index of the right branch.
+    Attributes:
+        context: token ids that all options share.
+        branches: token ids per option.
+        starts: first scored position in each branch.
+        chars: length of each option's text, for length normalisation.
+        gold: index of the right branch.
     """
 
     context: tuple[int, ...]
@@ -64,343 +74,514 @@ class Row:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says about one example: raw = summed log-probability per option, norm = raw per character."""
+    """What a model says about one example.
+
+    Attributes:
+        raw: summed log-probability per option.
+        norm: raw per character of the option.
+    """
 
     raw: tuple[float, ...]
     norm: tuple[float, ...]
 
     def of(self, metric: str) -> tuple[float, ...]:
-        return self.norm if metric == "norm" else self.raw
+        if metric == "norm":
+            return self.norm
+        return self.raw
 
     def pick(self, metric: str) -> int:
-        s = self.of(metric)
-        return max(range(len(s)), key=s.__getitem__)
+        """The best option, the first of equals."""
+        values = self.of(metric)
+        return values.index(max(values))
 
 
 def load_lm(run: Run) -> LM:
     """The base model of this run, loaded once per process. Raises: UserError: not to be had."""
     if "lm" not in run.cache:
         cfg = run.cfg
-        model, tokenizer = load_base(cfg.model.name, cfg.model.revision, run.dtype, run.device)
+        wanted = cfg.model
+        model, tokenizer = load_base(wanted.name, wanted.revision, run.dtype, run.device)
         layout = lora.find_layout(
-            model, cfg.model.rank, cfg.model.alpha, cfg.model.token_width, cfg.model.modules
+            model,
+            wanted.rank,
+            wanted.alpha,
+            wanted.token_width,
+            wanted.modules,
         )
         lora.attach_lora(model, layout)
         run.cache["lm"] = LM(
             model,
             tokenizer,
             layout,
-            cfg.data.format,
-            cfg.data.max_tokens,
-            cfg.evaluate.token_budget,
+            form=cfg.data.format,
+            max_tokens=cfg.data.max_tokens,
+            budget=cfg.evaluate.token_budget,
         )
     return run.cache["lm"]
 
 
 def load_base(name: str, revision: str, dtype: torch.dtype, device: str):
     """(model, tokenizer) by folder or hub id, frozen, in evaluation mode. Raises: UserError."""
-    from transformers import (
-        AttentionInterface,
-        AttentionMaskInterface,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-    )
+    import transformers
     from transformers.masking_utils import sdpa_mask
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    # a bar for every file read would bury the log
+    transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
-    except (OSError, ValueError) as e:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:160]
         raise UserError(
-            f"model.name={name}: cannot be loaded ({str(e).splitlines()[0][:160]}); run `make assets` for "
-            "the embedded model, or name a folder or hub id"
+            f"model.name={name}: cannot be loaded ({reason}); run `make assets` for the embedded "
+            "model, or name a folder or hub id"
         ) from None
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # it plans anew for every shape: half of a training step
-    AttentionInterface.register("packed", _packed_attention)
-    AttentionMaskInterface.register("packed", sdpa_mask)
+
+    # cuDNN's attention plans anew for every shape: half of a training step
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+    # transformers' way to a mask and an attention of one's own
+    transformers.AttentionInterface.register("packed", _packed_attention)
+    transformers.AttentionMaskInterface.register("packed", sdpa_mask)
     model.set_attn_implementation("packed")
     return model.to(device).eval().requires_grad_(False), tokenizer
-
-
-def _packed_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
-):
-    """Attention over packed rows. (B, H, T, D) query, (B, H', T, D) key and value, boolean mask -> (B, T, H, D).
-
-    On a CPU the fused kernel's backward takes ten times the two plain matrix products at these lengths (<= ~300), so
-    training there writes them out; everything else is `scaled_dot_product_attention`.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    groups = query.shape[1] // key.shape[1]
-    cap = kwargs.pop("softcap", None)
-    if not cap and (
-        query.device.type != "cpu" or not torch.is_grad_enabled() or attention_mask is None
-    ):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    b, h, t, d = query.shape
-    q = (query * scaling).reshape(
-        b * key.shape[1], groups * t, d
-    )  # heads that share a key stacked as more queries
-    k, v = key.reshape(-1, *key.shape[2:]), value.reshape(-1, *value.shape[2:])
-    weights = torch.bmm(q, k.transpose(1, 2)).view(b, h, t, -1)
-    if cap:
-        weights = cap * torch.tanh(weights / cap)
-    if attention_mask is not None:
-        weights = (
-            weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
-            if attention_mask.dtype == torch.bool
-            else weights + attention_mask
-        )
-    weights = torch.softmax(weights, -1, dtype=torch.float32).to(v.dtype)
-    out = torch.bmm(weights.view(b * key.shape[1], groups * t, -1), v).view(b, h, t, v.shape[-1])
-    return out.transpose(1, 2).contiguous(), None
-
-
-# --------------------------------------------------------------------------------------------------------------- rows
 
 
 def chat_prompt(tokenizer, system: str, user: str) -> str:
     """A system and a user message up to where the assistant answers."""
     if tokenizer.chat_template is None:
         return f"{system}\n\n{user}\n"
-    return tokenizer.apply_chat_template(
-        [{"role": "system", "content": system}, {"role": "user", "content": user}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    messages = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": user},
+    ]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def input_text(lm: LM, example: Example) -> str:
     """The exact text the model reads before it answers."""
     if lm.form == "cloze":
         return example.text
-    return chat_prompt(
-        lm.tokenizer,
-        data.LETTER_SYSTEM if example.options else data.GENERATE_SYSTEM,
-        example.prompt,
-    )
+    system = data.GENERATE_SYSTEM
+    if example.options:
+        system = data.LETTER_SYSTEM
+    return chat_prompt(lm.tokenizer, system, example.prompt)
 
 
 def encode(lm: LM, text: str) -> list[int]:
-    """Token ids with the tokenizer's own opening token, if it has one, and no closing token."""
-    tok = lm.tokenizer
-    ids = tok(text, add_special_tokens=False)["input_ids"]
-    return [tok.bos_token_id, *ids] if _opens(tok) and not text.startswith(tok.bos_token) else ids
+    """Token ids, with an opening token where the tokenizer puts one, and no closing token."""
+    tokenizer = lm.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # a chat template writes the opening token itself
+    if _opens(tokenizer) and not text.startswith(tokenizer.bos_token):
+        ids = [tokenizer.bos_token_id, *ids]
+    return ids
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def _opens(tokenizer) -> bool:
     """Does it put an opening token first?"""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    first = tokenizer("a")["input_ids"][:1]
+    return first == [tokenizer.bos_token_id]
 
 
 def make_row(lm: LM, example: Example) -> Row:
-    """Tokenise an example as lm-evaluation-harness does: context and continuation together, then cut where the
-    context alone ends; what the options' contexts share becomes the row's context."""
-    answers = example.options or (example.answer,)
-    if lm.form == "letter":
-        text = input_text(lm, example)
-        pairs = [(text, a) for a in answers]
-    elif example.suffix:
-        pairs = [(f"{example.prompt} {o}", example.suffix) for o in answers]
-    else:
-        pairs = [(example.prompt, " " + a) for a in answers]
-    wholes = [encode(lm, c + a) for c, a in pairs]
-    lengths = {
-        c: len(encode(lm, c)) for c in {c for c, _ in pairs}
-    }  # options mostly share one context
-    cuts = [lengths[c] for c, _ in pairs]
-    shared = _common_prefix(wholes, min(min(cuts), min(map(len, wholes)) - 1))
-    drop = max(0, shared - lm.max_tokens)
+    """Tokenise an example as lm-evaluation-harness does.
+
+    Context and continuation are tokenised together, then cut where the context alone ends. The
+    tokens that all options share become the row's context.
+    """
+    pairs = _continuations(lm, example)
+    contexts = {context for context, _ in pairs}  # mostly a single one
+    lengths = {context: len(encode(lm, context)) for context in contexts}
+    ends = [lengths[context] for context, _ in pairs]
+    wholes = [encode(lm, context + answer) for context, answer in pairs]
+
+    # a branch holds every scored token, and one token at least
+    limit = min(ends)
+    for whole in wholes:
+        limit = min(limit, len(whole) - 1)
+    shared = 0
+    while shared < limit and len({whole[shared] for whole in wholes}) == 1:
+        shared += 1
+
+    # too long a context loses its beginning: the question stands at its end
+    first = max(0, shared - lm.max_tokens)
     return Row(
-        tuple(wholes[0][drop:shared]),
-        tuple(tuple(w[shared:]) for w in wholes),
-        tuple(c - shared for c in cuts),
-        tuple(max(1, len(a.strip())) for _, a in pairs),
-        example.gold,
+        context=tuple(wholes[0][first:shared]),
+        branches=tuple(tuple(whole[shared:]) for whole in wholes),
+        starts=tuple(end - shared for end in ends),
+        chars=tuple(max(1, len(answer.strip())) for _, answer in pairs),
+        gold=example.gold,
     )
 
 
-def _common_prefix(sequences: list[list[int]], limit: int) -> int:
-    n = 0
-    while n < limit and len({s[n] for s in sequences}) == 1:
-        n += 1
-    return n
+def _continuations(lm, example):
+    """[(context, scored text)] of every option."""
+    answers = example.options or (example.answer,)
+    if lm.form == "letter":
+        text = input_text(lm, example)
+        return [(text, answer) for answer in answers]
+    # WinoGrande's rule: the option fills the blank, the text behind it is scored
+    if example.suffix:
+        return [(f"{example.prompt} {answer}", example.suffix) for answer in answers]
+    return [(example.prompt, f" {answer}") for answer in answers]
 
 
 def gold_row(row: Row) -> Row:
     """The context with the right answer only, for the language-model loss."""
-    g = row.gold or 0
-    return Row(row.context, (row.branches[g],), (row.starts[g],), (row.chars[g],), 0)
+    gold = row.gold or 0  # a free-form example has one branch and no index
+    one = slice(gold, gold + 1)
+    return Row(row.context, row.branches[one], row.starts[one], row.chars[one], 0)
 
 
 def prompt_row(lm: LM, text: str) -> Row:
     """Unlabelled text as a row without branches."""
-    return Row(tuple(encode(lm, text)[-lm.max_tokens :]), (), (), ())
+    ids = encode(lm, text)[-lm.max_tokens :]
+    return Row(tuple(ids), (), (), ())
 
 
-def plan_batches(rows: list[Row], budget: int) -> list[list[int]]:
-    """Indices grouped by length so that rows x longest stays within `budget` tokens; longest first."""
-    order = sorted(range(len(rows)), key=lambda i: (-rows[i].length, i))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * rows[batches[-1][0]].length <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+def _longest_first(rows):
+    return sorted(range(len(rows)), key=lambda i: -rows[i].length)
+
+
+def plan_batches(rows: list[Row], budget: int, most: float = math.inf):
+    """Row numbers in batches of similar length, longest first.
+
+    Rows times longest stays within `budget` tokens, unless a single row exceeds it.
+    """
+    batches = []
+    room = 0
+    for i in _longest_first(rows):
+        if room <= 0:
+            batches.append([])
+            room = min(most, budget // max(1, rows[i].length))
+        batches[-1].append(i)
+        room -= 1
     return batches
 
 
-def pack(rows: list[Row], device: str) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Lay rows into as few equal sequences as they need (first fit, longest first) and mask them from each other.
+def _similar_lengths(rows, enough):
+    """Row numbers in groups of at least `enough` tokens, longest first.
 
-    Returns: ids (S, T), positions (S, T), mask (S, 1, T, T) bool, and for each row where its tokens start in the
-        flattened (S * T) order. Branches restart at the position where their context ended.
+    Attention costs the square of a group's longest row, so long and short rows are kept apart.
     """
-    width = max(r.length for r in rows)
-    if (
-        torch.is_grad_enabled() and len(rows) > 1
-    ):  # training batches mix lengths: a longer sequence wastes less
+    groups = []
+    missing = 0
+    for i in _longest_first(rows):
+        if missing <= 0:
+            groups.append([])
+            missing = enough
+        groups[-1].append(i)
+        missing -= rows[i].length
+    return groups
+
+
+def pack(rows: list[Row], device: str):
+    """Lay rows into as few sequences of one width as they need, masked from each other.
+
+    Returns: ids (S, T), positions (S, T), mask (S, 1, T, T) bool, and for each row where its
+        tokens start in the flattened (S * T) order.
+    """
+    width = max(row.length for row in rows)
+    # training batches mix lengths: a wider sequence has room for several short rows
+    if torch.is_grad_enabled() and len(rows) > 1:
         width = max(96, width)
-    if torch.device(device).type == "cuda":  # the attention kernels read masks 16 bytes at a time
+    # the GPU's attention kernels read masks 16 bytes at a time
+    if torch.device(device).type == "cuda":
         width += -width % 8
-    used: list[int] = []
+    # as few sequences as possible: padding costs as much as text
+    starts, count = _first_fit(rows, width)
+
+    # of every token: its id, its position, its branch (0 = context), its row
+    laid = torch.zeros(4, count * width, dtype=torch.long)
+    # each padding token is a row of its own: it sees itself, so no softmax is empty
+    laid[3] = len(rows) + torch.arange(count * width)
+    for number, row in enumerate(rows):
+        length = len(row.context)
+        ids = list(row.context)
+        positions = list(range(length))
+        branches = [0] * length
+        for option, branch in enumerate(row.branches, 1):
+            ids += branch
+            # each branch continues the context: positions restart where that ended
+            positions += range(length, length + len(branch))
+            branches += [option] * len(branch)
+        owners = [number] * row.length
+        tokens = torch.tensor([ids, positions, branches, owners])
+        laid[:, starts[number] : starts[number] + row.length] = tokens
+
+    # the mask is T times as large as what it follows from: it is made where it is used
+    laid = runtime.to_device(laid, device).view(4, count, width)
+    ids, positions, branch, owner = laid
+    same_row = owner[:, :, None] == owner[:, None, :]
+    same_branch = branch[:, :, None] == branch[:, None, :]
+    of_context = branch[:, None, :] == 0
+    # a branch sees its row's context and itself, in both no later token
+    mask = same_row & (same_branch | of_context)
+    mask &= torch.ones_like(mask[0]).tril()
+    return ids, positions, mask[:, None], starts
+
+
+def _first_fit(rows, width):
+    """Where each row starts in sequences of `width` tokens laid end to end, and their number.
+
+    The longest row first, each into the first sequence that has room.
+    """
+    used = []
     starts = [0] * len(rows)
-    for i in sorted(range(len(rows)), key=lambda i: -rows[i].length):
-        bin_ = next((b for b, u in enumerate(used) if u + rows[i].length <= width), None)
-        if bin_ is None:
-            bin_ = len(used)
+    for i in _longest_first(rows):
+        length = rows[i].length
+        place = 0
+        while place < len(used) and used[place] + length > width:
+            place += 1
+        if place == len(used):
             used.append(0)
-        starts[i] = bin_ * width + used[bin_]
-        used[bin_] += rows[i].length
-    # seg: branch number in the row (0 = context); own: row number, padding sees only itself
-    laid = torch.zeros(4, len(used) * width, dtype=torch.long)
-    ids, pos, seg, own = laid
-    own[:] = torch.arange(len(used) * width) + len(rows)
-    for i, r in enumerate(rows):
-        n = len(r.context)
-        span = slice(starts[i], starts[i] + r.length)
-        ids[span] = torch.tensor([*r.context, *(t for b in r.branches for t in b)])
-        pos[span] = torch.tensor([*range(n), *(n + j for b in r.branches for j in range(len(b)))])
-        seg[span] = torch.tensor([0] * n + [k + 1 for k, b in enumerate(r.branches) for _ in b])
-        own[span] = i
-    ids, pos, seg, own = runtime.to_device(laid, device).view(
-        4, len(used), width
-    )  # the mask is made where it is used
-    mask = (own[:, :, None] == own[:, None, :]) & (
-        (seg[:, :, None] == seg[:, None, :]) | (seg[:, None, :] == 0)
-    )
-    mask &= torch.ones(width, width, dtype=torch.bool, device=mask.device).tril()
-    return ids, pos, mask[:, None], starts
+        starts[i] = place * width + used[place]
+        used[place] += length
+    return starts, len(used)
 
 
-def hidden_states(lm: LM, rows: list[Row]) -> tuple[Tensor, list[int]]:
+def _packed_attention(module, query, key, value, mask, **options):
+    """Attention over packed rows, in transformers' form.
+
+    Args:
+        query: (B, H, T, D). key, value: (B, H', T, D). mask: boolean, or None.
+    Returns: (B, T, H, D), and None for the weights.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # On a CPU the fused kernel's backward takes ten times the two plain matrix products, at the
+    # lengths trained on here (300 at most). So they are written out there, and only there. The
+    # fused kernel has no cap on its logits either.
+    cap = options.pop("softcap", None)
+    plain = torch.is_grad_enabled() and query.device.type == "cpu" and mask is not None
+    if not cap and not plain:  # most calls
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    # heads that share a key are stacked as more queries of it: the key is never repeated
+    batch, heads, length, dim = query.shape
+    scaling = options.get("scaling") or dim**-0.5
+    keys = key.flatten(0, 1)
+    values = value.flatten(0, 1)
+    queries = (query * scaling).reshape(len(keys), -1, dim)
+    weights = torch.bmm(queries, keys.transpose(1, 2))
+
+    weights = weights.view(batch, heads, length, -1)
+    if cap:
+        weights = cap * torch.tanh(weights / cap)
+    if mask is not None:
+        lowest = torch.finfo(weights.dtype).min
+        weights = weights.masked_fill(~mask, lowest)
+    # in float32, whatever the model computes in
+    weights = torch.softmax(weights, -1, dtype=torch.float32)
+
+    weights = weights.to(values.dtype).view(len(keys), -1, values.shape[1])
+    out = torch.bmm(weights, values).view(batch, heads, length, -1)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def hidden_states(lm: LM, rows: list[Row]):
     """(S * T, d) final hidden states after the last norm, and where each row starts in them."""
     lm.forwards += len(rows)
-    lm.backwards += len(rows) * torch.is_grad_enabled()
-    flat, starts, at = [], [0] * len(rows), 0
-    enough = 512 if lm.model.device.type == "cpu" else lm.budget
+    if torch.is_grad_enabled():
+        lm.backwards += len(rows)
+
+    # on a CPU a matrix product gets no faster beyond a few hundred tokens
+    enough = lm.budget
+    if lm.model.device.type == "cpu":
+        enough = 512
+
+    # without the head, which `branch_logprobs` applies where it is needed
+    decoder = lm.model.get_decoder()
+    states = []
+    starts = [0] * len(rows)
+    offset = 0
     for group in _similar_lengths(rows, enough):
-        ids, pos, mask, begins = pack([rows[i] for i in group], lm.model.device)
-        out = lm.model.get_decoder()(
-            ids, attention_mask=mask, position_ids=pos, use_cache=False
-        ).last_hidden_state
-        flat.append(out.view(-1, out.shape[-1]))
+        members = [rows[i] for i in group]
+        ids, positions, mask, begins = pack(members, lm.model.device)
+        out = decoder(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        states.append(out.last_hidden_state.flatten(0, 1))
         for i, begin in zip(group, begins, strict=True):
-            starts[i] = at + begin
-        at += ids.numel()
-    return (torch.cat(flat) if len(flat) > 1 else flat[0]), starts
+            starts[i] = offset + begin
+        offset += ids.numel()
 
-
-def _similar_lengths(rows: list[Row], enough: int) -> list[list[int]]:
-    """Row numbers in groups of at least `enough` tokens, longest first: attention costs the square of a group's longest
-    row, and on a CPU a matrix product gets no faster beyond a few hundred tokens."""
-    groups: list[list[int]] = []
-    size = enough
-    for i in sorted(range(len(rows)), key=lambda i: -rows[i].length):
-        if size >= enough:
-            groups.append([])
-            size = 0
-        groups[-1].append(i)
-        size += rows[i].length
-    return groups
+    if len(states) == 1:  # mostly, and then nothing is copied
+        return states[0], starts
+    return torch.cat(states), starts
 
 
 def project(lm: LM, hidden: Tensor) -> Tensor:
     """(…, d) hidden states -> (…, V) logits, float32 at least."""
     logits = lm.model.get_output_embeddings()(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    cap = getattr(lm.model.config, "final_logit_softcapping", None)
-    return cap * torch.tanh(logits / cap) if cap else logits
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(wide)
+    cap = getattr(lm.model.config, "final_logit_softcapping", None)  # Gemma 2
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
 
-def scored_positions(rows: list[Row], starts: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """(flat position whose logits predict, target id, branch number over all rows) of every scored token."""
-    where, target, branch, n = [], [], [], 0
-    for r, start in zip(rows, starts, strict=True):
-        last, at = start + len(r.context) - 1, start + len(r.context)
-        for b, first in zip(r.branches, r.starts, strict=True):
-            for j in range(first, len(b)):
-                where.append(at + j - 1 if j else last)
-                target.append(b[j])
-                branch.append(n)
-            at, n = at + len(b), n + 1
-    return where, target, branch
+def _scored_positions(rows, starts):
+    """(3, n) of every scored token: where it is predicted from, its id, its branch.
+
+    Branches are numbered over all rows. A token is predicted from the token before it.
+    """
+    where = []
+    targets = []
+    branches = []
+    number = 0
+    for row, start in zip(rows, starts, strict=True):
+        begin = start + len(row.context)
+        end_of_context = begin - 1
+        for branch, first in zip(row.branches, row.starts, strict=True):
+            size = len(branch)
+            before = [end_of_context, *range(begin, begin + size)]
+            where += before[first:size]
+            targets += branch[first:]
+            branches += [number] * (size - first)
+            begin += size
+            number += 1
+    return torch.tensor([where, targets, branches], dtype=torch.long)
 
 
-def branch_logprobs(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int]) -> list[Tensor]:
-    """Summed log-probability of each branch, one (options,) tensor per row."""
-    where, target, branch = scored_positions(rows, starts)
-    where, target, branch = runtime.to_device(torch.tensor([where, target, branch]), hidden.device)
-    picked = -F.cross_entropy(project(lm, hidden[where]), target, reduction="none")
-    sums = picked.new_zeros(sum(len(r.branches) for r in rows))
-    return list(sums.index_add(0, branch, picked).split([len(r.branches) for r in rows]))
+def branch_logprobs(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int]):
+    """[(options,)] tensors, one per row: the summed log-probability of each branch."""
+    positions = _scored_positions(rows, starts)
+    where, targets, branch = runtime.to_device(positions, hidden.device)
+
+    # the head at answer positions only: over whole rows it would cost more than the model
+    logits = project(lm, hidden[where])
+    picked = -F.cross_entropy(logits, targets, reduction="none")
+    options = [len(row.branches) for row in rows]
+    sums = picked.new_zeros(sum(options))
+    sums = sums.index_add(0, branch, picked)
+    return list(sums.split(options))
 
 
+@torch.no_grad()
 def score_examples(
     lm: LM,
     adapter: Adapter | None,
     examples: list[Example],
     *,
-    layout: Layout | None = None,
     slot: tuple[int, float] | None = None,
 ) -> list[Scores]:
     """Score every option of every example.
 
-    Args: slot: (steps, lr) of latent steering, or None.
+    Args:
+        slot: (steps, lr) of latent steering, or None.
     """
-    rows = [make_row(lm, e) for e in examples]
-    batches, sums = plan_batches(rows, lm.budget), []
-    lora.swap_adapter(lm.model, layout or lm.layout, adapter)
+    if not examples:
+        return []
+    rows = [make_row(lm, example) for example in examples]
+    sums = [None] * len(rows)
+    lora.swap_adapter(lm.model, lm.layout, adapter)
     try:
-        with torch.no_grad():
-            for batch in batches:
-                group = [rows[i] for i in batch]
-                hidden, starts = hidden_states(lm, group)
-                if slot is not None:
-                    deltas = slot_deltas(lm, group, hidden, starts, *slot).to(hidden.dtype)
-                    for delta, start, row in zip(deltas, starts, group, strict=True):
-                        hidden[start : start + row.length] += delta
-                sums += branch_logprobs(lm, group, hidden, starts)
+        for batch in plan_batches(rows, lm.budget):
+            group = [rows[i] for i in batch]
+            hidden, starts = hidden_states(lm, group)
+            if slot is not None:
+                # each question's own vector on all its states, context and options
+                deltas = slot_deltas(lm, group, hidden, starts, *slot).to(hidden.dtype)
+                for delta, start, row in zip(deltas, starts, group, strict=True):
+                    hidden[start : start + row.length] += delta
+            found = branch_logprobs(lm, group, hidden, starts)
+            for i, values in zip(batch, found, strict=True):
+                sums[i] = values
     finally:
         lora.clear_adapters(lm.model)
-    out: list[Scores | None] = [None] * len(rows)
-    values = iter(
-        torch.cat(sums).tolist() if sums else []
-    )  # one wait for the device, for all batches
-    for i in (i for batch in batches for i in batch):
-        raw = tuple(islice(values, len(rows[i].branches)))
-        out[i] = Scores(raw, tuple(s / c for s, c in zip(raw, rows[i].chars, strict=True)))
-    return out
+
+    # one wait for the device, for all batches
+    options = [len(row.branches) for row in rows]
+    sums = torch.cat(sums).cpu().split(options)
+    scores = []
+    for row, values in zip(rows, sums, strict=True):
+        raw = values.tolist()
+        norm = [value / chars for value, chars in zip(raw, row.chars, strict=True)]
+        scores.append(Scores(tuple(raw), tuple(norm)))
+    return scores
+
+
+def lm_loss(lm: LM, rows: list[Row]) -> Tensor:
+    """Mean over examples of the mean NLL of the right answer's tokens. () float32."""
+    answers = [gold_row(row) for row in rows]
+    return _mean_nll(lm, answers).mean()
+
+
+def prompt_nll(lm: LM, rows: list[Row]) -> Tensor:
+    """(B,) mean token NLL of each row's context: ln of the input perplexity (TEMPO, eq. 6)."""
+    texts = []
+    for row in rows:
+        # all that follows the first token is scored, as if it were an answer
+        branch = row.context[1:]
+        texts.append(Row(row.context[:1], (branch,), (0,), (1,)))
+    return _mean_nll(lm, texts)
+
+
+def _mean_nll(lm, rows):
+    """(B,) mean NLL of the scored tokens of rows with one branch each."""
+    hidden, starts = hidden_states(lm, rows)
+    sums = torch.cat(branch_logprobs(lm, rows, hidden, starts))
+    lengths = torch.tensor([max(1, _scored(row, 0)) for row in rows])
+    return -sums / runtime.to_device(lengths, sums.device)
+
+
+def choice_loss(lm: LM, rows: list[Row]) -> Tensor:
+    """`lm_loss` plus the cross-entropy of the right option, a mean over examples.
+
+    The softmax is over the options' raw log-probabilities.
+    """
+    hidden, starts = hidden_states(lm, rows)
+    scores = branch_logprobs(lm, rows, hidden, starts)
+    total = 0.0
+    for row, sums in zip(rows, scores, strict=True):
+        nll = -sums[row.gold] / _scored(row, row.gold)
+        choice = F.log_softmax(sums, -1)[row.gold]
+        total = total + nll - choice
+    return total / len(rows)
+
+
+def _scored(row, branch):
+    """Scored tokens of a branch."""
+    return len(row.branches[branch]) - row.starts[branch]
+
+
+def part_tokens(budget: int, all_scored: bool = False) -> int:
+    """Tokens a GPU trains on at once; fewer where the loss needs the logits of every one."""
+    tokens = budget // 2
+    if all_scored:
+        tokens = budget // 4
+    return max(1024, tokens)
+
+
+def parts_of(lm: LM, rows: list[Row], all_scored: bool = False):
+    """Rows in the parts that a training step takes one after the other, for a GPU's memory.
+
+    On a CPU all at once.
+    """
+    if lm.model.device.type == "cpu":
+        return [rows]
+    tokens = part_tokens(lm.budget, all_scored)
+    parts = []
+    for batch in plan_batches(rows, tokens):
+        parts.append([rows[i] for i in batch])
+    return parts
+
+
+def loss_in_parts(lm: LM, rows: list[Row], loss_fn):
+    """Yield (sum, count) of each part of a loss that is a mean over rows.
+
+    `AdapterTrainer.backward` takes them.
+    """
+    parts = parts_of(lm, rows)
+    if len(parts) == 1:
+        yield loss_fn(lm, rows), 1
+        return
+    for part in parts:
+        yield len(part) * loss_fn(lm, part), len(part)
 
 
 def slot_deltas(
@@ -408,119 +589,76 @@ def slot_deltas(
 ) -> Tensor:
     """(B, d) float32 latent-steering vectors, one per row, optimised on the row's context alone.
 
-    Implements: SLOT (paper T, Algorithm 3). The loss is the mean NLL of the context's tokens 2..n; its gradient is
-    W^T mean(p - y), and logits(delta) = z0 + W delta with z0 cached, so no autograd runs through the head.
-    Differs: mean instead of sum (docs/choices.md, 8); AdamW betas (0.9, 0.999), eps 1e-5, decay 1e-8 as in the
-    reference code.
+    The loss is the mean NLL of the context's tokens 2..n, with a vector added to their states.
+
+    Implements: SLOT (TEMPO, Algorithm 3). Differs: mean instead of sum (docs/choices.md, 8).
+        AdamW's betas (0.9, 0.999), eps 1e-5 and decay 1e-8 are the reference code's.
     """
-    w = lm.model.get_output_embeddings().weight
+    weight = lm.model.get_output_embeddings().weight
     deltas = torch.zeros(len(rows), hidden.shape[-1], device=hidden.device)
-    live = [i for i, r in enumerate(rows) if len(r.context) > 1]
+    live = [i for i, row in enumerate(rows) if len(row.context) > 1]
     if not live or not steps:
         return deltas
-    base, y = [], torch.stack([w[list(rows[i].context[1:])].float().mean(0) for i in live])
-    for i in (
-        live
-    ):  # exp(z0), scaled to 1 at each position's largest logit: the only pass of exp over (n, V)
-        z0 = project(lm, hidden[starts[i] : starts[i] + len(rows[i].context) - 1])
-        base.append(z0.sub_(z0.amax(1, keepdim=True)).exp_())
+
+    # The head is linear: logits(delta) = z0 + W delta, and the loss's gradient is
+    # W^T mean(p - y). So z0 and W^T mean(y) are computed once, and no autograd runs.
+    targets = []
+    bases = []
+    for i in live:
+        context = rows[i].context
+        following = list(context[1:])
+        targets.append(weight[following].float().mean(0))
+        end = starts[i] + len(following)
+        logits = project(lm, hidden[starts[i] : end])
+        # exp over (n, V) once, not at every step: exp(z0 + W delta) = exp(z0) exp(W delta);
+        # the largest logit of each position is taken off, so that nothing overflows
+        logits -= logits.amax(1, keepdim=True)
+        bases.append(logits.exp_())
+    target = torch.stack(targets)
+
+    # AdamW on all rows' vectors at once
     delta = deltas[live]
-    m, v = torch.zeros_like(delta), torch.zeros_like(delta)
-    for t in range(1, steps + 1):
-        shift = F.linear(delta.to(w.dtype), w).float()
-        shift = shift.sub_(shift.amax(1, keepdim=True)).exp_()
-        g = F.linear(_mean_softmax(base, shift).to(w.dtype), w.t()).float() - y
-        m.mul_(0.9).add_(g, alpha=0.1)
-        v.mul_(0.999).addcmul_(g, g, value=0.001)
+    mean = torch.zeros_like(delta)
+    square = torch.zeros_like(delta)
+    for step in range(1, steps + 1):
+        shift = F.linear(delta.to(weight.dtype), weight).float()
+        shift -= shift.amax(1, keepdim=True)
+        expected = _mean_softmax(bases, shift.exp_())
+        gradient = F.linear(expected.to(weight.dtype), weight.t()).float()
+        gradient -= target
+        mean.mul_(0.9).add_(gradient, alpha=0.1)
+        square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        corrected = mean / (1 - 0.9**step)
+        root = (square / (1 - 0.999**step)).sqrt()
         delta.mul_(1 - lr * 1e-8)
-        delta.addcdiv_(m / (1 - 0.9**t), (v / (1 - 0.999**t)).sqrt() + 1e-5, value=-lr)
+        delta.addcdiv_(corrected, root + 1e-5, value=-lr)
     deltas[live] = delta
     return deltas
 
 
-def _mean_softmax(bases: list[Tensor], shifts: Tensor) -> Tensor:
-    """(B, V) means over positions of softmax(log base + log shift), from B of (n, V) and (B, V): two matrix-vector
-    products each."""
-    out, least = [], []
+def _mean_softmax(bases, shifts):
+    """(B, V) means over positions of softmax(log base + log shift).
+
+    Args:
+        bases: B of (n, V). shifts: (B, V).
+    """
+    means = []
+    lowest = []
     for base, shift in zip(bases, shifts, strict=True):
-        total = base @ shift
-        least.append(total.min())
-        out.append((total.reciprocal() @ base) * shift / len(base))
-    for i, low in enumerate(torch.stack(least).tolist()):  # one wait for the device
-        if (
-            low < 1e-30
-        ):  # a steering far from the base model's answers: too small for float32, use logs
-            logits = bases[i].clamp_min(1e-38).log() + shifts[i].clamp_min(1e-38).log()
-            out[i] = torch.softmax(logits, -1).mean(0)
-    return torch.stack(out)
+        # two matrix-vector products, and no (n, V) tensor is written
+        totals = base @ shift
+        shares = totals.reciprocal() @ base
+        means.append(shares * shift / len(base))
+        lowest.append(totals.min())
 
-
-# ------------------------------------------------------------------------------------------------------------- losses
-
-
-def lm_loss(lm: LM, rows: list[Row]) -> Tensor:
-    """Mean over examples of the mean NLL of the right answer's tokens. () float32."""
-    rows = [gold_row(r) for r in rows]
-    sums = torch.cat(branch_logprobs(lm, rows, *hidden_states(lm, rows)))
-    lengths = runtime.to_device(
-        torch.tensor([len(r.branches[0]) - r.starts[0] for r in rows]), sums.device
-    )
-    return -(sums / lengths).mean()
-
-
-def choice_loss(lm: LM, rows: list[Row]) -> Tensor:
-    """`lm_loss` plus the cross-entropy of the right option under a softmax over the options' raw log-probabilities."""
-    total, golds = 0.0, runtime.to_device(torch.tensor([[r.gold] for r in rows]), lm.model.device)
-    for sums, gold, r in zip(
-        branch_logprobs(lm, rows, *hidden_states(lm, rows)), golds, rows, strict=True
-    ):
-        nll = -sums[r.gold] / (len(r.branches[r.gold]) - r.starts[r.gold])
-        total = total + nll + F.cross_entropy(sums[None], gold)
-    return total / len(rows)
-
-
-def part_tokens(budget: int, all_scored: bool = False) -> int:
-    """Tokens of a batch that a GPU trains on at once; fewer where the loss needs the logits of every one."""
-    return max(1024, budget // (4 if all_scored else 2))
-
-
-def parts_of(lm: LM, rows: list[Row], all_scored: bool = False) -> list[list[Row]]:
-    """Rows in the parts that a training step takes one after the other, for a GPU's memory; on a CPU all at once."""
-    if lm.model.device.type == "cpu":
-        return [rows]
-    return [
-        [rows[i] for i in part] for part in plan_batches(rows, part_tokens(lm.budget, all_scored))
-    ]
-
-
-def loss_in_parts(lm: LM, rows: list[Row], loss_fn):
-    """A loss that is a mean over rows as `train_adapter` takes it: whole, or (sum, count) of one part after another."""
-    parts = parts_of(lm, rows)
-    return (
-        loss_fn(lm, rows) if len(parts) == 1 else ((len(p) * loss_fn(lm, p), len(p)) for p in parts)
-    )
-
-
-def prompt_nll(lm: LM, rows: list[Row]) -> Tensor:
-    """(B,) mean token NLL of each row's context: ln of the input perplexity (paper T, eq. 6)."""
-    hidden, starts = hidden_states(lm, rows)
-    which = torch.tensor(
-        [i for i, r in enumerate(rows) for _ in r.context[1:]],
-        dtype=torch.long,
-        device=hidden.device,
-    )
-    where = [
-        start + j for r, start in zip(rows, starts, strict=True) for j in range(len(r.context) - 1)
-    ]
-    target = torch.tensor(
-        [t for r in rows for t in r.context[1:]], dtype=torch.long, device=hidden.device
-    )
-    nll = F.cross_entropy(project(lm, hidden[where]), target, reduction="none")
-    sums = torch.zeros(len(rows), device=hidden.device).index_add(0, which, nll)
-    return sums / torch.tensor([max(1, len(r.context) - 1) for r in rows], device=hidden.device)
-
-
-# --------------------------------------------------------------------------------------------------------- generation
+    # far from the base model's answers the totals are too small for float32: take logarithms
+    lowest = torch.stack(lowest).tolist()  # one wait for the device
+    for i, low in enumerate(lowest):
+        if low < 1e-30:
+            logits = bases[i].clamp_min(1e-38).log()
+            logits += shifts[i].clamp_min(1e-38).log()
+            means[i] = torch.softmax(logits, -1).mean(0)
+    return torch.stack(means)
 
 
 @torch.no_grad()
@@ -529,119 +667,132 @@ def generate_answers(
     adapter: Adapter | None,
     examples: list[Example],
     max_new_tokens: int,
-    batch_size: int = 0,
 ) -> list[str]:
-    """Greedy answers, longest inputs first, left-padded, `batch_size` at most (0 = 16 on a CPU, else 128) and four
-    times `lm.budget` tokens."""
-    batch_size = batch_size or (16 if lm.model.device.type == "cpu" else 128)
-    texts = [input_text(lm, e) for e in examples]
-    ids = [encode(lm, t)[-lm.max_tokens :] for t in texts]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    pad = (
-        lm.tokenizer.pad_token_id
-        if lm.tokenizer.pad_token_id is not None
-        else lm.tokenizer.eos_token_id
-    )
-    out = [""] * len(ids)
+    """Greedy answers, one per example."""
+    most = 128
+    if lm.model.device.type == "cpu":
+        most = 16
+    texts = [input_text(lm, example) for example in examples]
+    rows = [prompt_row(lm, text) for text in texts]
+    answers = [""] * len(rows)
     lora.swap_adapter(lm.model, lm.layout, adapter)
     try:
-        at = 0
-        while at < len(order):
-            width = len(ids[order[at]])
-            batch = order[at : at + max(1, min(batch_size, 4 * lm.budget // max(1, width)))]
-            at += len(batch)
-            x = torch.tensor(
-                [[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=lm.model.device
-            )
-            mask = torch.tensor(
-                [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=x.device
-            )
+        # no gradients, no logits of whole rows: four times as many tokens fit
+        for batch in plan_batches(rows, 4 * lm.budget, most):
             lm.forwards += len(batch)
-            y = lm.model.generate(
-                x,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                repetition_penalty=1.0,
-                pad_token_id=pad,
-            )  # a checkpoint may ship another
-            for i, text in zip(
-                batch,
-                lm.tokenizer.batch_decode(y[:, width:], skip_special_tokens=True),
-                strict=True,
-            ):
-                out[i] = text
+            prompts = [rows[i].context for i in batch]
+            written = _continue(lm, prompts, max_new_tokens)
+            for i, answer in zip(batch, written, strict=True):
+                answers[i] = answer
     finally:
         lora.clear_adapters(lm.model)
-    return out
+    return answers
+
+
+def _continue(lm, prompts, max_new_tokens):
+    """The greedy continuations of tokenised prompts."""
+    pad = lm.tokenizer.pad_token_id
+    if pad is None:
+        pad = lm.tokenizer.eos_token_id
+
+    # padding on the left: every answer begins in the same column
+    prompts = [torch.tensor(prompt) for prompt in prompts]
+    marks = [torch.ones_like(prompt) for prompt in prompts]
+    ids = pad_sequence(prompts, True, pad, padding_side="left")
+    mask = pad_sequence(marks, True, 0, padding_side="left")
+    whole = lm.model.generate(
+        ids.to(lm.model.device),
+        attention_mask=mask.to(lm.model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,  # a checkpoint may ship another
+        pad_token_id=pad,
+    )
+    answers = whole[:, ids.shape[1] :]
+    return lm.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def parse_letter(text: str, num_options: int, strict: bool) -> int | None:
     """The option a generated answer names, or None.
 
-    Strict: the answer opens with the bracketed letter, as the prompt asks. Lenient: the first bracketed option
-    anywhere, else the first standalone letter or, for options 1..4, digit.
+    Strict: the answer opens with the bracketed letter, as the prompt asks. Lenient: the first
+    bracketed option anywhere, else the first letter or digit that stands alone.
     """
-    letters, digits = "ABCDEFGHIJ"[:num_options], f"1-{min(num_options, 9)}"
-    pattern = (
-        rf"\s*\[([{letters}])\]" if strict else rf"\[\s*([{letters}{letters.lower()}{digits}])\s*\]"
-    )
-    found = re.match(pattern, text) if strict else re.search(pattern, text)
-    if found is None and not strict:
-        found = re.search(rf"(?<![A-Za-z0-9])([{letters}{digits}])(?![A-Za-z0-9'])", text)
-    if found is None:
+    letters = "ABCDEFGHIJ"[:num_options]
+    digits = f"1-{min(num_options, 9)}"
+    if strict:
+        found = re.match(rf"\s*\[([{letters}])\]", text)
+    else:
+        bracketed = rf"\[\s*([{letters}{letters.lower()}{digits}])\s*\]"
+        alone = rf"(?<![A-Za-z0-9])([{letters}{digits}])(?![A-Za-z0-9'])"
+        found = re.search(bracketed, text) or re.search(alone, text)
+    if not found:
         return None
-    c = found[1].upper()
-    return int(c) - 1 if c.isdigit() else letters.index(c)
+    option = found[1].upper()
+    if option.isdigit():
+        return int(option) - 1
+    return letters.index(option)
 
 
 def match_answer(text: str, answer: str, strict: bool) -> bool:
-    """Exact match of a generated number or expression. Strict: after `####`; lenient: the last number or box too."""
+    """Exact match of a generated number or expression.
 
-    def clean(s):
-        return re.sub(r"[\s$,]|\\left|\\right|\\!|\.$", "", s).strip()
-
+    Strict: the answer stands after `####`. Lenient: the last box or the last number counts too.
+    """
+    wanted = _bare(answer)
     marked = re.search(r"####\s*(.+)", text)
     if marked:
-        return clean(marked[1]) == clean(answer)
+        return _bare(marked[1]) == wanted
     if strict:
         return False
-    guess = data.last_boxed(text) or next(iter(re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)[::-1]), "")
-    return bool(guess) and clean(guess) == clean(answer)
+    guess = data.last_boxed(text)
+    if not guess:
+        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+        guess = "".join(numbers[-1:])
+    return guess != "" and _bare(guess) == wanted
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
+def _bare(text: str) -> str:
+    """Without what makes no difference: spaces, commas, $, LaTeX's sizes, a full stop."""
+    return re.sub(r"[\s$,]|\\left|\\right|\\!|\.$", "", text).strip()
 
 
 def accuracy(scores: list[Scores], examples: list[Example], metric: str) -> float:
-    return sum(s.pick(metric) == e.gold for s, e in zip(scores, examples, strict=True)) / len(
-        examples
-    )
+    correct = judge(scores, examples, metric)["correct"]
+    return sum(correct) / len(correct)
 
 
-def gold_logprob(scores: list[Scores], examples: list[Example], metric: str) -> list[float]:
+def gold_logprob(scores: list[Scores], examples: list[Example], metric: str):
     """Log-probability of each example's right option under a softmax over its options."""
-    out = []
-    for s, e in zip(scores, examples, strict=True):
-        v = s.of(metric)
-        top = max(v)
-        out.append(v[e.gold] - top - math.log(sum(math.exp(x - top) for x in v)))
-    return out
+    found = []
+    for score, example in zip(scores, examples, strict=True):
+        values = score.of(metric)
+        top = max(values)  # off every value: no exponential overflows, one of them is 1
+        total = sum(math.exp(value - top) for value in values)
+        shifted = values[example.gold] - top
+        found.append(shifted - math.log(total))
+    return found
 
 
-def judge(scores: list[Scores], examples: list[Example], metric: str) -> dict[str, list]:
+def judge(scores: list[Scores], examples: list[Example], metric: str):
     """What labels say about scores, one entry per example: `correct` (0 or 1) and `gold_logp`."""
-    return {
-        "correct": [int(s.pick(metric) == e.gold) for s, e in zip(scores, examples, strict=True)],
-        "gold_logp": [round(x, 6) for x in gold_logprob(scores, examples, metric)],
-    }
+    correct = []
+    for score, example in zip(scores, examples, strict=True):
+        right = score.pick(metric) == example.gold
+        correct.append(int(right))
+    logprobs = gold_logprob(scores, examples, metric)
+    rounded = [round(value, 6) for value in logprobs]
+    return {"correct": correct, "gold_logp": rounded}
 
 
-def compare(new: dict[str, list], old: dict[str, list]) -> dict:
-    """Wins, losses and the gain in mean gold log-probability of one judgement over another of the same examples."""
-    pairs = list(zip(new["correct"], old["correct"], strict=True))
+def compare(new: dict, old: dict) -> dict:
+    """Of two judgements of the same examples: wins, losses, gain in mean gold log-probability."""
+    changes = []
+    for after, before in zip(new["correct"], old["correct"], strict=True):
+        changes.append(after - before)
+    gain = sum(new["gold_logp"]) - sum(old["gold_logp"])
     return {
-        "wins": sum(n > o for n, o in pairs),
-        "losses": sum(n < o for n, o in pairs),
-        "gold_logp_gain": (sum(new["gold_logp"]) - sum(old["gold_logp"])) / len(pairs),
+        "wins": changes.count(1),
+        "losses": changes.count(-1),
+        "gold_logp_gain": gain / len(changes),
     }

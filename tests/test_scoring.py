@@ -500,7 +500,7 @@ def test_greedy_answers_equal_generate(tiny_lm, plain):
     """Left-padded batches give what transformers' greedy search gives for each prompt alone, in the
     order asked."""
     examples = [dataclasses.replace(e, suffix="") for e in EXAMPLES]
-    got = generate_answers(tiny_lm, None, examples, 12, batch_size=3)
+    got = generate_answers(tiny_lm, None, examples, 12)
     for e, text in zip(examples, got, strict=True):
         ids = torch.tensor([encode(tiny_lm, e.prompt)])
         out = plain.generate(
