@@ -1,5 +1,4 @@
-"""Scoring: packed rows against one plain forward pass per option, lm-evaluation-harness' rule, steering,
-generation."""
+"""Scoring: packed rows against one plain forward pass per option, losses, steering, generation."""
 
 import dataclasses
 import math
@@ -9,517 +8,464 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lora import random_adapter
+from test_lora import is_bare, random_adapter
 
+import data
+import lora
+import scoring
 from config import UserError, load_config
-from data import Example, make_example, read_records
-from lora import LoraLinear, attach_lora, find_layout, swap_adapter
-from scoring import (
-    LM,
-    Row,
-    Scores,
-    _mean_softmax,
-    accuracy,
-    branch_logprobs,
-    chat_prompt,
-    choice_loss,
-    compare,
-    encode,
-    generate_answers,
-    gold_logprob,
-    gold_row,
-    hidden_states,
-    input_text,
-    judge,
-    lm_loss,
-    load_base,
-    make_row,
-    match_answer,
-    pack,
-    parse_letter,
-    parts_of,
-    plan_batches,
-    project,
-    prompt_nll,
-    prompt_row,
-    score_examples,
-    slot_deltas,
-)
+from data import Example
+from scoring import LM, Row, Scores
 
+LONG = "Question: " + "the market and the bridge, " * 12 + "where?\nAnswer:"
+STONE = "Question: which stone is here?\nAnswer:"
+FELL = "The engine fell on the window as"
 EXAMPLES = [
-    Example(
-        "1",
-        "Question: which stone is here?\nAnswer:",
-        ("river", "forest and a very long engine", "x"),
-        1,
-        "",
-    ),
-    Example("2", "Is it", ("a", "bb"), 0, ""),
-    Example(
-        "3",
-        "Question: " + "the market and the bridge, " * 12 + "where?\nAnswer:",
-        ("the mirror", "the ladder"),
-        1,
-        "",
-    ),
-    Example(
-        "4", "The engine fell on the window as", ("the engine", "the window"), 0, "", " was heavy."
-    ),
-    Example("5", "Pick", ("silver", "silver and copper", "silver", "si", "garden"), 4, ""),
+    Example("1", STONE, ("river", "forest and a very long engine", "x"), 1),
+    Example("2", "Is it", ("a", "bb"), 0),
+    Example("3", LONG, ("the mirror", "the ladder"), 1),
+    Example("4", FELL, ("the engine", "the window"), 0, "", " was heavy."),
+    Example("5", "Pick", ("silver", "silver and copper", "silver", "si", "garden"), 4),
 ]
+
+
+def plain_model(folder):
+    """The model as transformers alone loads it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
 
 
 @pytest.fixture
 def plain(tiny_model_dir):
-    """The tiny model as transformers alone loads it."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        tiny_model_dir, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    return plain_model(tiny_model_dir)
 
 
-def pairs_of(e: Example) -> list[tuple[str, str]]:
-    """(context, continuation) of every option as written, WinoGrande's with the option in the context."""
-    return [(f"{e.prompt} {o}", e.suffix) if e.suffix else (e.prompt, " " + o) for o in e.options]
+def pairs_of(e):
+    """(context, continuation) of every option as written, WinoGrande's with the option in front."""
+    if e.suffix:
+        return [(f"{e.prompt} {option}", e.suffix) for option in e.options]
+    return [(e.prompt, f" {option}") for option in e.options]
 
 
 @torch.no_grad()
-def loglikelihood(model, tokenizer, context: str, continuation: str) -> float:
-    """lm-evaluation-harness, HFLM: encode the whole and the context, one full forward, sum over the
-    continuation."""
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
-        context, continuation = context[:-spaces], context[-spaces:] + continuation
+def loglikelihood(model, tokenizer, context, continuation):
+    """lm-evaluation-harness, HFLM: the whole and the context encoded, one forward, a sum."""
+    stripped = context.rstrip()
     whole = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
-    cut = len(tokenizer(context, add_special_tokens=False)["input_ids"])
+    cut = len(tokenizer(stripped, add_special_tokens=False)["input_ids"])
     logp = F.log_softmax(model(torch.tensor([whole[:-1]])).logits[0].float(), -1)
     target = torch.tensor(whole[cut:])
     return logp[-len(target) :].gather(1, target[:, None]).sum().item()
 
 
-def assert_close(scores: list[Scores], expected: list[list[float]], atol: float) -> None:
-    for s, e in zip(scores, expected, strict=True):
-        assert s.raw == pytest.approx(e, abs=atol)
+def expected_scores(model, tokenizer, examples=EXAMPLES):
+    """The log-likelihood of every option, each alone in a plain model."""
+    found = []
+    for e in examples:
+        found.append([loglikelihood(model, tokenizer, *pair) for pair in pairs_of(e)])
+    return found
 
 
-# ------------------------------------------------------------------------------------- packed = separate
+def assert_close(scores, expected, atol):
+    for found, values in zip(scores, expected, strict=True):
+        assert found.raw == pytest.approx(values, abs=atol)
+
+
+@pytest.fixture
+def alone(plain, tiny_lm):
+    """What the tiny model says of every option of EXAMPLES, each alone."""
+    return expected_scores(plain, tiny_lm.tokenizer)
+
+
+@pytest.fixture
+def rows(tiny_lm):
+    return [scoring.make_row(tiny_lm, e) for e in EXAMPLES]
+
+
+def score(lm, adapter=None, examples=EXAMPLES, **more):
+    return scoring.score_examples(lm, adapter, examples, **more)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_packed_scores_equal_separate_forwards(kind, tiny_architecture):
-    """Options of one row and rows of one batch, of any length, score as if each were alone in a plain model,
-    in every architecture."""
-    from transformers import AutoModelForCausalLM
-
+    """Options and rows of one batch score as if each were alone in a plain model, of any kind."""
     folder = tiny_architecture(kind)
-    model, tokenizer = load_base(str(folder), "main", torch.float32, "cpu")
-    layout = find_layout(model, 4, 8, 16, ["q_proj", "v_proj"])
-    attach_lora(model, layout)
-    ref = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    expected = [[loglikelihood(ref, tokenizer, *p) for p in pairs_of(e)] for e in EXAMPLES]
-    assert_close(
-        score_examples(LM(model, tokenizer, layout, budget=4096), None, EXAMPLES), expected, 1e-3
-    )
-    assert max(abs(a - b) for e in expected for a, b in zip(e, e[1:], strict=False)) > 1
+    model, tokenizer = scoring.load_base(str(folder), "main", torch.float32, "cpu")
+    layout = lora.find_layout(model, 4, 8, 16, ["q_proj", "v_proj"])
+    lora.attach_lora(model, layout)
+    expected = expected_scores(plain_model(folder), tokenizer)
+    assert_close(score(LM(model, tokenizer, layout, budget=4096)), expected, 1e-3)
+    gaps = [abs(a - b) for values in expected for a, b in zip(values, values[1:], strict=False)]
+    assert max(gaps) > 1
 
 
 @pytest.mark.parametrize("budget", [1, 128, 4096])
-def test_batch_composition_does_not_matter(tiny_lm, plain, budget):
+def test_batch_composition_does_not_matter(tiny_lm, alone, budget):
     """Whatever shares the batch, whatever the order, a row's scores stay."""
-    expected = {
-        e.id: [loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)] for e in EXAMPLES
-    }
     tiny_lm.budget = budget
     for seed in range(2):
-        order = random.Random(seed).sample(EXAMPLES * 2, len(EXAMPLES) * 2)
-        assert_close(score_examples(tiny_lm, None, order), [expected[e.id] for e in order], 1e-4)
-    assert_close(score_examples(tiny_lm, None, EXAMPLES[3:4]), [expected["4"]], 1e-4)
+        order = random.Random(seed).sample([0, 1, 2, 3, 4] * 2, 10)
+        found = score(tiny_lm, examples=[EXAMPLES[i] for i in order])
+        assert_close(found, [alone[i] for i in order], 1e-4)
+    assert_close(score(tiny_lm, examples=EXAMPLES[3:4]), alone[3:4], 1e-4)
+    assert score(tiny_lm, examples=[]) == []
 
 
 def test_scores_with_an_adapter(tiny_lm, plain):
-    """An adapter changes the scores as merging (alpha/r) B A into the weights does, and is gone
-    afterwards."""
-    adapter = random_adapter(tiny_lm.layout, b_scale=0.05)
-    bare = score_examples(tiny_lm, None, EXAMPLES)
-    got = score_examples(tiny_lm, adapter, EXAMPLES)
-    for (path, *_), (a, _, b, _) in zip(tiny_lm.layout.modules, tiny_lm.layout.keys(), strict=True):
+    """An adapter scores as (alpha/r) B A merged into the weights, and is gone afterwards."""
+    layout = tiny_lm.layout
+    adapter = random_adapter(layout, b_scale=0.05)
+    bare = score(tiny_lm)
+    got = score(tiny_lm, adapter)
+    for (path, *_), (a, _, b, _) in zip(layout.modules, layout.keys(), strict=True):
         plain.get_submodule(path).weight.data += 2.0 * adapter[b] @ adapter[a]
-    assert_close(
-        got,
-        [[loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)] for e in EXAMPLES],
-        1e-3,
-    )
+    assert_close(got, expected_scores(plain, tiny_lm.tokenizer), 1e-3)
     assert got[0].raw != pytest.approx(bare[0].raw, abs=0.1)
-    assert score_examples(tiny_lm, None, EXAMPLES) == bare
+    assert score(tiny_lm) == bare
 
 
-def test_training_path_scores_the_same(tiny_lm, plain):
-    """With gradients on, attention is written out and rows share sequences; the log-probabilities are
-    the same."""
-    rows = [make_row(tiny_lm, e) for e in EXAMPLES]
-    assert len(pack(rows, "cpu")[0]) > 1
-    with torch.enable_grad():
-        got = branch_logprobs(tiny_lm, rows, *hidden_states(tiny_lm, rows))
+def logprobs(lm, rows):
+    return scoring.branch_logprobs(lm, rows, *scoring.hidden_states(lm, rows))
+
+
+def test_training_path_scores_the_same(tiny_lm, alone, rows):
+    """With gradients attention is written out and rows share sequences: the same numbers."""
+    assert len(scoring.pack(rows, "cpu")[0]) > 1
+    trained = logprobs(tiny_lm, rows)
     with torch.no_grad():
-        bare = branch_logprobs(tiny_lm, rows, *hidden_states(tiny_lm, rows))
-    for e, a, b in zip(EXAMPLES, got, bare, strict=True):
+        bare = logprobs(tiny_lm, rows)
+    for a, b, values in zip(trained, bare, alone, strict=True):
         assert torch.allclose(a, b, atol=1e-4)
-        assert a.tolist() == pytest.approx(
-            [loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)], abs=1e-4
-        )
+        assert a.tolist() == pytest.approx(values, abs=1e-4)
 
 
 def test_the_model_is_causal_with_and_without_gradients(tiny_lm, plain):
-    """A direct call of the packed model without a mask is the plain model, also where gradients are
-    recorded."""
+    """A direct call of the packed model without a mask is the plain model."""
     ids = torch.randint(0, 400, (2, 19), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = plain(ids).logits
-        assert torch.allclose(tiny_lm.model(ids).logits, expected, atol=1e-4)
-    with torch.enable_grad():
-        assert torch.allclose(tiny_lm.model(ids).logits, expected, atol=1e-4)
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded):
+            assert torch.allclose(tiny_lm.model(ids).logits, plain(ids).logits, atol=1e-4)
 
 
 def test_norm_is_raw_per_character(tiny_lm):
-    """norm divides by the option's length in characters, WinoGrande's by that of the scored text."""
-    for e, s in zip(EXAMPLES, score_examples(tiny_lm, None, EXAMPLES), strict=True):
-        chars = [len(o) for o in e.options] if not e.suffix else [len(e.suffix.strip())] * 2
-        assert s.norm == pytest.approx([r / c for r, c in zip(s.raw, chars, strict=True)])
-        assert s.of("norm") == s.norm and s.of("raw") == s.raw
+    """norm divides by the option's length in characters, WinoGrande's by the scored text's."""
+    for e, found in zip(EXAMPLES, score(tiny_lm), strict=True):
+        scored = [continuation.strip() for _, continuation in pairs_of(e)]
+        expected = [raw / len(text) for raw, text in zip(found.raw, scored, strict=True)]
+        assert found.norm == pytest.approx(expected)
+        assert found.of("norm") == found.norm
+        assert found.of("raw") == found.raw
 
 
 def test_blank_at_the_start(tiny_lm, plain):
-    """A WinoGrande sentence that opens with the blank: the options' contexts share no token, none borrows
-    another's."""
-    e = make_example(
-        "winogrande",
-        {
-            "id": "w",
-            "question": "_ was heavy so the window broke.",
-            "gold": 0,
-            "choices": ["engine", "candle"],
-        },
-        "cloze",
-    )
-    assert_close(
-        score_examples(tiny_lm, None, [e]),
-        [[loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)]],
-        1e-4,
-    )
+    """A WinoGrande sentence that opens with the blank: the options' contexts share no token."""
+    question = "_ was heavy so the window broke."
+    record = {"id": "w", "question": question, "gold": 0, "choices": ["engine", "candle"]}
+    examples = [data.make_example("winogrande", record, "cloze")]
+    expected = expected_scores(plain, tiny_lm.tokenizer, examples)
+    assert_close(score(tiny_lm, examples=examples), expected, 1e-4)
 
 
-# ------------------------------------------------------------------------------------ the real model
-
-
-def harness_requests(name: str, r: dict) -> list[tuple[str, str]]:
+def harness_requests(name, record):
     """lm-evaluation-harness' (context, continuation) pairs, from its task templates."""
+    question = record["question"]
     if name == "winogrande":
-        at = r["question"].index("_")
-        return [
-            (r["question"][:at] + o, " " + r["question"][at + 1 :].strip()) for o in r["choices"]
-        ]
+        before, after = question.split("_", 1)
+        return [(before + choice, f" {after.strip()}") for choice in record["choices"]]
     context = {
-        "arc_e": f"Question: {r['question']}\nAnswer:",
-        "hellaswag": r["question"],
-        "boolq": f"{r.get('context')}\nQuestion: {r['question'].rstrip('?')}?\nAnswer:",
+        "arc_e": f"Question: {question}\nAnswer:",
+        "hellaswag": question,
+        "boolq": f"{record.get('context')}\nQuestion: {question.rstrip('?')}?\nAnswer:",
     }[name]
-    return [(context, f" {c}") for c in r["choices"]]
+    return [(context, f" {choice}") for choice in record["choices"]]
 
 
 @pytest.mark.parametrize("name", ["arc_e", "hellaswag", "boolq", "winogrande"])
 def test_real_model_agrees_with_lm_eval(real_lm, name):
-    """On the embedded model, log-likelihoods equal lm-evaluation-harness' computation within 1e-3."""
-    records = sorted(
-        read_records(load_config([])[0], name)["test"][:40], key=lambda r: len(str(r))
-    )[:3]
-    model, tokenizer = real_lm.model, real_lm.tokenizer
-    expected = [
-        [loglikelihood(model, tokenizer, *p) for p in harness_requests(name, r)] for r in records
-    ]
-    got = score_examples(real_lm, None, [make_example(name, r, "cloze") for r in records])
-    assert_close(got, expected, 1e-3)
-    assert all(-300 < v < -0.1 for e in expected for v in e)
+    """On the embedded model, log-likelihoods equal lm-evaluation-harness' within 1e-3."""
+    records = data.read_records(load_config([])[0], name)["test"][:40]
+    records = sorted(records, key=lambda record: len(str(record)))[:3]
+    expected = []
+    for record in records:
+        requests = harness_requests(name, record)
+        expected.append([loglikelihood(real_lm.model, real_lm.tokenizer, *r) for r in requests])
+    examples = [data.make_example(name, record, "cloze") for record in records]
+    assert_close(score(real_lm, examples=examples), expected, 1e-3)
+    assert all(-300 < value < -0.1 for values in expected for value in values)
 
 
 def test_real_model_prefers_the_truth(real_lm):
     """A sanity check of the embedded weights: plain facts are chosen."""
-    facts = [
-        ("Question: What is the capital of France?\nAnswer:", ("Paris", "Rome", "Oslo")),
-        ("Question: How many legs does a dog have?\nAnswer:", ("four", "nine", "none")),
-        ("Question: Which is a colour?\nAnswer:", ("blue", "seven", "walking")),
-    ]
-    examples = [Example("", p, o, 0, "") for p, o in facts]
-    assert accuracy(score_examples(real_lm, None, examples), examples, "raw") == 1
+    facts = {
+        "What is the capital of France?": ("Paris", "Rome", "Oslo"),
+        "How many legs does a dog have?": ("four", "nine", "none"),
+        "Which is a colour?": ("blue", "seven", "walking"),
+    }
+    examples = [Example("", f"Question: {q}\nAnswer:", o, 0) for q, o in facts.items()]
+    assert scoring.accuracy(score(real_lm, examples=examples), examples, "raw") == 1
 
 
-# ----------------------------------------------------------------------------------------------- rows
-
-
-def test_row_golden(tiny_lm):
+def test_row_golden(tiny_lm, rows):
     """Context once, options behind it, nothing scored but the options."""
-    row = make_row(tiny_lm, EXAMPLES[0])
-    context = encode(tiny_lm, EXAMPLES[0].prompt)
-    assert list(row.context) == context and row.starts == (0, 0, 0) and row.gold == 1
+    row = rows[0]
+    context = scoring.encode(tiny_lm, STONE)
+    assert list(row.context) == context
+    assert row.starts == (0, 0, 0)
+    assert row.gold == 1
     assert row.chars == (5, 29, 1)
-    for b, o in zip(row.branches, EXAMPLES[0].options, strict=True):
-        assert [*context, *b] == encode(tiny_lm, f"{EXAMPLES[0].prompt} {o}")
+    for branch, option in zip(row.branches, EXAMPLES[0].options, strict=True):
+        assert [*context, *branch] == scoring.encode(tiny_lm, f"{STONE} {option}")
     assert row.length == len(context) + sum(map(len, row.branches))
 
 
-def test_row_of_a_partial_sentence(tiny_lm):
-    """WinoGrande: the options differ in the unscored part of their branch, the text behind the blank
-    is scored."""
-    row = make_row(tiny_lm, EXAMPLES[3])
-    tail = encode(tiny_lm, " was heavy.")
-    assert all(list(b[s:]) == tail for b, s in zip(row.branches, row.starts, strict=True))
-    assert min(row.starts) > 0 and row.chars == (10, 10)
+def test_row_of_a_partial_sentence(tiny_lm, rows):
+    """WinoGrande: options stand in the unscored part of a branch, what follows is scored."""
+    row = rows[3]
+    tail = scoring.encode(tiny_lm, " was heavy.")
+    for branch, first in zip(row.branches, row.starts, strict=True):
+        assert list(branch[first:]) == tail
+        assert first > 0
+    assert row.chars == (10, 10)
 
 
-def test_long_contexts_are_cut_on_the_left(tiny_lm):
-    """max_tokens bounds the context, the options and the end of the prompt stay."""
-    whole = make_row(tiny_lm, EXAMPLES[2])
+def test_long_contexts_are_cut_on_the_left(tiny_lm, rows):
+    """max_tokens bounds the context; the options and the end of the prompt stay."""
     tiny_lm.max_tokens = 20
-    row = make_row(tiny_lm, EXAMPLES[2])
-    assert row.context == whole.context[-20:] and row.branches == whole.branches
-    assert row.starts == whole.starts
-    assert prompt_row(tiny_lm, EXAMPLES[2].prompt).context == tuple(
-        encode(tiny_lm, EXAMPLES[2].prompt)[-20:]
-    )
+    row = scoring.make_row(tiny_lm, EXAMPLES[2])
+    assert row == dataclasses.replace(rows[2], context=rows[2].context[-20:])
+    tail = scoring.encode(tiny_lm, LONG)[-20:]
+    assert scoring.prompt_row(tiny_lm, LONG).context == tuple(tail)
 
 
 def test_letter_rows(tiny_lm):
     """Letter format: the chat template with our system line, answers in brackets."""
     tiny_lm.form = "letter"
-    e = make_example(
-        "arc_e", {"id": "x", "question": "Why?", "choices": ["a", "b"], "gold": 1}, "letter"
-    )
-    text = input_text(tiny_lm, e)
-    assert (
-        text.startswith("<|im_start|>system\nYou answer multiple-choice")
-        and "in square brackets" in text
-    )
+    record = {"id": "x", "question": "Why?", "choices": ["a", "b"], "gold": 1}
+    e = data.make_example("arc_e", record, "letter")
+    text = scoring.input_text(tiny_lm, e)
+    assert text.startswith("<|im_start|>system\nYou answer multiple-choice")
+    assert "in square brackets" in text
     assert text.endswith("<|im_start|>user\nWhy?\nA: a\nB: b<|im_end|>\n<|im_start|>assistant\n")
-    row = make_row(tiny_lm, e)
+
     # the bracket both answers open with belongs to the answers: it is scored
-    assert tiny_lm.tokenizer.decode(row.context) == text and row.starts == (0, 0)
-    assert [tiny_lm.tokenizer.decode(b) for b in row.branches] == ["[A]", "[B]"]
-    free = Example("g", "1+1?", (), None, "2")
-    assert "####" in input_text(tiny_lm, free) and len(make_row(tiny_lm, free).branches) == 1
+    row = scoring.make_row(tiny_lm, e)
+    assert tiny_lm.tokenizer.decode(row.context) == text
+    assert row.starts == (0, 0)
+    assert [tiny_lm.tokenizer.decode(branch) for branch in row.branches] == ["[A]", "[B]"]
+
+    free = Example("g", "1+1?", answer="2")
+    assert "####" in scoring.input_text(tiny_lm, free)
+    assert len(scoring.make_row(tiny_lm, free).branches) == 1
     tiny_lm.tokenizer.chat_template = None
-    assert chat_prompt(tiny_lm.tokenizer, "S", "U") == "S\n\nU\n"
+    assert scoring.chat_prompt(tiny_lm.tokenizer, "S", "U") == "S\n\nU\n"
 
 
 def test_opening_token(tiny_lm):
-    """A tokenizer that opens texts with a token of its own gets it once; one that does not gets none; no
-    closing token."""
+    """A tokenizer's own opening token comes once, where it has one; a closing token never."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    plain = encode(tiny_lm, "a stone")
-    tok = tiny_lm.tokenizer.backend_tokenizer
-    tok.post_processor = TemplateProcessing(
+    plain = scoring.encode(tiny_lm, "a stone")
+    backend = tiny_lm.tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
         single="<|endoftext|> $A <|im_end|>",
         special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 2)],
     )
     tiny_lm.tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token="<|endoftext|>", eos_token="<|im_end|>"
+        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|im_end|>"
     )
-    assert encode(tiny_lm, "a stone") == [0, *plain]
-    assert encode(tiny_lm, "<|endoftext|>a stone") == [0, *plain]
-    row = make_row(tiny_lm, EXAMPLES[0])
-    assert row.context[0] == 0 and not any(0 in b or 2 in b for b in row.branches)
+    assert scoring.encode(tiny_lm, "a stone") == [0, *plain]
+    assert scoring.encode(tiny_lm, "<|endoftext|>a stone") == [0, *plain]
+    row = scoring.make_row(tiny_lm, EXAMPLES[0])
+    assert row.context[0] == 0
+    assert not any(0 in branch or 2 in branch for branch in row.branches)
 
 
 def test_batches_cover_every_row_within_the_budget():
-    """Each row once, longest first, rows x longest within the budget unless a single row exceeds it."""
+    """Each row once, rows x longest within the budget unless a single row exceeds it."""
     rng = random.Random(0)
     rows = [Row(tuple(range(rng.randrange(1, 60))), ((1, 2),), (0,), (1,)) for _ in range(40)]
-    for budget in (1, 100, 10_000):
-        batches = plan_batches(rows, budget)
-        assert sorted(i for b in batches for i in b) == list(range(40))
-        for b in batches:
-            longest = max(rows[i].length for i in b)
-            assert len(b) == 1 or len(b) * longest <= budget
-    assert len(batches) == 1 and plan_batches([], 5) == []
+    for budget, most in ((1, 40), (100, 40), (10_000, 40), (10_000, 7)):
+        batches = scoring.plan_batches(rows, budget, most)
+        assert sorted(sum(batches, [])) == list(range(40))
+        for batch in batches:
+            longest = max(rows[i].length for i in batch)
+            assert len(batch) == 1 or len(batch) * longest <= budget
+            assert len(batch) <= most
+    assert len(scoring.plan_batches(rows, 10_000)) == 1
+    assert scoring.plan_batches([], 5) == []
 
 
+@torch.no_grad()
 def test_pack_golden():
-    """Positions restart at the context's end in each branch; a branch sees its row's context and
-    itself only."""
+    """Positions restart in each branch; a branch sees its row's context and itself only."""
     rows = [Row((10, 11), ((12, 13), (14,)), (0, 0), (1, 1)), Row((20,), ((21,),), (0,), (1,))]
-    with torch.no_grad():
-        ids, pos, mask, starts = pack(rows, "cpu")
-    assert ids.tolist() == [[10, 11, 12, 13, 14], [20, 21, 0, 0, 0]] and starts == [0, 5]
-    assert pos[0].tolist() == [0, 1, 2, 3, 2] and pos[1, :2].tolist() == [0, 1]
-    assert mask.shape == (2, 1, 5, 5) and mask[0, 0].int().tolist() == [
+    ids, positions, mask, starts = scoring.pack(rows, "cpu")
+    assert ids.tolist() == [[10, 11, 12, 13, 14], [20, 21, 0, 0, 0]]
+    assert starts == [0, 5]
+    assert positions[0].tolist() == [0, 1, 2, 3, 2]
+    assert positions[1, :2].tolist() == [0, 1]
+    assert mask.shape == (2, 1, 5, 5)
+    assert mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
         [1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1],
     ]
-    assert mask[1, 0, 1].int().tolist() == [1, 1, 0, 0, 0] and mask.any(-1).all()
+    assert mask[1, 0, 1].int().tolist() == [1, 1, 0, 0, 0]
+    assert mask.any(-1).all()
 
 
+@torch.no_grad()
 def test_rows_sharing_a_sequence_do_not_see_each_other():
-    """First fit: three rows in one sequence, masked from each other."""
+    """First fit: two rows in one sequence, masked from each other."""
     rows = [
         Row((1, 2, 3, 4, 5, 6), (), (), ()),
         Row((7, 8), ((9,),), (0,), (1,)),
         Row((10, 11, 12), (), (), ()),
     ]
-    with torch.no_grad():
-        ids, _, mask, starts = pack(rows, "cpu")
-    assert ids.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]] and starts == [0, 6, 9]
-    assert not mask[1, 0, 3:, :3].any() and mask[1, 0, 2, :3].all()
+    ids, _, mask, starts = scoring.pack(rows, "cpu")
+    assert ids.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]]
+    assert starts == [0, 6, 9]
+    assert not mask[1, 0, 3:, :3].any()
+    assert mask[1, 0, 2, :3].all()
 
 
-def test_passes_are_counted_in_rows(tiny_lm):
+def test_passes_are_counted_in_rows(tiny_lm, rows):
     """Cost reports: one forward per question, and a backward where gradients are recorded."""
-    score_examples(tiny_lm, None, EXAMPLES)
+    score(tiny_lm)
     assert (tiny_lm.forwards, tiny_lm.backwards) == (5, 0)
-    rows = [make_row(tiny_lm, e) for e in EXAMPLES[:2]]
-    with torch.enable_grad():
-        hidden_states(tiny_lm, rows)
+    scoring.hidden_states(tiny_lm, rows[:2])
     assert (tiny_lm.forwards, tiny_lm.backwards) == (7, 2)
 
 
-# ----------------------------------------------------------------------------------------------- losses
+def test_losses_by_hand(tiny_lm, alone, rows):
+    """lm: the mean of the gold tokens' mean NLL; choice adds the cross-entropy of the options."""
+    nll = []
+    entropy = []
+    for e, row, raw in zip(EXAMPLES[:3], rows[:3], alone[:3], strict=True):
+        nll.append(-raw[e.gold] / len(row.branches[e.gold]))
+        entropy.append(math.log(sum(math.exp(value - raw[e.gold]) for value in raw)))
+    lm_loss = scoring.lm_loss(tiny_lm, rows[:3]).item()
+    choice_loss = scoring.choice_loss(tiny_lm, rows[:3]).item()
+    assert lm_loss == pytest.approx(sum(nll) / 3, abs=1e-4)
+    assert choice_loss == pytest.approx((sum(nll) + sum(entropy)) / 3, abs=1e-4)
+    assert scoring.gold_row(rows[0]).branches == (rows[0].branches[1],)
 
 
-def test_losses_by_hand(tiny_lm, plain):
-    """lm: mean over examples of the mean NLL of the gold tokens; choice adds the cross-entropy over
-    the options."""
-    examples = EXAMPLES[:3]
-    rows = [make_row(tiny_lm, e) for e in examples]
-    nll, ce = [], []
-    for e, r in zip(examples, rows, strict=True):
-        raw = [loglikelihood(plain, tiny_lm.tokenizer, *p) for p in pairs_of(e)]
-        nll.append(-raw[e.gold] / len(r.branches[e.gold]))
-        ce.append(math.log(sum(math.exp(x - raw[e.gold]) for x in raw)))
-    assert lm_loss(tiny_lm, rows).item() == pytest.approx(sum(nll) / 3, abs=1e-4)
-    assert choice_loss(tiny_lm, rows).item() == pytest.approx((sum(nll) + sum(ce)) / 3, abs=1e-4)
-    assert gold_row(rows[0]).branches == (rows[0].branches[1],)
-
-
-def test_prompt_nll_is_cross_entropy(tiny_lm, plain):
+def test_prompt_nll_is_cross_entropy(tiny_lm, plain, rows):
     """Mean NLL of tokens 2..n of each context, with branches ignored."""
-    rows = [prompt_row(tiny_lm, e.prompt) for e in EXAMPLES] + [make_row(tiny_lm, EXAMPLES[0])]
+    rows = [*(scoring.prompt_row(tiny_lm, e.prompt) for e in EXAMPLES), rows[0]]
     expected = []
-    for r in rows:
-        ids = torch.tensor([r.context])
+    for row in rows:
+        ids = torch.tensor([row.context])
         with torch.no_grad():
-            expected.append(F.cross_entropy(plain(ids).logits[0, :-1], ids[0, 1:]).item())
-    assert prompt_nll(tiny_lm, rows).tolist() == pytest.approx(expected, abs=1e-4)
-    assert prompt_nll(tiny_lm, [Row((5,), (), (), ())]).tolist() == [0.0]
+            logits = plain(ids).logits
+        expected.append(F.cross_entropy(logits[0, :-1], ids[0, 1:]).item())
+    assert scoring.prompt_nll(tiny_lm, rows).tolist() == pytest.approx(expected, abs=1e-4)
+    assert scoring.prompt_nll(tiny_lm, [Row((5,), (), (), ())]).tolist() == [0.0]
 
 
-# ---------------------------------------------------------------------------------------------- steering
-
-
-def states(lm, rows):
-    with torch.no_grad():
-        return hidden_states(lm, rows)
+@torch.no_grad()
+def steer(lm, rows, steps, lr):
+    """slot_deltas of rows, and the hidden states they were made for."""
+    hidden, starts = scoring.hidden_states(lm, rows)
+    return scoring.slot_deltas(lm, rows, hidden, starts, steps, lr), hidden, starts
 
 
 def autograd_delta(lm, row, hidden, start, steps, lr):
     """The same optimisation by autograd and torch's AdamW."""
-    n = len(row.context)
-    h, target = hidden[start : start + n - 1].clone(), torch.tensor(row.context[1:])
-    delta = torch.zeros(h.shape[-1], requires_grad=True)
-    opt = torch.optim.AdamW([delta], lr=lr, weight_decay=1e-8, eps=1e-5)
+    states = hidden[start : start + len(row.context) - 1].clone()
+    target = torch.tensor(row.context[1:])
+    delta = torch.zeros(states.shape[-1], requires_grad=True)
+    optimizer = torch.optim.AdamW([delta], lr=lr, weight_decay=1e-8, eps=1e-5)
     for _ in range(steps):
-        opt.zero_grad()
-        F.cross_entropy(lm.model.get_output_embeddings()(h + delta), target).backward()
-        opt.step()
+        optimizer.zero_grad()
+        logits = lm.model.get_output_embeddings()(states + delta)
+        F.cross_entropy(logits, target).backward()
+        optimizer.step()
     return delta.detach()
 
 
 @pytest.mark.parametrize("steps, lr", [(1, 0.1), (5, 0.1), (3, 1e-3)])
-def test_steering_equals_autograd(tiny_lm, steps, lr):
-    """The closed-form gradient with hand-written AdamW equals autograd with torch's, row by row."""
-    rows = [make_row(tiny_lm, e) for e in EXAMPLES]
-    hidden, starts = states(tiny_lm, rows)
-    with torch.no_grad():
-        got = slot_deltas(tiny_lm, rows, hidden, starts, steps, lr)
-    assert got.shape == (5, 32) and got.dtype == torch.float32
-    for i, r in enumerate(rows):
-        expected = autograd_delta(tiny_lm, r, hidden, starts[i], steps, lr)
-        assert (got[i] - expected).abs().max() < 1e-5 and expected.abs().max() > lr / 2
+def test_steering_equals_autograd(tiny_lm, rows, steps, lr):
+    """The closed-form gradient and AdamW written out equal autograd with torch's, row by row."""
+    got, hidden, starts = steer(tiny_lm, rows, steps, lr)
+    assert got.shape == (5, 32)
+    assert got.dtype == torch.float32
+    for delta, row, start in zip(got, rows, starts, strict=True):
+        expected = autograd_delta(tiny_lm, row, hidden, start, steps, lr)
+        assert (delta - expected).abs().max() < 1e-5
+        assert expected.abs().max() > lr / 2
 
 
-def test_steering_of_a_batch_equals_singles(tiny_lm):
+def test_steering_of_a_batch_equals_singles(tiny_lm, rows):
     """Questions are steered independently; each starts from zero."""
-    rows = [make_row(tiny_lm, e) for e in EXAMPLES[:2]]
-    with torch.no_grad():
-        both = slot_deltas(tiny_lm, rows, *states(tiny_lm, rows), 4, 0.1)
-        singles = [slot_deltas(tiny_lm, [r], *states(tiny_lm, [r]), 4, 0.1)[0] for r in rows]
-    assert all((a - b).abs().max() < 1e-5 for a, b in zip(both, singles, strict=True))
+    both = steer(tiny_lm, rows[:2], 4, 0.1)[0]
+    for i in range(2):
+        alone = steer(tiny_lm, [rows[i]], 4, 0.1)[0][0]
+        assert (both[i] - alone).abs().max() < 1e-5
     assert (both[0] - both[1]).abs().max() > 0.01
 
 
-def test_no_steps_of_steering_change_nothing(tiny_lm):
+def test_no_steps_of_steering_change_nothing(tiny_lm, rows):
     """Zero steps: zero deltas, the same scores; a context of one token cannot be steered."""
-    rows = [make_row(tiny_lm, e) for e in EXAMPLES]
-    with torch.no_grad():
-        assert slot_deltas(tiny_lm, rows, *states(tiny_lm, rows), 0, 0.1).abs().max() == 0
-        one = [Row((5,), ((6,),), (0,), (1,), 0)]
-        assert slot_deltas(tiny_lm, one, *states(tiny_lm, one), 3, 0.1).abs().max() == 0
-    assert score_examples(tiny_lm, None, EXAMPLES, slot=(0, 0.1)) == score_examples(
-        tiny_lm, None, EXAMPLES
-    )
+    assert steer(tiny_lm, rows, 0, 0.1)[0].abs().max() == 0
+    one = [Row((5,), ((6,),), (0,), (1,), 0)]
+    assert steer(tiny_lm, one, 3, 0.1)[0].abs().max() == 0
+    assert score(tiny_lm, slot=(0, 0.1)) == score(tiny_lm)
 
 
-def test_steered_scores(tiny_lm, plain):
-    """Scores with steering: the delta of the question added to every hidden state, no gradient left on the
-    backbone."""
-    got = score_examples(tiny_lm, None, EXAMPLES, slot=(4, 0.2))
-    for e, s in zip(EXAMPLES, got, strict=True):
-        row = make_row(tiny_lm, e)
-        delta = autograd_delta(
-            tiny_lm, row, *(lambda h, st: (h, st[0]))(*states(tiny_lm, [row])), 4, 0.2
-        )
+def test_steered_scores(tiny_lm, plain, rows):
+    """The question's delta is added to every hidden state; no gradient is left on the model."""
+    for e, row, found in zip(EXAMPLES, rows, score(tiny_lm, slot=(4, 0.2)), strict=True):
+        _, hidden, (start,) = steer(tiny_lm, [row], 0, 0.2)
+        delta = autograd_delta(tiny_lm, row, hidden, start, 4, 0.2)
         expected = []
         for context, continuation in pairs_of(e):
-            ids, cut = encode(tiny_lm, context + continuation), len(encode(tiny_lm, context))
+            ids = scoring.encode(tiny_lm, context + continuation)
+            cut = len(scoring.encode(tiny_lm, context))
             with torch.no_grad():
-                h = plain.model(torch.tensor([ids])).last_hidden_state[0] + delta
-                logp = F.log_softmax(plain.lm_head(h), -1)
+                steered = plain.model(torch.tensor([ids])).last_hidden_state[0] + delta
+                logp = F.log_softmax(plain.lm_head(steered), -1)
             expected.append(sum(logp[i - 1, ids[i]].item() for i in range(cut, len(ids))))
-        assert s.raw == pytest.approx(expected, abs=1e-3)
+        assert found.raw == pytest.approx(expected, abs=1e-3)
     assert all(p.grad is None and not p.requires_grad for p in tiny_lm.model.parameters())
 
 
-# -------------------------------------------------------------------------------------------- generation
-
-
 def test_greedy_answers_equal_generate(tiny_lm, plain):
-    """Left-padded batches give what transformers' greedy search gives for each prompt alone, in the
-    order asked."""
+    """Left-padded batches give transformers' greedy search for each prompt alone, in order."""
     examples = [dataclasses.replace(e, suffix="") for e in EXAMPLES]
-    got = generate_answers(tiny_lm, None, examples, 12)
+    tiny_lm.budget = 10  # 40 tokens a batch: the long prompt alone, several short ones together
+    got = scoring.generate_answers(tiny_lm, None, examples, 12)
+    pad = tiny_lm.tokenizer.pad_token_id
     for e, text in zip(examples, got, strict=True):
-        ids = torch.tensor([encode(tiny_lm, e.prompt)])
+        ids = torch.tensor([scoring.encode(tiny_lm, e.prompt)])
+        mask = torch.ones_like(ids)
         out = plain.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=12,
-            do_sample=False,
-            pad_token_id=tiny_lm.tokenizer.pad_token_id,
+            ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=pad
         )
-        assert text == tiny_lm.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    assert len(set(got)) > 1 and tiny_lm.forwards == 5
+        written = out[0, ids.shape[1] :]
+        assert text == tiny_lm.tokenizer.decode(written, skip_special_tokens=True)
+    assert len(set(got)) > 1
+    assert tiny_lm.forwards == 5
 
 
 def test_answers_with_an_adapter(tiny_lm):
     """The adapter takes part in generation and is gone afterwards."""
-    bare = generate_answers(tiny_lm, None, EXAMPLES[:2], 8)
-    assert generate_answers(tiny_lm, random_adapter(tiny_lm.layout), EXAMPLES[:2], 8) != bare
-    assert generate_answers(tiny_lm, None, EXAMPLES[:2], 8) == bare
-    assert all(m.A is None for m in tiny_lm.model.modules() if isinstance(m, LoraLinear))
+
+    def answers(adapter):
+        return scoring.generate_answers(tiny_lm, adapter, EXAMPLES[:2], 8)
+
+    bare = answers(None)
+    assert answers(random_adapter(tiny_lm.layout)) != bare
+    assert answers(None) == bare
+    assert is_bare(tiny_lm.model)
 
 
 @pytest.mark.parametrize(
@@ -553,12 +499,9 @@ def test_answers_with_an_adapter(tiny_lm):
     ],
 )
 def test_parse_letter(text, options, strict, lenient):
-    """Strict: the bracketed letter opens the answer. Lenient: first bracketed option, else first
-    standalone one."""
-    assert (
-        parse_letter(text, options, True) == strict
-        and parse_letter(text, options, False) == lenient
-    )
+    """Strict: the bracketed letter opens the answer. Lenient: the first bracketed, else alone."""
+    assert scoring.parse_letter(text, options, True) == strict
+    assert scoring.parse_letter(text, options, False) == lenient
 
 
 @pytest.mark.parametrize(
@@ -583,51 +526,49 @@ def test_parse_letter(text, options, strict, lenient):
     ],
 )
 def test_match_answer(text, answer, strict, lenient):
-    """Strict: after ####. Lenient: also the last box or the last number. Commas, spaces and $ do
-    not count."""
-    assert (
-        match_answer(text, answer, True) is strict and match_answer(text, answer, False) is lenient
-    )
+    """Strict: after ####. Lenient: also the last box or the last number. Commas do not count."""
+    assert scoring.match_answer(text, answer, True) is strict
+    assert scoring.match_answer(text, answer, False) is lenient
 
 
-# ------------------------------------------------------------------------------------------------ figures
+def two_options(p, norm):
+    """Scores of two options, the first of probability p."""
+    return Scores((math.log(p), math.log(1 - p)), norm)
 
 
 def test_figures_by_hand():
     """accuracy, mean gold log-probability, and paired wins, losses and gain."""
-    ln = math.log
-    examples = [Example(str(i), "p", ("a", "b"), g, "") for i, g in enumerate((0, 1, 0))]
-    old = [
-        Scores((ln(0.6), ln(0.4)), (-1.0, -2.0)),
-        Scores((ln(0.6), ln(0.4)), (-1.0, -2.0)),
-        Scores((ln(0.6), ln(0.4)), (-1.0, -2.0)),
-    ]
-    new = [
-        Scores((ln(0.8), ln(0.2)), (-2.0, -1.0)),
-        Scores((ln(0.2), ln(0.8)), (-2.0, -1.0)),
-        Scores((ln(0.3), ln(0.7)), (-2.0, -1.0)),
-    ]
-    assert [s.pick("raw") for s in new] == [0, 1, 1] and [s.pick("norm") for s in old] == [0, 0, 0]
-    assert accuracy(old, examples, "raw") == 2 / 3 and accuracy(new, examples, "norm") == 1 / 3
-    assert gold_logprob(old, examples, "raw") == pytest.approx([ln(0.6), ln(0.4), ln(0.6)])
-    raw = {name: judge(x, examples, "raw") for name, x in (("new", new), ("old", old))}
-    assert raw["new"]["correct"] == [1, 1, 0] and raw["old"]["correct"] == [1, 0, 1]
-    found = compare(raw["new"], raw["old"])
+    examples = [Example(str(i), "p", ("a", "b"), gold) for i, gold in enumerate((0, 1, 0))]
+    old = [two_options(0.6, (-1.0, -2.0))] * 3
+    new = [two_options(p, (-2.0, -1.0)) for p in (0.8, 0.2, 0.3)]
+    assert [found.pick("raw") for found in new] == [0, 1, 1]
+    assert [found.pick("norm") for found in old] == [0, 0, 0]
+    assert scoring.accuracy(old, examples, "raw") == 2 / 3
+    assert scoring.accuracy(new, examples, "norm") == 1 / 3
+    logprobs = scoring.gold_logprob(old, examples, "raw")
+    assert logprobs == pytest.approx([math.log(p) for p in (0.6, 0.4, 0.6)])
+
+    after = scoring.judge(new, examples, "raw")
+    before = scoring.judge(old, examples, "raw")
+    assert after["correct"] == [1, 1, 0]
+    assert before["correct"] == [1, 0, 1]
+    found = scoring.compare(after, before)
     assert (found["wins"], found["losses"]) == (1, 1)
-    assert found["gold_logp_gain"] == pytest.approx(
-        (ln(0.8) + ln(0.8) + ln(0.3) - 2 * ln(0.6) - ln(0.4)) / 3, abs=1e-6
-    )
-    found = compare(judge(new, examples, "norm"), judge(old, examples, "norm"))
+    gain = math.log(0.8 * 0.8 * 0.3) - math.log(0.6 * 0.4 * 0.6)
+    assert found["gold_logp_gain"] == pytest.approx(gain / 3, abs=1e-6)
+    assert scoring.compare(before, before) == {"wins": 0, "losses": 0, "gold_logp_gain": 0.0}
+    after = scoring.judge(new, examples, "norm")
+    found = scoring.compare(after, scoring.judge(old, examples, "norm"))
     assert (found["wins"], found["losses"]) == (1, 2)
-    assert compare(raw["old"], raw["old"]) == {"wins": 0, "losses": 0, "gold_logp_gain": 0.0}
 
 
 def test_gold_logprob_survives_large_scores():
     """Log-probabilities far below zero do not overflow; a shift of all options changes nothing."""
-    e = [Example("x", "p", ("a", "b"), 1, "")]
-    far = gold_logprob([Scores((-5000.0, -5001.0), (0, 0))], e, "raw")
-    assert far == pytest.approx(gold_logprob([Scores((0.0, -1.0), (0, 0))], e, "raw"))
-    assert far == pytest.approx([-1.3132617])
+    examples = [Example("x", "p", ("a", "b"), 1)]
+    for top in (0.0, -5000.0):
+        scores = [Scores((top, top - 1), (0, 0))]
+        found = scoring.gold_logprob(scores, examples, "raw")
+        assert found == pytest.approx([-1.3132617])
 
 
 def test_equal_scores_pick_the_first():
@@ -635,66 +576,72 @@ def test_equal_scores_pick_the_first():
     assert Scores((-1.0, -1.0, -2.0), (0, 0, 0)).pick("raw") == 0
 
 
-# ------------------------------------------------------------------------------------------------ loading
-
-
 def test_model_that_cannot_be_loaded(tmp_path):
     """A folder without a model gives one line that names the key and the ways out."""
     with pytest.raises(UserError, match=r"model\.name=.*cannot be loaded .*run `make assets`"):
-        load_base(str(tmp_path), "main", torch.float32, "cpu")
+        scoring.load_base(str(tmp_path), "main", torch.float32, "cpu")
 
 
-def test_base_is_frozen_and_in_the_asked_type(tiny_model_dir):
+@pytest.fixture
+def bfloat16_lm(tiny_model_dir):
+    model, tokenizer = scoring.load_base(str(tiny_model_dir), "main", torch.bfloat16, "cpu")
+    layout = lora.find_layout(model, 4, 8, 16, ["q_proj", "v_proj"])
+    lora.attach_lora(model, layout)
+    return LM(model, tokenizer, layout)
+
+
+def test_base_is_frozen_and_in_the_asked_type(bfloat16_lm):
     """No parameter takes gradients, the model is in evaluation mode, in the dtype asked for."""
-    model, _ = load_base(str(tiny_model_dir), "main", torch.bfloat16, "cpu")
+    model = bfloat16_lm.model
     assert not model.training
     assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(False, torch.bfloat16)}
 
 
-def test_bfloat16_base_scores_in_float32(tiny_model_dir, tiny_lm):
-    """With a bfloat16 base, scores stay near float32 and adapters are cast when put in, not changed."""
-    model, tokenizer = load_base(str(tiny_model_dir), "main", torch.bfloat16, "cpu")
-    layout = find_layout(model, 4, 8, 16, ["q_proj", "v_proj"])
-    attach_lora(model, layout)
-    adapter = random_adapter(layout, b_scale=0.01)
-    lm = LM(model, tokenizer, layout)
-    swap_adapter(model, layout, adapter)
+def test_bfloat16_base_scores_in_float32(bfloat16_lm, tiny_lm):
+    """Scores stay near float32; adapters are cast when put in, not changed."""
+    model = bfloat16_lm.model
+    adapter = random_adapter(bfloat16_lm.layout, b_scale=0.01)
+    lora.swap_adapter(model, bfloat16_lm.layout, adapter)
     assert model.model.layers[0].self_attn.q_proj.A.dtype == torch.bfloat16
-    assert all(v.dtype == torch.float32 for v in adapter.values())
-    for a, b in zip(
-        score_examples(lm, None, EXAMPLES), score_examples(tiny_lm, None, EXAMPLES), strict=True
-    ):
-        assert a.raw == pytest.approx(b.raw, rel=0.05, abs=0.3)
-    rows = [make_row(lm, e) for e in EXAMPLES[:1]]
-    hidden, starts = states(lm, rows)
-    assert hidden.dtype == torch.bfloat16 and project(lm, hidden).dtype == torch.float32
-    assert slot_deltas(lm, rows, hidden, starts, 1, 0.1).dtype == torch.float32
+    assert all(tensor.dtype == torch.float32 for tensor in adapter.values())
+
+    for near, exact in zip(score(bfloat16_lm), score(tiny_lm), strict=True):
+        assert near.raw == pytest.approx(exact.raw, rel=0.05, abs=0.3)
+    deltas, hidden, _ = steer(bfloat16_lm, [scoring.make_row(bfloat16_lm, EXAMPLES[0])], 1, 0.1)
+    assert hidden.dtype == torch.bfloat16
+    assert scoring.project(bfloat16_lm, hidden).dtype == torch.float32
+    assert deltas.dtype == torch.float32
 
 
-def test_batches_are_divided_for_a_gpu_alone(tiny_lm):
-    """Every row once, half of the token budget a part, a quarter where every token's logits are kept; on a CPU one
-    part."""
-    rows = [make_row(tiny_lm, e) for e in EXAMPLES * 20]
-    assert parts_of(tiny_lm, rows) == [rows]
+@pytest.mark.parametrize("all_scored, most", [(False, 2048), (True, 1024)])
+def test_batches_are_divided_for_a_gpu_alone(tiny_lm, rows, all_scored, most):
+    """Every row once, half of the budget a part, or a quarter; on a CPU one part."""
+    rows = rows * 20
+    assert scoring.parts_of(tiny_lm, rows) == [rows]
     gpu = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), budget=4096)
-    for parts, most in ((parts_of(gpu, rows), 2048), (parts_of(gpu, rows, all_scored=True), 1024)):
-        assert (
-            sorted(map(id, (r for p in parts for r in p))) == sorted(map(id, rows))
-            and len(parts) > 1
-        )
-        assert most / 2 < max(len(p) * max(r.length for r in p) for p in parts) <= most
+    parts = scoring.parts_of(gpu, rows, all_scored)
+    assert sorted(map(id, sum(parts, []))) == sorted(map(id, rows))
+    assert len(parts) > 1
+    largest = max(len(part) * max(row.length for row in part) for part in parts)
+    assert most / 2 < largest <= most
+
+
+def mean_softmax(logits, shift):
+    base = torch.exp(logits - logits.amax(1, keepdim=True))
+    add = torch.exp(shift - shift.max())
+    return scoring._mean_softmax([base], add[None])[0]
 
 
 def test_mean_softmax_survives_underflow():
     """Two matrix-vector products give the mean softmax; where they underflow, logarithms do."""
-    g = torch.Generator().manual_seed(0)
-    z, shift = 5 * torch.randn(4, 50, generator=g), 5 * torch.randn(50, generator=g)
-    want = torch.softmax(z + shift, -1).mean(0)
-    base, add = torch.exp(z - z.amax(1, keepdim=True)), torch.exp(shift - shift.max())
-    torch.testing.assert_close(_mean_softmax([base], add[None])[0], want, rtol=1e-4, atol=1e-7)
+    rng = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(4, 50, generator=rng)
+    shift = 5 * torch.randn(50, generator=rng)
+    expected = torch.softmax(logits + shift, -1).mean(0)
+    torch.testing.assert_close(mean_softmax(logits, shift), expected, rtol=1e-4, atol=1e-7)
+
     far = torch.zeros(50)
     far[7] = 85.0  # the shift's peak lies where the base model gives e^-80
-    z[:, 7] = z.amax(1) - 80
-    want = torch.softmax(z + far, -1).mean(0)
-    base, add = torch.exp(z - z.amax(1, keepdim=True)), torch.exp(far - far.max())
-    torch.testing.assert_close(_mean_softmax([base], add[None])[0], want, rtol=1e-3, atol=1e-4)
+    logits[:, 7] = logits.amax(1) - 80
+    expected = torch.softmax(logits + far, -1).mean(0)
+    torch.testing.assert_close(mean_softmax(logits, far), expected, rtol=1e-3, atol=1e-4)
