@@ -134,7 +134,6 @@ class Align(_Section):
     pos_table: StrictBool
     residual: StrictBool
     meta_epochs: Positive
-    inner_steps: Count
     inner_lr: Rate
     meta_lr: Rate
     batch_size: Positive
