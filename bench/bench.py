@@ -391,10 +391,13 @@ def _generator(wide: bool, plain: bool) -> dict:
 
     seconds = timed(step, 2)
     g.flow, g.kernel = flow, kernel
+    with torch.device("meta"):  # shapes alone
+        twin = HyperConvDecoder([*flow, shape], kernel)
+        work, _ = doctor.count_pass(twin, torch.empty(1, *flow[0]))
     return {
         "work": pairs,
         "seconds": seconds,
-        "flops": 6 * doctor.multiplications(run.cfg, shape) * pairs,
+        "flops": 6 * work * pairs,
         "parameters": sum(p.numel() for p in decoder.parameters()),
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
