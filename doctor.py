@@ -112,6 +112,7 @@ class Case:
         fixed: seconds of a training step of one layer of the base model, whatever its rows.
         row: seconds of a row of it. kept: bytes that a token of it keeps for the backward pass.
         multiply: seconds of a multiplication of the decoder, with its share of the backward pass.
+        sets: left-out sets, each with networks of its own.
     """
 
     run: Run
@@ -122,26 +123,8 @@ class Case:
     row: float
     kept: float
     multiply: float
-
-    @property
-    def base(self) -> int:
-        """Bytes of the base model's weights."""
-        return size_of(self.model) * self.run.dtype.itemsize
-
-    @property
-    def adapter(self) -> int:
-        """Bytes of an adapter's file."""
-        return 4 * self.layout.size
-
-    @property
-    def targets(self) -> list[str]:
-        d = self.run.cfg.data
-        return d.targets or d.train_tasks + d.test_tasks
-
-    @property
-    def sets(self) -> int:
-        """Left-out sets, each with networks of its own."""
-        return len({data.left_out_for(self.run.cfg, target) for target in self.targets})
+    targets: list[str]
+    sets: int
 
 
 @dataclass
@@ -159,16 +142,8 @@ class Need:
 
 def predict(case: Case) -> dict[str, Need]:
     """What each stage of this configuration needs; the policy's own training is not predicted."""
-    needs = {
-        "collect": need_collect(case),
-        "generator": need_generator(case),
-        "align": need_align(case),
-        "adapt": need_adapt(case),
-        "baselines": need_baselines(case),
-        "evaluate": need_evaluate(case),
-    }
-    for idle in methods.idle_stages(case.run.cfg.evaluate.methods):
-        needs.pop(idle, None)
+    idle = methods.idle_stages(case.run.cfg.evaluate.methods)
+    needs = {name: need(case) for name, need in NEEDS.items() if name not in idle}
     if case.run.device == "cpu":  # one memory for both
         for need in needs.values():
             need.memory += need.host
@@ -176,51 +151,51 @@ def predict(case: Case) -> dict[str, Need]:
     return needs
 
 
-def training_memory(case: Case, rows: int, all_scored: bool = False) -> float:
-    """Bytes of training an adapter on so many rows at once.
+def lm_need(case, steps, batch, scored, adapters, all_scored=False) -> Need:
+    """Of training steps on a batch of rows each, rows scored, and adapters stored.
 
     all_scored: the loss needs the logits of every token, not of some eight answer tokens a row.
     """
     cfg = case.run.cfg
-    held = rows * ROW_TOKENS[cfg.data.format][0]
+    shapes = case.model.config
+    trained, whole = ROW_TOKENS[cfg.data.format]
+    # frozen weights take no gradient: the forward pass is half of a training step
+    forward = 0.5 * case.row * whole / trained
+    seconds = steps * (case.fixed + batch * case.row) + scored * forward
+
+    held = batch * trained
     if case.run.device == "cuda":  # there a batch is taken in parts
         part = scoring.part_tokens(cfg.evaluate.token_budget, all_scored)
-        held = min(rows * cfg.data.max_tokens, part)
-    shapes = case.model.config
-    kept = held * case.kept * shapes.num_hidden_layers
+        held = min(batch * cfg.data.max_tokens, part)
     # float32 weights, gradient and two moments, and the copy in the model's dtype
     adapter = (16 + case.run.dtype.itemsize) * case.layout.size
     # float32 logits, their softmax and their gradient
-    scored = held if all_scored else 8 * rows
-    return case.base + adapter + kept + 12 * scored * shapes.vocab_size
+    logits = 12 * shapes.vocab_size * (held if all_scored else 8 * batch)
+    memory = adapter + held * case.kept * shapes.num_hidden_layers + logits
+    if scored:
+        # one layer's states and float32 logits at any token, and the generator beside the model
+        states = cfg.evaluate.token_budget * (case.kept + 4 * shapes.vocab_size)
+        memory = max(memory, states) + 4 * size_of(case.decoder)
+    return Need(
+        base_memory(case) + memory,
+        adapters * 4 * case.layout.size,
+        seconds * shapes.num_hidden_layers,
+    )
 
 
-def scoring_memory(case: Case) -> float:
-    """Bytes of scoring: one layer's states, float32 logits at any token, the generator beside."""
-    budget = case.run.cfg.evaluate.token_budget
-    states = budget * (case.kept + 4 * case.model.config.vocab_size)
-    return case.base + states + 4 * size_of(case.decoder)
+def base_memory(case):
+    return size_of(case.model) * case.run.dtype.itemsize
 
 
-def lm_seconds(case: Case, steps: float, rows: float, scored: float = 0.0) -> float:
-    """Seconds of so many training steps with so many rows in all, and of scored rows."""
-    trained, whole = ROW_TOKENS[case.run.cfg.data.format]
-    # frozen weights take no gradient: the forward pass is half of a training step
-    forward = 0.5 * case.row * whole / trained
-    each = steps * case.fixed + rows * case.row + scored * forward
-    return each * case.model.config.num_hidden_layers
-
-
-def need_collect(case: Case) -> Need:
+def need_collect(case):
     cfg = case.run.cfg
     c = cfg.collect
-    steps = len(cfg.data.train_tasks) * (c.pretrain_steps + c.finetune_steps)
-    disk = len(cfg.data.train_tasks) * c.save_last * case.adapter
-    memory = training_memory(case, c.batch_size)
-    return Need(memory, disk, lm_seconds(case, steps, steps * c.batch_size))
+    tasks = len(cfg.data.train_tasks)
+    steps = tasks * (c.pretrain_steps + c.finetune_steps)
+    return lm_need(case, steps, c.batch_size, 0, tasks * c.save_last)
 
 
-def need_generator(case: Case) -> Need:
+def need_generator(case):
     cfg = case.run.cfg
     g = cfg.generator
     count = size_of(case.decoder)
@@ -235,21 +210,25 @@ def need_generator(case: Case) -> Need:
         largest = max(parameter.numel() for parameter in case.decoder.parameters())
         network += 2 * count + 6 * largest
         kept /= 2
-    memory = case.base + network + g.micro_batch * kept
+    memory = base_memory(case) + network + g.micro_batch * kept
 
     # float16 states of every prompt, a generator per set, weights and moments to resume one
     num_tasks = len({*cfg.data.train_tasks, *case.targets})
     prompts = num_tasks * cfg.data.num_prompts * 2 * states[0, 0].numel()
     disk = prompts + (case.sets + 3) * 4 * count
     # every rank of a node holds the checkpoints as targets; one holds the state while it saves it
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     checkpoints = len(cfg.data.train_tasks) * cfg.collect.save_last
-    host = ranks * checkpoints * 4 * math.prod(token_shape(cfg, case.layout)) + 24 * count
+    targets = checkpoints * 4 * math.prod(token_shape(cfg, case.layout))
+    host = ranks_of_a_node() * targets + 24 * count
     pairs = case.sets * g.steps * g.batch_size
     return Need(memory, disk, pairs * work * case.multiply, host)
 
 
-def need_align(case: Case) -> Need:
+def ranks_of_a_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def need_align(case):
     cfg = case.run.cfg
     align = cfg.align
     size = case.layout.size
@@ -257,81 +236,74 @@ def need_align(case: Case) -> Need:
     with torch.device("meta"):
         vae = FusionVAE(size, width, align.latent, align.pos_table, align.residual)
         work, kept = count_pass(vae, torch.empty(1, size), torch.empty(1, width))
-    # weights, gradients, two moments and the inner step's copy
-    network = 20 * size_of(vae)
-    memory = scoring_memory(case) + network + align.batch_size * kept
-    # sources and goals of every pair, and once more while their statistics are taken
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # a task vector of every generated adapter
     draws = len(cfg.data.train_tasks) * align.draws
-    host = ranks * 4 * draws * case.adapter
-    # a support and a query batch each epoch, and a task vector for every generated adapter
+    need = lm_need(case, 0, 0, case.sets * draws * align.prompts, 0)
+    # weights, gradients, two moments and the inner step's copy
+    need.memory += 20 * size_of(vae) + align.batch_size * kept
+    need.disk += case.sets * 4 * size_of(vae)
+    # a support and a query batch each epoch
     passes = case.sets * align.meta_epochs * 2 * align.batch_size
-    seconds = passes * work * case.multiply
-    seconds += lm_seconds(case, 0, 0, case.sets * draws * align.prompts)
-    return Need(memory, case.sets * 4 * size_of(vae), seconds, host)
+    need.seconds += passes * work * case.multiply
+    # sources and goals of every pair, and once more while their statistics are taken
+    need.host = ranks_of_a_node() * 4 * draws * 4 * size
+    return need
 
 
-def need_adapt(case: Case) -> Need:
+def need_adapt(case):
+    """As if every proposal trained like TTT: SFT's folds make up for families that do not train."""
     cfg = case.run.cfg
-    policy = cfg.policy
     proposing = set(cfg.evaluate.methods) & set(methods.PROPOSING)
-    tried = policy.proposals * policy.iterations * len(case.targets) * len(proposing)
-    families = methods.sampled_families(cfg.evaluate.methods, policy.families)
-    training = {"TTT": ("ttl_steps", 1), "SFT": ("sft_steps", policy.folds)}
-    steps = 0.0
-    rows = 0.0
-    for family in families & training.keys():
-        field, repeats = training[family]
-        share = tried / len(families) * repeats * mean(offers(cfg, family, field))
-        steps += share
-        rows += share * mean(offers(cfg, family, "batch_size"))
-    seconds = lm_seconds(case, steps, rows, tried * cfg.data.num_support)
-
-    # test-time training scores every token of its rows
-    batch = max(offers(cfg, "TTT", "batch_size"))
-    testing = training_memory(case, batch, all_scored=True)
-    disk = len(case.targets) * len(cfg.evaluate.methods) * case.adapter
-    return Need(max(testing, scoring_memory(case)), disk, seconds)
+    tried = cfg.policy.proposals * cfg.policy.iterations * len(case.targets) * len(proposing)
+    grid = cfg.strategies.proposal_grid
+    steps = mean(grid.get("TTT.ttl_steps", [1, cfg.strategies.max_ttl_steps]))
+    batch = mean(grid.get("TTT.batch_size", [1, cfg.strategies.max_batch_size]))
+    scored = tried * cfg.data.num_support
+    adapters = len(case.targets) * len(cfg.evaluate.methods)
+    return lm_need(case, tried * steps, batch, scored, adapters, all_scored=True)
 
 
-def offers(cfg, family: str, field: str) -> list[float]:
-    """The values of a strategy's field that the policy is offered; of an open range its ends."""
-    most = getattr(cfg.strategies, f"max_{field}")
-    return cfg.strategies.proposal_grid.get(f"{family}.{field}") or [1, most]
-
-
-def need_baselines(case: Case) -> Need:
+def need_baselines(case):
     cfg = case.run.cfg
-    b = cfg.baselines
+    maml = cfg.baselines.maml
+    abmll = cfg.baselines.abmll
     collecting = cfg.collect.pretrain_steps + cfg.collect.finetune_steps
-    union = collecting * len(cfg.data.train_tasks) * b.union.step_share
-    maml = b.maml.meta_steps * b.maml.tasks_per_step * (b.maml.inner_steps + 1)
-    abmll = b.abmll.meta_steps * b.abmll.tasks_per_step * (b.abmll.inner_steps + 1)
+    union_steps = collecting * len(cfg.data.train_tasks) * cfg.baselines.union.step_share
+    maml_steps = maml.meta_steps * maml.tasks_per_step * (maml.inner_steps + 1)
+    abmll_steps = abmll.meta_steps * abmll.tasks_per_step * (abmll.inner_steps + 1)
     training = {
-        "union": (union, cfg.collect.batch_size),
-        "maml": (3 * maml, b.maml.batch_size),  # second order takes three passes for one
-        "abmll": (abmll, b.abmll.batch_size),
+        "union": (union_steps, cfg.collect.batch_size),
+        "maml": (3 * maml_steps, maml.batch_size),  # second order takes three passes for one
+        "abmll": (abmll_steps, abmll.batch_size),
     }
-    trained = training.keys() & set(cfg.evaluate.methods)
-    seconds = 0.0
-    for method in trained:
+    total = Need(0.0, 0.0, 0.0)
+    for method in training.keys() & set(cfg.evaluate.methods):
         steps, batch = training[method]
-        seconds += case.sets * lm_seconds(case, steps, steps * batch)
-
-    memory = training_memory(case, cfg.collect.batch_size)
-    if "abmll" in trained and b.abmll.space == "product":
+        need = lm_need(case, case.sets * steps, batch, 0, case.sets)
+        total.memory = max(total.memory, need.memory)
+        total.disk += need.disk
+        total.seconds += need.seconds
+    if "abmll" in cfg.evaluate.methods and abmll.space == "product":
         # a posterior over whole matrices: 28 float32 per entry of dW, as measured
         entries = sum(d_in * d_out for _, _, d_in, d_out in case.layout.modules)
-        memory = max(memory, case.base + 28 * 4 * entries)
-    return Need(memory, case.sets * len(trained) * case.adapter, seconds)
+        total.memory = max(total.memory, base_memory(case) + 28 * 4 * entries)
+    return total
 
 
-def need_evaluate(case: Case) -> Need:
+def need_evaluate(case):
     cfg = case.run.cfg
     passes = len(cfg.evaluate.methods) + cfg.evaluate.prompt_batches
-    rows = cfg.data.num_test * len(case.targets) * passes
-    json = 200 * rows
-    return Need(scoring_memory(case), json, lm_seconds(case, 0, 0, rows))
+    return lm_need(case, 0, 0, cfg.data.num_test * len(case.targets) * passes, 0)
+
+
+NEEDS = {
+    "collect": need_collect,
+    "generator": need_generator,
+    "align": need_align,
+    "adapt": need_adapt,
+    "baselines": need_baselines,
+    "evaluate": need_evaluate,
+}
 
 
 def open_case(run: Run) -> Case:
@@ -341,8 +313,10 @@ def open_case(run: Run) -> Case:
     flow = [*cfg.generator.flow, list(token_shape(cfg, layout))]
     with torch.device("meta"):
         decoder = HyperConvDecoder(flow, cfg.generator.kernel)
-    timed_layer = time_layer(run, model)
-    return Case(run, model, layout, decoder, *timed_layer, time_decoder(run, flow))
+    timed_steps = (*time_layer(run, model), time_decoder(run, flow))
+    targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
+    sets = {data.left_out_for(cfg, target) for target in targets}
+    return Case(run, model, layout, decoder, *timed_steps, targets, len(sets))
 
 
 def time_layer(run: Run, model: nn.Module) -> tuple[float, float, float]:

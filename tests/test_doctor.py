@@ -69,9 +69,10 @@ def test_multiplications_are_those_of_the_five_convolutions():
 
 
 def test_kept_bytes_are_those_autograd_saves():
-    """A linear layer keeps its input, and tanh its output: weights are not counted."""
+    """A linear layer keeps its input, tanh its output; weights are not counted."""
     network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh())
-    assert doctor.count_pass(network, torch.randn(4, 8)) == (4 * 8 * 16, 4 * (4 * 8 + 4 * 16))
+    _, kept = doctor.count_pass(network, torch.randn(4, 8))
+    assert kept == 4 * (4 * 8 + 4 * 16)
 
 
 def test_embedded_predictions_are_near_what_was_measured(tmp_path, assets):
