@@ -26,6 +26,7 @@ import data
 import lora
 import methods
 import report
+import results
 import runtime
 import scoring
 from lora import Adapter, Layout
@@ -285,9 +286,9 @@ def signature(layout: Layout, adapter: Adapter, path: str) -> np.ndarray:
 
 def stage_ablation(run: Run) -> dict:
     """Experiment 4: average accuracies of base, S1, S1 + S2 and S1 + S2 + S3, as scored."""
-    tasks = report.load_tasks(run.path)
-    scores = report.load_scores(run.path, tasks)
-    averages = report.average_over_tasks([scores], tasks, run.cfg.evaluate.metric)
+    tasks = results.load_tasks(run.path)
+    frame = results.load_frame(run.path, tasks)
+    averages = results.average_over_tasks(frame, tasks, run.cfg.evaluate.metric)
     found = {}
     for domain, by_method in averages.items():
         found[domain] = {}

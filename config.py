@@ -313,7 +313,7 @@ def _read(path: Path) -> dict:
             sorted(
                 str(p.relative_to(ROOT))
                 for p in (ROOT / "configs").glob("*.yaml")
-                if p.name not in ("contexts.yaml", "models.yaml", "paper_tables.yaml")
+                if p.name not in ("contexts.yaml", "models.yaml")
             )
         )
         raise UserError(f"config={path}: no such file; presets here: {have}")

@@ -20,7 +20,7 @@ import generator
 import lora
 import methods
 import policy
-import report
+import results
 import runtime
 import scoring
 import strategies
@@ -86,15 +86,15 @@ def held_out_table(run: Run) -> list[str]:
     """
     cfg = run.cfg
     name, metric = cfg.task, cfg.evaluate.metric
-    scores = [report.load_scores(run.path, [name])]
+    frame = results.load_frame(run.path, [name])
     lines = []
     for method in cfg.evaluate.methods:
-        if (found := report.accuracy(scores, method, name, metric)) is None:
+        if (found := results.accuracy(frame, method, name, metric)) is None:
             continue
         gains = [
             f"   {_points(d['diff'], d['se'], '+6.1f')} vs {other}"
             for other in ("base", "wrong_prompts")
-            if (d := report.paired(scores, method, other, name, metric))
+            if (d := results.paired(frame, method, other, name, metric))
         ]
         lines.append(f"  {method:14} {_points(found['mean'], found['se'])} %{''.join(gains)}")
     if not lines:

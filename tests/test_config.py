@@ -9,7 +9,7 @@ import degaml
 from config import DEFAULT, ROOT, Config, UserError, differences, flatten, load_config, parse_yaml
 from lora import check_width
 
-NOT_PRESETS = {"default.yaml", "contexts.yaml", "models.yaml", "paper_tables.yaml"}
+NOT_PRESETS = {"default.yaml", "contexts.yaml", "models.yaml"}
 PRESETS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name not in NOT_PRESETS)
 DIMS = {
     "assets/models/smollm2-135m-instruct": [576, 192, 1536],
@@ -254,7 +254,7 @@ def test_files_that_are_no_configuration(tmp_path):
     assert (
         "no such file" in message
         and "configs/smollm2.yaml" in message
-        and "paper_tables" not in message
+        and "configs/models.yaml" not in message
     )
     bad = tmp_path / "bad.yaml"
     bad.write_text("seed: 1\nname: [a\n")

@@ -444,7 +444,7 @@ def test_truncated_file_is_named(copy, words, capsys, stage, file):
         ("evaluate", "scores", "scores/generator/delta.jsonl"),
         ("report", "report", "report/results.json"),
         ("report", "report", "report/report.html"),
-        ("report", "report", "report/figures/accuracy.png"),
+        ("report", "report", "report/figures/gains.png"),
     ],
 )
 def test_a_disk_that_fills_up(copy, full, words, capsys, stage, gone, file):
