@@ -327,7 +327,7 @@ def _train_maml(run: Run, draws: Draws) -> Trained:
             episodes,
             settings.inner_lr,
             WEIGHT_DECAY,
-            settings.order,
+            order=2,
         )
         if not math.isfinite(loss) or not torch.isfinite(grad).all():
             diverged_at = step

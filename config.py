@@ -1,7 +1,7 @@
-"""Every key a YAML file or the command line may set: its type, its range, and where its value came from.
+"""Every key a YAML file or the command line may set: its type, its range, whence its value came.
 
-`configs/default.yaml` holds the value and the meaning of every key; a preset holds only what differs;
-`key=value` on the command line wins over both. All faults are gathered and reported together.
+`configs/default.yaml` holds the value and the meaning of every key. A preset holds only what
+differs. `key=value` on the command line wins over both. All faults are reported together.
 
     python degaml.py stage=config config=configs/smollm2.yaml generator.lr=1e-3
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,16 +29,21 @@ import methods
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT = ROOT / "configs" / "default.yaml"
-FREE_MAPS = (
-    "data.jsonl",
-    "data.hub",
-    "data.columns",
-    "strategies.proposal_grid",
-)  # maps with keys of their own
+# maps with keys of their own
+FREE_MAPS = ("data.jsonl", "data.hub", "data.columns", "strategies.proposal_grid")
+# what one does with an adapter, besides stage=adapt task=
+USER_STAGES = ("export", "predict")
+# stages that make no part of a run
+ASIDE = (*USER_STAGES, "config", "doctor", "check", "assets")
+# stages that read a run
+READING = ("report", "analyze")
 
 
 class UserError(Exception):
-    """A mistake the user can mend: what, where, what was expected, what to do. Shown without a traceback."""
+    """A mistake the user can mend: what, where, what was expected, what to do.
+
+    Shown without a traceback.
+    """
 
 
 class _Section(BaseModel):
@@ -45,6 +51,7 @@ class _Section(BaseModel):
 
 
 def _no_bool(value):
+    # pydantic reads true as 1
     if isinstance(value, bool):
         raise ValueError("Input should be a number, not true or false")
     return value
@@ -55,8 +62,6 @@ Float = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0, le=1)]
-USER_STAGES = ("export", "predict")  # what one does with an adapter, besides stage=adapt task=
-ASIDE = (*USER_STAGES, "config", "doctor", "check", "assets")  # stages that make no part of a run
 Family = Literal["TTT", "LORA", "TTS", "Latent", "SFT"]
 
 
@@ -66,27 +71,37 @@ class Model(_Section):
     rank: Positive
     alpha: Positive
     modules: list[str]
-    token_width: Positive
+    token_width: Positive  # lora.check_width knows what it must divide
+
+
+class Columns(_Section):
+    """Which columns of a hub data set hold what; `choices` is a column, or a column per option."""
+
+    question: str
+    choices: str | list[str]
+    gold: str
+    context: str = ""
 
 
 class Data(_Section):
     source: Literal["assets", "hub", "jsonl"]
     dir: str
+    # leave-one-out asks for more: _data_faults
     train_tasks: Annotated[list[str], Field(min_length=1)]
     test_tasks: list[str]
     targets: list[str]
     jsonl: dict[str, str]
     hub: dict[str, str]
-    columns: dict[str, dict[str, str]]
+    columns: dict[str, Columns]
     format: Literal["cloze", "letter"]
     math_form: Literal["choice", "generate"]
     num_train: Positive
-    num_support: Annotated[Int, Field(ge=2)]
+    num_support: Annotated[Int, Field(ge=2)]  # two folds at least
     num_test: Positive
     skip_test: Count
     num_prompts: Positive
     prompts_from: Literal["train", "test"]
-    max_tokens: Annotated[Int, Field(ge=32)]
+    max_tokens: Annotated[Int, Field(ge=32)]  # a chat template alone takes a dozen
 
 
 class Collect(_Section):
@@ -96,13 +111,14 @@ class Collect(_Section):
     finetune_lr: Rate
     warmup_steps: Count
     batch_size: Positive
-    save_last: Annotated[Int, Field(ge=2)]
+    save_last: Annotated[Int, Field(ge=2)]  # a spread needs two checkpoints
 
 
 class Generator(_Section):
     encoder: str
-    max_length: Annotated[Int, Field(ge=8, le=512)]
+    max_length: Annotated[Int, Field(ge=8, le=512)]  # the encoder has 512 positions
     num_prompts: Positive
+    # (N, L, C) of each layer
     flow: list[Annotated[list[Positive], Field(min_length=3, max_length=3)]]
     kernel: Positive
     scale_code: Literal["dnd", "element"]
@@ -141,6 +157,7 @@ class Align(_Section):
 
 
 class Strategies(_Section):
+    # the upper limits are those of the papers and of SLOT; a run may only lower them
     max_ttl_steps: Positive
     max_ttl_lr: Rate
     ttl_threshold: Annotated[Float, Field(ge=0)]
@@ -169,7 +186,7 @@ class Policy(_Section):
     select_by: Literal["wins", "gold_logp"]
     select_margin: Count
     sft_margin: Count
-    folds: Annotated[Int, Field(ge=2)]
+    folds: Annotated[Int, Field(ge=2)]  # no more than support examples: _cross_checks
     contexts: str
     rank: Positive
     alpha: Positive
@@ -183,7 +200,7 @@ class Evaluate(_Section):
     metric: Literal["norm", "raw", "strict", "lenient"]
     methods: Annotated[list[Literal[tuple(methods.METHODS)]], Field(min_length=1)]
     prompt_batches: Positive
-    token_budget: Annotated[Int, Field(ge=32)]
+    token_budget: Annotated[Int, Field(ge=32)]  # of a forward pass
     max_new_tokens: Positive
     generate: StrictBool
 
@@ -193,7 +210,6 @@ class Union(_Section):
 
 
 class Maml(_Section):
-    order: Literal[1, 2]
     meta_steps: Positive
     tasks_per_step: Positive
     inner_steps: Count
@@ -235,7 +251,7 @@ class Report(_Section):
 
 
 class Config(_Section):
-    """The whole configuration of a run. Sections are explained key by key in configs/default.yaml."""
+    """The whole configuration of a run; configs/default.yaml explains it key by key."""
 
     name: str
     run: str
@@ -275,6 +291,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, where: str):
     """Parse YAML text. Raises: UserError: naming the line, if it is not YAML."""
     try:
+        # a SafeLoader: tags that would build objects are refused
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as e:
         line = getattr(getattr(e, "problem_mark", None), "line", 0) + 1
@@ -286,37 +303,33 @@ def parse_yaml(text: str, where: str):
 
 def flatten(tree: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}; FREE_MAPS stay whole."""
-    out = {}
+    flat = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict) and path not in FREE_MAPS:
-            out |= flatten(value, path + ".")
+            flat |= flatten(value, path + ".")
         else:
-            out[path] = value
-    return out
+            flat[path] = value
+    return flat
 
 
 def _unflatten(flat: dict) -> dict:
     tree: dict = {}
     for path, value in flat.items():
-        *parents, leaf = path.split(".")
+        *sections, leaf = path.split(".")
         node = tree
-        for p in parents:
-            node = node.setdefault(p, {})
+        for section in sections:
+            node = node.setdefault(section, {})
         node[leaf] = value
     return tree
 
 
 def _read(path: Path) -> dict:
+    """A YAML file as flat keys. Raises: UserError: there is none, or it is no configuration."""
     if not path.is_file():
-        have = ", ".join(
-            sorted(
-                str(p.relative_to(ROOT))
-                for p in (ROOT / "configs").glob("*.yaml")
-                if p.name not in ("contexts.yaml", "models.yaml")
-            )
-        )
-        raise UserError(f"config={path}: no such file; presets here: {have}")
+        files = sorted((ROOT / "configs").glob("*.yaml"))
+        presets = [f"configs/{f.name}" for f in files if f.stem not in ("contexts", "models")]
+        raise UserError(f"config={path}: no such file; presets here: {', '.join(presets)}")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
     except UnicodeDecodeError as e:
@@ -334,208 +347,246 @@ def load_config(args: list[str]) -> tuple[Config, str]:
     Returns: the config and the name of the stage (`stage=`, default `all`).
     Raises: UserError: one text naming every unknown key, wrong type and out-of-range value.
     """
-    words = []
-    for a in args:
-        if "=" not in a:
-            raise UserError(
-                f"argument {a!r}: expected key=value, such as stage=all or generator.lr=1e-3"
-            )
-        words.append(a.split("=", 1))
-    given = dict(words)
-    stage, preset = given.get("stage", "all"), given.get("config", "")
-    if not preset and (stage in USER_STAGES or "task" in given):
-        preset = _trained_run(given.get("run"))
-    elif (
-        not preset
-        and stage in ("report", "analyze")
-        and (ROOT / given.get("run", "-") / "config.yaml").is_file()
-    ):
-        preset = str(ROOT / given["run"] / "config.yaml")  # reading a run does not describe it anew
+    words = _split_words(args)
+    stage = words.get("stage", "all")
+
+    # each layer wins over those before it
     flat = _read(DEFAULT)
-    known, where = dict(flat), dict.fromkeys(flat, "configs/default.yaml")
-    layers = (
-        [(preset, _read(Path(preset)) if "config" in given else _recorded(Path(preset), stage))]
-        if preset
-        else []
-    )
-    layers.append(
-        (
-            "command line",
-            {k: parse_yaml(v, f"{k}={v}") for k, v in words if k not in ("stage", "config")},
-        )
-    )
+    where = dict.fromkeys(flat, "configs/default.yaml")
+    layers = [_preset(words, stage), ("command line", _typed_words(words))]
     faults = []
     for source, layer in layers:
-        for key, value in layer.items():
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-                hint = f"; did you mean `{near[0]}`?" if near else "; see configs/default.yaml"
-                faults.append(f"{key} ({source}): unknown key{hint}")
-                continue
-            flat[key], where[key] = value, source
-    for key in (
-        "adapter",
-        "input",
-        "output",
-    ):  # the user's own files: relative to where the command is given
-        flat[key] = (
-            str(Path(flat[key]).absolute())
-            if flat[key] and isinstance(flat[key], str)
-            else flat[key]
-        )
+        faults += _lay_over(flat, where, source, layer)
+
+    # the user's own files: relative to where the command is given, not to this folder
+    for key in ("adapter", "input", "output"):
+        if flat[key] and isinstance(flat[key], str):
+            flat[key] = str(Path(flat[key]).absolute())
     if flat["task"]:
-        faults += _take_in(flat, str(flat["task"]), stage, "evaluate.methods" in given)
+        faults += _take_in(flat, str(flat["task"]), stage, "evaluate.methods" in words)
+
+    cfg = None
     try:
         cfg = Config.model_validate(_unflatten(flat))
     except ValidationError as e:
-        for err in e.errors():
-            path = ".".join(str(p) for p in err["loc"])
-            key = next(
-                (
-                    k
-                    for k in sorted(flat, key=len, reverse=True)
-                    if path == k or path.startswith(k + ".")
-                ),
-                path,
-            )
-            faults.append(
-                f"{path} ({where.get(key, preset)}): got {flat.get(key, err['input'])!r}; "
-                f"{err['msg'].removeprefix('Value error, ')}"
-            )
-        cfg = None
+        faults += _schema_faults(e, flat, where)
     if cfg is not None:
-        faults += _cross_checks(
-            cfg, where, samples=not cfg.task and stage not in ("report", "analyze", *USER_STAGES)
-        )
+        # a user's task and a run that is only read draw no proposals for the run's own methods
+        samples = not cfg.task and stage not in (*READING, *USER_STAGES)
+        faults += _cross_checks(cfg, where, samples)
     if faults:
         raise UserError(f"{len(faults)} fault(s) in the configuration:\n  " + "\n  ".join(faults))
     return cfg, stage
 
 
-def _recorded(path: Path, stage: str) -> dict:
-    """A run's own record: what it is, not what was last done with it."""
-    flat = _read(path)
+def _split_words(args: list[str]) -> dict[str, str]:
+    words = {}
+    for word in args:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(
+                f"argument {word!r}: expected key=value, such as stage=all or generator.lr=1e-3"
+            )
+        words[key] = value
+    return words
+
+
+def _typed_words(words: dict[str, str]) -> dict:
+    typed = {}
+    for key, value in words.items():
+        if key not in ("stage", "config"):
+            typed[key] = parse_yaml(value, f"{key}={value}")
+    return typed
+
+
+def _preset(words: dict[str, str], stage: str) -> tuple[str, dict]:
+    """(its name, flat keys) of what lies between default and command line: `config=`, else a run's
+    own record where the command is about a run that is there already, else nothing."""
+    path = words.get("config", "")
+    if path:
+        return path, _read(Path(path))
+    record = ROOT / words.get("run", "-") / "config.yaml"
+    if stage in USER_STAGES or "task" in words:
+        path = _trained_run(words.get("run"))
+    elif stage in READING and record.is_file():
+        path = str(record)
+    else:
+        return "", {}
+    # what the run is, not what was last done with it
+    flat = _read(Path(path))
     for key in ("task", "method", "adapter", "input", "output", "overwrite"):
         flat.pop(key, None)
-    return flat
+    return path, flat
 
 
 def _trained_run(run: str | None) -> str:
-    """The configuration a run folder was made with: of `run`, else of the presets' own folders. Raises: UserError."""
-    folders = [ROOT / (run or "runs/smollm2"), *([] if run else [ROOT / "runs/demo"])]
-    found = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
-    if found is None:
-        raise UserError(
-            f"run={run or 'runs/smollm2'}: no trained run there; `make demo` (runs/demo, five minutes) or "
-            "`make reproduce` (runs/smollm2) trains one, run=folder names another"
-        )
-    return str(found)
+    """The record of `run=`, or of the first of the presets' own folders that has one.
+
+    Raises: UserError: no trained run there.
+    """
+    for folder in [run] if run else ["runs/smollm2", "runs/demo"]:
+        record = ROOT / folder / "config.yaml"
+        if record.is_file():
+            return str(record)
+    raise UserError(
+        f"run={run or 'runs/smollm2'}: no trained run there; `make demo` (runs/demo, five minutes) "
+        "or `make reproduce` (runs/smollm2) trains one, run=folder names another"
+    )
+
+
+def _lay_over(flat: dict, where: dict, source: str, layer: dict) -> list[str]:
+    """Set the keys of a layer in `flat`, and in `where` whence they are. Returns faults."""
+    faults = []
+    for key, value in layer.items():
+        if key in flat:
+            flat[key] = value
+            where[key] = source
+            continue
+        near = difflib.get_close_matches(key, flat, n=1, cutoff=0.4)
+        hint = f"did you mean `{near[0]}`?" if near else "see configs/default.yaml"
+        faults.append(f"{key} ({source}): unknown key; {hint}")
+    return faults
+
+
+def _schema_faults(error: ValidationError, flat: dict, where: dict) -> list[str]:
+    faults = []
+    for e in error.errors():
+        path = ".".join(str(part) for part in e["loc"])
+        # the key that was set: a fault may lie inside its list or map
+        key = path
+        while key not in flat and "." in key:
+            key = key.rpartition(".")[0]
+        got = flat.get(key, e["input"])
+        text = e["msg"].removeprefix("Value error, ")
+        faults.append(f"{path} ({where.get(key, 'configuration')}): got {got!r}; {text}")
+    return faults
 
 
 def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[str]:
-    """Make `task=` the one target: a file, a hub data set or a task the run knows. Returns faults."""
+    """Make `task=` the one target: a file, a hub data set or a task of the run. Returns faults."""
     if stage not in ("adapt", *USER_STAGES):
-        return [
-            f"task (command line): goes with stage=adapt, {' or '.join(USER_STAGES)}, not stage={stage}"
-        ]
-    if not all(
-        isinstance(flat[k], t)
-        for k, t in (
-            ("data.train_tasks", list),
-            ("data.test_tasks", list),
-            ("data.jsonl", dict),
-            ("data.hub", dict),
-        )
-    ):
-        return []  # of another type: the schema says so
+        stages = f"stage=adapt, {' or '.join(USER_STAGES)}"
+        return [f"task (command line): goes with {stages}, not stage={stage}"]
+    for key, kind in _TAKEN_IN.items():
+        if not isinstance(flat[key], kind):
+            return []  # the schema says so
+
     known = flat["data.train_tasks"] + flat["data.test_tasks"]
-    path = Path(source).expanduser()
-    if source in known:
+    name, section, place = _locate(source)
+    # export and predict may name a task that was adapted before: its folder is asked for later
+    adapted = stage in USER_STAGES and re.fullmatch(r"\w+", source)
+    if source in known or (adapted and not name):
         name = source
-    elif source.startswith("hf:"):
-        parts = source[3:].rstrip("/").split("/")
-        name = re.sub(
-            r"\W+", "_", parts[-1] if Path(source[3:]).is_dir() else parts[min(1, len(parts) - 1)]
-        )
-        where = str(Path(source[3:]).absolute()) if Path(source[3:]).is_dir() else source[3:]
-        flat["data.hub"] = flat["data.hub"] | {name: where}
-    elif path.suffix.lower() in (".jsonl", ".csv"):
-        name = re.sub(r"\W+", "_", path.stem)
-        flat["data.jsonl"] = flat["data.jsonl"] | {name: str(path.absolute())}
-    elif stage in USER_STAGES and re.fullmatch(r"\w+", source):
-        name = source  # adapted before; its folder is asked for later
-    else:
+        section = ""
+    if not name:
         return [
-            f"task (command line): got {source!r}; expected a .jsonl or .csv file, hf:org/name or one of {known}"
+            f"task (command line): got {source!r}; expected a .jsonl or .csv file, hf:org/name or "
+            f"one of {known}"
         ]
     if (name in known and name != source) or name == "all":
         return [
-            f"task (command line): {source} would be called {name}, which is a name of the run's own; rename it"
+            f"task (command line): {source} would be called {name}, which is a name of the run's "
+            "own; rename it"
         ]
-    flat["task"], flat["data.targets"] = name, [name]
-    flat["data.test_tasks"] = [*flat["data.test_tasks"], *([] if name in known else [name])]
+    flat["task"] = name
+    flat["data.targets"] = [name]
+    if section:
+        flat[section] = {**flat[section], name: place}
+    if name not in known:
+        flat["data.test_tasks"] = [*flat["data.test_tasks"], name]
     if not methods_given:
         flat["evaluate.methods"] = ["base", "wrong_prompts", "generator", "degaml_plus", "no_meta"]
     return []
 
 
-def _cross_checks(cfg: Config, where: dict, samples: bool = True) -> list[str]:
-    """Faults that need two keys to see. `samples`: will this command draw proposals for the run's own methods?"""
-    faults = []
+_TAKEN_IN = {
+    "data.train_tasks": list,
+    "data.test_tasks": list,
+    "data.jsonl": dict,
+    "data.hub": dict,
+}
 
-    def fault(key, text):
-        faults.append(f"{key} ({where[key]}): {text}")
 
-    d, g, p = cfg.data, cfg.generator, cfg.policy
+def _locate(source: str) -> tuple[str, str, str]:
+    """(name, key of its map, place) of a user's data; three empty texts where it is none."""
+    on_hub = source.startswith("hf:")
+    place = source.removeprefix("hf:")
+    path = Path(place).expanduser()
+    name = ""
+    section = "data.hub" if on_hub else "data.jsonl"
+    if on_hub and not path.is_dir():
+        # org/name and org/name/configuration are called by their name
+        name = path.parts[:2][-1]
+    elif on_hub or path.suffix.lower() in (".jsonl", ".csv"):
+        name = path.name if on_hub else path.stem
+        place = str(path.absolute())
+    return re.sub(r"\W+", "_", name), section, place
+
+
+def _cross_checks(cfg: Config, where: dict, samples: bool) -> list[str]:
+    """Faults that need two keys to see.
+
+    Args: samples: will this command draw proposals for the run's own methods?
+    """
+    found = _data_faults(cfg) | _method_faults(cfg)
     steps = cfg.collect.pretrain_steps + cfg.collect.finetune_steps
     if cfg.collect.save_last > steps:
-        fault(
-            "collect.save_last",
-            f"got {cfg.collect.save_last}; training has {steps} steps: at most {steps}",
+        found["collect.save_last"] = (
+            f"got {cfg.collect.save_last}; training has {steps} steps: at most {steps}"
         )
-    unknown = [t for t in d.targets if t not in d.train_tasks + d.test_tasks]
-    if unknown:
-        fault("data.targets", f"{unknown} are in neither data.train_tasks nor data.test_tasks")
-    twice = sorted(
-        {t for t in d.train_tasks + d.test_tasks if (d.train_tasks + d.test_tasks).count(t) > 1}
-    )
-    if twice:
-        fault(
-            "data.test_tasks", f"{twice} are listed twice (train_tasks and test_tasks are disjoint)"
-        )
+    g = cfg.generator
     if not g.flow or g.flow[0][:2] != [g.num_prompts, g.max_length]:
-        fault(
-            "generator.flow",
+        found["generator.flow"] = (
             f"its first entry must be [num_prompts, max_length, encoder width] = "
-            f"[{g.num_prompts}, {g.max_length}, 384], got {g.flow[:1]}",
+            f"[{g.num_prompts}, {g.max_length}, 384], got {g.flow[:1]}"
         )
-    sampled = methods.sampled_families(cfg.evaluate.methods, p.families)
-    if samples and p.min_per_family * len(sampled) > p.proposals:
-        fault(
-            "policy.min_per_family",
-            f"{p.min_per_family} x {len(sampled)} families exceed policy.proposals"
-            f" = {p.proposals}: at most {p.proposals // len(sampled)}",
+    p = cfg.policy
+    families = len(methods.sampled_families(cfg.evaluate.methods, p.families))
+    if samples and p.min_per_family * families > p.proposals:
+        found["policy.min_per_family"] = (
+            f"{p.min_per_family} x {families} families exceed policy.proposals = {p.proposals}: "
+            f"at most {p.proposals // families}"
         )
-    if p.folds > d.num_support:
-        fault("policy.folds", f"got {p.folds} folds of {d.num_support} support examples")
-    if cfg.evaluate.metric in ("strict", "lenient") and not cfg.evaluate.generate:
-        fault(
-            "evaluate.metric",
-            f"{cfg.evaluate.metric} needs generated answers: evaluate.generate=true",
+    if p.folds > cfg.data.num_support:
+        found["policy.folds"] = f"got {p.folds} folds of {cfg.data.num_support} support examples"
+    return [f"{key} ({where[key]}): {text}" for key, text in found.items()]
+
+
+def _data_faults(cfg: Config) -> dict[str, str]:
+    d = cfg.data
+    tasks = d.train_tasks + d.test_tasks
+    found = {}
+    unknown = [task for task in d.targets if task not in tasks]
+    if unknown:
+        found["data.targets"] = f"{unknown} are in neither data.train_tasks nor data.test_tasks"
+    twice = sorted(task for task, count in Counter(tasks).items() if count > 1)
+    if twice:
+        found["data.test_tasks"] = (
+            f"{twice} are listed twice (train_tasks and test_tasks are disjoint)"
         )
-    tuned = [m for m in methods.BASELINES if m in cfg.evaluate.methods and m != "abmll"]
-    if tuned and not cfg.baselines.sft and "degaml_plus" not in cfg.evaluate.methods:
-        fault(
-            "evaluate.methods",
-            f"{tuned[0]} tries the SFT settings proposed for degaml_plus: add degaml_plus, "
-            "or give settings in baselines.sft",
+    in_domain = set(d.targets or d.train_tasks) & set(d.train_tasks)
+    if in_domain and len(d.train_tasks) < 3:
+        found["data.train_tasks"] = "leave-one-out needs at least 3 tasks (2 remain to learn from)"
+    return found
+
+
+def _method_faults(cfg: Config) -> dict[str, str]:
+    e = cfg.evaluate
+    found = {}
+    if e.metric in ("strict", "lenient") and not e.generate:
+        found["evaluate.metric"] = f"{e.metric} needs generated answers: evaluate.generate=true"
+    # ABMLL adapts by its own steps
+    tuned = [m for m in methods.BASELINES if m in e.methods and m != "abmll"]
+    if tuned and not cfg.baselines.sft and "degaml_plus" not in e.methods:
+        found["evaluate.methods"] = (
+            f"{tuned[0]} tries the SFT settings proposed for degaml_plus: add degaml_plus, or give "
+            "settings in baselines.sft"
         )
-    if len(d.train_tasks) < 3 and set(d.targets or d.train_tasks) & set(d.train_tasks):
-        fault("data.train_tasks", "leave-one-out needs at least 3 tasks (2 remain to learn from)")
-    return faults
+    return found
 
 
 def differences(cfg: Config) -> dict:
     """Keys whose value is not the default's, for the log."""
     default = _read(DEFAULT)
-    return {k: v for k, v in flatten(cfg.model_dump()).items() if v != default.get(k)}
+    flat = flatten(cfg.model_dump())
+    return {key: value for key, value in flat.items() if value != default.get(key)}

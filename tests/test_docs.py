@@ -103,10 +103,12 @@ def write_own_files(folder: Path) -> None:
     """What the reader has: a task as JSON lines, as CSV and as a hub data set, and new inputs."""
     rows = pandas.DataFrame(tiny_rows("alpha", 140))
     rows["question"] = "Own case. " + rows["question"]
-    hub = "allenai/openbookqa/main"
-    (folder / hub).mkdir(parents=True)
-    for name, count in {"my_task": 140, "new": 9, f"{hub}/train": 60}.items():
+    for name, count in {"my_task": 140, "new": 9}.items():
         rows.head(count).to_json(folder / f"{name}.jsonl", orient="records", lines=True)
+    (folder / "openbookqa").mkdir()
+    theirs = {"question": "question_stem", "gold": "answerKey"}
+    openbook = rows.head(60).rename(columns=theirs)
+    openbook.to_json(folder / "openbookqa/train.jsonl", orient="records", lines=True)
     rows[["A", "B"]] = rows.pop("choices").tolist()
     rows.head(40).to_csv(folder / "my_other_task.csv", index=False)
 
@@ -118,6 +120,7 @@ def test_commands_run(copy, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "demo").symlink_to(copy)
     shown = DOCS["own-task.md"] + section(README, "Your own task")
     shown += section(README, "Edit YAML and rerun")
+    shown = shown.replace("hf:allenai/openbookqa/main", "hf:openbookqa")  # a folder
     shown = shown.replace("=runs/", f"={tmp_path}/").replace("=divlogic", "=delta")
     [files] = [word for word in words if word.startswith("data.jsonl=")]
     mine = files.replace("{", f'{{"mytask": "{tmp_path}/my_task.jsonl", ')
@@ -132,7 +135,7 @@ def test_commands_run(copy, words, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)  # each command moves to the repository
         assert run_command(argv) == 0, (argv, capsys.readouterr().err)
 
-    for name in ("my_task", "my_other_task", "main"):
+    for name in ("my_task", "my_other_task", "openbookqa"):
         assert (copy / f"export/{name}/adapter_model.safetensors").exists()
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 9
     results = runtime.read_json(tmp_path / "mytask/report/results.json")

@@ -183,7 +183,8 @@ def test_hub_data_set_by_name(copy, tmp_path):
         answer = "AB"[row["gold"]]
         records.append({"stem": row["question"], "choices": choices, "answerKey": answer})
     write_rows(folder / "train.jsonl", records)
-    task = task_of(copy, f"hf:{folder}", "data.columns={openbook: {question: stem}}")
+    columns = "{question: stem, choices: choices, gold: answerKey}"
+    task = task_of(copy, f"hf:{folder}", f"data.columns={{openbook: {columns}}}")
     assert (len(task.test), len(task.support)) == (12, 8)
     assert task.test[0].options
     with pytest.raises(UserError, match=r"data\.columns\.openbook.*question"):
