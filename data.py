@@ -13,20 +13,18 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import yaml
 
+import benchmarks
 import config
 import runtime
-from config import Columns, Config, UserError
+from config import Config, UserError
 from runtime import Run
 
-LETTERS = "ABCDEFGHIJ"
 LETTER_SYSTEM = (
     "You answer multiple-choice questions. Reply with nothing but the letter of the right option "
     "in square brackets, for example [A]."
@@ -75,36 +73,9 @@ class Task:
     prompts: tuple[str, ...]  # unlabelled
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A title for the tables, where the embedded data comes from, and what it stands in for."""
-
-    title: str
-    source: str
-    stand_in_for: str = ""
-
-
-_BUILT = "(options built here from gold answers and seeded distractors)"
-BENCHMARKS = {
-    "arc_c": Benchmark("ARC-c", "ARC-Challenge"),
-    "arc_e": Benchmark("ARC-e", "ARC-Easy"),
-    "hellaswag": Benchmark("HellaSwag", "HellaSwag, validation as test"),
-    "boolq": Benchmark("BoolQ", "BoolQ with passage, validation as test"),
-    "piqa": Benchmark("PIQA", "PIQA, validation as test"),
-    "winogrande": Benchmark("WinoGrande", "WinoGrande XL, validation as test"),
-    "gsm8k": Benchmark("GSM8K", "GSM8K test", f"GSM8K {_BUILT}"),
-    "math": Benchmark("MATH", "MATH test", f"MATH {_BUILT}"),
-    "divlogic": Benchmark("DivLogicEval", "basic-skills logical reasoning", "DivLogicEval"),
-    "socialiqa": Benchmark("SocialIQA", "SocialIQA, validation as test"),
-    "codemmlu": Benchmark("CodeMMLU", "basic-skills coding", "CodeMMLU"),
-    "jama": Benchmark("JAMA", "MedQA (USMLE, English) test", "JAMA Clinical Challenge"),
-}
-# their records have an answer but no options
-FREE_ANSWER = ("gsm8k", "math")
-
-
 def read_records(cfg: Config, name: str) -> dict[str, list[dict]]:
     """{split: records} from the configured source. Raises: UserError."""
+    # a place that is given for one task wins over the source of all
     if name in cfg.data.jsonl:
         return _read_user_files(cfg.data.jsonl[name], labels=name != cfg.task)
     if cfg.data.source == "hub" or name in cfg.data.hub:
@@ -127,10 +98,10 @@ def _read_assets(folder, name):
     records = {}
     for split in ("all",) if one_pool else ("train", "test"):
         file = folder / f"{name}.{split}.jsonl.gz"
-        if not file.exists() and name not in BENCHMARKS:
+        if not file.exists() and name not in benchmarks.TABLE:
             raise UserError(
-                f"task {name} is not one of the embedded tasks ({', '.join(BENCHMARKS)}); give its "
-                f"file as data.jsonl={{{name}: file.jsonl}}"
+                f"task {name} is not one of the embedded tasks ({', '.join(benchmarks.TABLE)}); "
+                f"give its file as data.jsonl={{{name}: file.jsonl}}"
             )
         if not file.exists():
             raise UserError(f"{file}: missing; run `make assets`")
@@ -140,7 +111,7 @@ def _read_assets(folder, name):
         except (OSError, EOFError, ValueError) as e:
             raise UserError(f"{file}: damaged ({e}); delete it and run `make assets`") from None
         if not one_pool:
-            # both files count from 0
+            # both files count from 0: without the split an id would name two examples
             for row in records[split]:
                 row["id"] = row["id"].replace("-", f"-{split}-", 1)
     return records
@@ -151,6 +122,7 @@ GOOD_ROW = '{"id": "q1", "question": "Which ...?", "choices": ["one", "two"], "g
 
 def _read_user_files(pattern, labels):
     """One file, or `my_{split}.jsonl` for the splits train and test."""
+    # the files share one name space of ids
     seen = {}
     records = {}
     for split in ("train", "test") if "{split}" in pattern else ("all",):
@@ -176,9 +148,11 @@ def read_user_file(
         try:
             if isinstance(row, str):
                 row = _parse_json(row)
+            # a row without an id is called by its place
             row = check_row({"id": f"{path.stem}-{line}", **row}, labels)
             if row["id"] in seen:
                 raise ValueError(f"id {row['id']!r} was used before, at {seen[row['id']]}")
+            # options are compared and free answers generated: a task does one or the other
             if is_labelled(row):
                 first_labelled = first_labelled or row
                 if ("choices" in row) != ("choices" in first_labelled):
@@ -212,9 +186,7 @@ def _user_rows(path):
         return
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
-        # spreadsheets put spaces around the names, and capitals into them
-        names = [cell.strip() for cell in reader.fieldnames or ()]
-        reader.fieldnames = [name if len(name) == 1 else name.lower() for name in names]
+        reader.fieldnames = [_column_name(cell) for cell in reader.fieldnames or ()]
         for cells in reader:
             if None in cells:
                 raise csv.Error("more cells than the header has columns")
@@ -223,11 +195,20 @@ def _user_rows(path):
         raise _bad_row(path, max(1, reader.line_num), f"not CSV ({e})") from None
 
 
+def _column_name(cell):
+    """As we write it: spreadsheets put spaces around a name, and capitals into it."""
+    name = cell.strip()
+    return name if len(name) == 1 else name.lower()
+
+
 def _from_cells(cells):
     """Options are the columns choice1, choice2, … or A, B, C, …; empty cells are no values."""
+    # a row may have fewer cells than the header has columns
     row = {column: cell for column, cell in cells.items() if cell}
-    columns = [column for column in cells if re.fullmatch(r"choice_?\d+|[A-J]", column)]
-    options = [row.pop(column, "") for column in columns]
+    options = []
+    for column in cells:
+        if re.fullmatch(r"choice_?\d+|[A-J]", column):
+            options.append(row.pop(column, ""))
     # a row may have fewer options than the header; a gap is a fault
     while options and not options[-1]:
         options.pop()
@@ -255,14 +236,17 @@ def check_row(row: dict, labels: bool | None) -> dict:
     row = {**row, "id": str(row["id"]), "question": row.get("question", row.get("prompt"))}
     if not isinstance(row["question"], str) or not row["question"].strip():
         raise ValueError("`question` is missing or empty")
+    # what prompts and distractors are made of
     for key in ("context", "kind", "solution"):
         if not isinstance(row.get(key) or "", str):
             raise ValueError(f"`{key}` must be a text")
 
+    # options make a choice of it, whose answer `gold` names
     if row.get("choices") is not None:
         _check_choices(row, labels)
         row.pop("answer", None)
         return row
+    # without options a question has a free answer, a number as well as a text, or none
     answer = row.pop("answer", None)
     for key in ("choices", "gold"):
         row.pop(key, None)
@@ -299,148 +283,20 @@ def _check_choices(row, labels):
 
 
 def _read_gold(gold, count):
-    index = _letter_index(gold) if isinstance(gold, str) else gold
+    index = benchmarks.letter_index(gold) if isinstance(gold, str) else gold
+    # not isinstance: true is an int
     if type(index) is not int or not 0 <= index < count:
-        raise ValueError(f"`gold` is {gold!r}, expected 0..{count - 1} or A..{LETTERS[:count][-1]}")
+        raise ValueError(
+            f"`gold` is {gold!r}, expected 0..{count - 1} or A..{benchmarks.LETTERS[:count][-1]}"
+        )
     return index
-
-
-def _letter_index(text):
-    """0 for A or a, and so on; -1 for what names no option."""
-    return LETTERS.find(text.upper()) if len(text) == 1 else -1
-
-
-def _by_columns(columns, row):
-    """A row as a record; its options are a list, a column each, or {text: […], label: […]}."""
-    label = row[columns.gold]
-    if isinstance(columns.choices, list):
-        choices = [row[column] for column in columns.choices]
-    else:
-        choices = row[columns.choices]
-    if isinstance(choices, dict):
-        labels = choices["label"]
-        choices = choices["text"]
-        label = labels.index(label) if label in labels else label
-    record = {"question": row[columns.question], "choices": choices, "gold": label}
-    if columns.context:
-        record["context"] = row[columns.context]
-    return record
-
-
-def _reader(**columns):
-    return partial(_by_columns, Columns(**columns))
-
-
-def _read_hellaswag(row):
-    """Activity, context and its second part; the markup of the how-to texts goes."""
-
-    def clean(text):
-        text = text.strip().replace(" [title]", ". ")
-        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-    text = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    endings = [clean(ending) for ending in row["endings"]]
-    return {"question": clean(text), "choices": endings, "gold": row["label"]}
-
-
-def _read_boolq(row):
-    record = {"question": row["question"], "context": row["passage"]}
-    return record | {"choices": ["yes", "no"], "gold": 0 if row["answer"] else 1}
-
-
-def _read_codemmlu(row):
-    # one of the nine configurations has a description beside the question
-    record = {"question": row["question"], "context": row.get("problem_description")}
-    return record | {"choices": row["choices"], "gold": row["answer"]}
-
-
-def _read_gsm8k(row):
-    answer = row["answer"].split("####")[1].strip().replace(",", "")
-    return {"question": row["question"], "answer": answer, "solution": row["answer"]}
-
-
-def _read_math(row):
-    # a stored answer is damaged in places; the last box of the solution is not
-    answer = last_boxed(row["solution"])
-    return {"question": row["problem"], "answer": answer, "kind": row["type"]}
-
-
-_read_arc = _reader(question="question", choices="choices", gold="answerKey")
-_read_piqa = _reader(question="goal", choices=["sol1", "sol2"], gold="label")
-_read_winogrande = _reader(question="sentence", choices=["option1", "option2"], gold="answer")
-_read_socialiqa = _reader(
-    question="question",
-    context="context",
-    choices=["answerA", "answerB", "answerC"],
-    gold="label",
-)
-
-
-@dataclass(frozen=True)
-class HubSet:
-    """A benchmark on the hub, and how its rows become records.
-
-    Attributes:
-        path: the hub id.
-        splits: {our split: theirs}; what has no test split is one pool, `all`.
-        read: from a row to a record; None where data.columns must say how.
-        configs: the configurations that make it up.
-        first_label: what its numeric labels count from.
-    """
-
-    path: str
-    splits: dict[str, str]
-    read: Callable[[dict], dict] | None = None
-    configs: tuple[str | None, ...] = (None,)
-    first_label: int = 0
-
-
-_TEST = {"train": "train", "test": "test"}
-_VALIDATION = {"train": "train", "test": "validation"}
-MATH_SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-)
-_CODEMMLU = (
-    "programming_syntax",
-    "software_principles",
-    "api_frameworks",
-    "dbms_sql",
-    "code_completion",
-    "code_repair",
-    "execution_prediction",
-    "fill_in_the_middle",
-    "others",
-)
-# JAMA is licensed and has none. The card of DivLogicEval does not name its columns.
-HUB = {
-    "arc_c": HubSet("allenai/ai2_arc", _TEST, _read_arc, ("ARC-Challenge",)),
-    "arc_e": HubSet("allenai/ai2_arc", _TEST, _read_arc, ("ARC-Easy",)),
-    "hellaswag": HubSet("Rowan/hellaswag", _VALIDATION, _read_hellaswag),
-    "boolq": HubSet("google/boolq", _VALIDATION, _read_boolq),
-    # the original of PIQA is a script, which the library no longer runs
-    "piqa": HubSet("baber/piqa", _VALIDATION, _read_piqa),
-    "winogrande": HubSet(
-        "allenai/winogrande", _VALIDATION, _read_winogrande, ("winogrande_xl",), 1
-    ),
-    "gsm8k": HubSet("openai/gsm8k", _TEST, _read_gsm8k, ("main",)),
-    "math": HubSet("EleutherAI/hendrycks_math", _TEST, _read_math, MATH_SUBJECTS),
-    "divlogic": HubSet("ttchungc/DivLogicEval", {"all": "polished"}),
-    "socialiqa": HubSet("lighteval/siqa", _VALIDATION, _read_socialiqa, first_label=1),
-    "codemmlu": HubSet("Fsoft-AIC/CodeMMLU", {"all": "test"}, _read_codemmlu, _CODEMMLU),
-}
 
 
 def _read_hub(cfg, name):
     """Records of a hub id or a local folder of parquet or JSON files, by `load_dataset`."""
     from datasets import load_dataset
 
-    known = HUB.get(name, HubSet("", {}))
+    known = benchmarks.HUB.get(name, benchmarks.HubSet("", {}))
     path = cfg.data.hub.get(name, known.path)
     configs = known.configs
     if not path:
@@ -448,9 +304,10 @@ def _read_hub(cfg, name):
             f"task {name}: no hub data set known (JAMA is licensed: bring your own file); use "
             f"data.jsonl={{{name}: file.jsonl}} or data.hub={{{name}: org/name}}"
         )
+    # a folder has no configurations
     if Path(path).is_dir():
         configs = (None,)
-    elif name not in HUB and path.count("/") == 2:
+    elif name not in benchmarks.HUB and path.count("/") == 2:
         path, _, subset = path.rpartition("/")  # org/name/configuration
         configs = (subset,)
 
@@ -458,6 +315,7 @@ def _read_hub(cfg, name):
     for subset in configs:
         try:
             loaded = load_dataset(path, subset)
+            # of the twelve it is known which split the papers test on
             splits = known.splits or _our_splits(loaded)
             found = {ours: loaded[theirs] for ours, theirs in splits.items()}
         except Exception as e:  # the library raises many types; each means the same to the user
@@ -467,6 +325,7 @@ def _read_hub(cfg, name):
                 f"or a folder of parquet or JSON files}} or data.jsonl={{{name}: file.jsonl}}"
             ) from None
         for split, rows in found.items():
+            # rows are counted per configuration and split: both make an id unique
             prefix = f"{name}-{subset}-{split}" if len(configs) > 1 else f"{name}-{split}"
             records.setdefault(split, [])
             records[split] += _hub_records(cfg, name, path, rows, prefix)
@@ -487,7 +346,7 @@ def _hub_records(cfg, name, path, rows, prefix):
     Raises: UserError: columns that nobody named or that are not there; a row that is no question.
     """
     columns = cfg.data.columns.get(name)
-    known = HUB.get(name)
+    known = benchmarks.HUB.get(name)
     found = (
         f"{path} has the columns {rows.column_names}; set data.columns={{{name}: "
         "{question: …, choices: … or […, …], gold: …}}"
@@ -498,9 +357,10 @@ def _hub_records(cfg, name, path, rows, prefix):
     for i, row in enumerate(rows):
         key = f"{prefix}-{i}"
         try:
-            record = {"id": key, **hub_record(row, known, columns)}
+            record = {"id": key, **benchmarks.hub_record(row, known, columns)}
             if not is_labelled(record):
                 continue
+            # of the twelve it is known that their rows are questions
             if columns:
                 record = check_row(record, True)
         except (KeyError, IndexError) as e:
@@ -509,44 +369,6 @@ def _hub_records(cfg, name, path, rows, prefix):
             raise UserError(f"data.hub.{name}={path}, row {key}: {e}") from None
         records.append(record)
     return records
-
-
-def hub_record(row: dict, known: HubSet | None, columns: Columns | None = None) -> dict:
-    """One row as a record: by its columns where they are given, else as of a known data set."""
-    record = _by_columns(columns, row) if columns else known.read(row)
-    if "gold" in record:
-        # what the user says comes before what we know
-        record["gold"] = _read_label(record, None if columns else known)
-    return record
-
-
-def _read_label(record, known):
-    """The index of the right option; None where the label is hidden.
-
-    A label of a known data set is what its card says. Of any other it is an option's own text,
-    a letter or an index from 0.
-    Raises: ValueError: such a label names no option.
-    """
-    label = record["gold"]
-    choices = record["choices"]
-    said = str(label).strip()
-    if label is None or said in ("", "-1"):
-        return None
-    if not isinstance(choices, list):
-        raise ValueError("`choices` must be a list of at least two texts")
-    if not known and isinstance(label, str) and choices.count(label) == 1:
-        return choices.index(label)
-    index = _letter_index(said)
-    if said.isdecimal():
-        index = int(said) - (known.first_label if known else 0)
-    if 0 <= index < len(choices):
-        return index
-    if known:
-        return None
-    raise ValueError(
-        f"its label {label!r} names none of its {len(choices)} options (an index from 0, a letter "
-        "or an option's text); use data.jsonl={task: file.jsonl}"
-    )
 
 
 def make_example(name: str, record: dict, form: str) -> Example:
@@ -564,10 +386,10 @@ def make_example(name: str, record: dict, form: str) -> Example:
     if form == "letter":
         return _letter_example(record["id"], f"{context}\n{question}".strip(), choices, gold)
 
-    prompt = f"Question: {context} {question}\nAnswer:"
+    # the forms in which the benchmarks are usually scored
+    body = f"{context} {question}" if context else question
+    prompt = f"Question: {body}\nAnswer:"
     suffix = ""
-    if not context:
-        prompt = f"Question: {question}\nAnswer:"
     if name == "winogrande" and question.count("_") == 1:
         # partial evaluation: the options fill the blank, and the text after it is scored
         before, after = question.split("_")
@@ -586,104 +408,18 @@ def make_example(name: str, record: dict, form: str) -> Example:
 
 def _letter_example(key, head, choices, gold):
     """Lettered options in the prompt; the answers are bracketed letters (the papers' format)."""
-    if len(choices) > len(LETTERS):
+    if len(choices) > len(benchmarks.LETTERS):
         raise UserError(
-            f"{key}: {len(choices)} options, the letter format has {len(LETTERS)} letters; use "
-            "data.format=cloze"
+            f"{key}: {len(choices)} options, the letter format has {len(benchmarks.LETTERS)} "
+            "letters; use data.format=cloze"
         )
     prompt = head
     options = ()
-    for letter, choice in zip(LETTERS, choices, strict=False):
+    for letter, choice in zip(benchmarks.LETTERS, choices, strict=False):
         prompt += f"\n{letter}: {choice}"
         options += (f"[{letter}]",)
     answer = "" if gold is None else options[gold]
     return Example(key, prompt, options, gold, answer)
-
-
-def add_distractors(records: list[dict], seed: int) -> list[dict]:
-    """A multiple-choice form of gsm8k and math: the gold answer among three seeded distractors.
-
-    Distractors are, in this order of preference: numbers of the worked solution or the question,
-    the gold answer shifted or scaled, answers of the same look to other problems of the same kind.
-    """
-    alike = {}
-    for record in records:
-        alike.setdefault(_shape(record), []).append(record["answer"])
-    built = []
-    for record in records:
-        rng = runtime.rng_for(seed, "distractors", record["id"])
-        others = alike[_shape(record)]
-        candidates = _near_numbers(record, rng)
-        candidates += [others[i] for i in rng.integers(len(others), size=16)]
-
-        # the first text of each value; the gold answer's own comes first of all
-        texts = {_plain_tex(record["answer"]): record["answer"]}
-        for text in filter(None, candidates):
-            texts.setdefault(_plain_tex(text), text)
-        gold, *wrong = texts.values()
-        if not gold or len(wrong) < 3:
-            continue
-
-        choices = [*wrong[:3], gold]
-        order = rng.permutation(4).tolist()
-        shuffled = [choices[i] for i in order]
-        built.append({**record, "choices": shuffled, "gold": order.index(3)})
-    return built
-
-
-def _shape(record):
-    """Answers of one kind and look: a lone fraction among integers would give itself away."""
-    look = "text"
-    if _is_integer(record):
-        look = "integer"
-    elif "\\" in record["answer"]:
-        look = "tex"
-    return record.get("kind", ""), look
-
-
-def _is_integer(record):
-    return re.fullmatch(r"-?\d+", record["answer"])
-
-
-def _plain_tex(text):
-    text = re.sub(r"\\left|\\right|\\[!,]|[\s$]", "", text)
-    return text.replace("dfrac", "frac").replace("tfrac", "frac")
-
-
-def _near_numbers(record, rng):
-    """Wrong integers for an integer answer, in the order of preference; [] for another answer."""
-    if not _is_integer(record):
-        return []
-    gold = int(record["answer"])
-    text = (record.get("solution") or "") + " " + record["question"]
-    seen = re.findall(r"(?<![\w.])\d+(?![\w.])", text.replace(",", ""))
-    shifted = [gold + step for step in (1, 2, 10, -1, -2, -10)]
-    scaled = [gold * 2, gold * 10, gold // 2, gold // 10]
-    # a negative number stands out beside a positive answer
-    numbers = dict.fromkeys([*map(int, seen), *shifted, *scaled])
-    pool = _shuffled([x for x in numbers if x != gold and (x >= 0 or gold < 0)], rng)
-    low = [x for x in pool if x < gold]
-    high = [x for x in pool if x > gold]
-    # how many are smaller is drawn first: the gold answer's rank by size gives nothing away
-    k = int(rng.integers(4))
-    preferred = low[:k] + high[: 3 - k] + low[k:] + high[3 - k :]
-    return [str(x) for x in preferred]
-
-
-def last_boxed(solution: str) -> str:
-    """Content of the last \\boxed{...} (or `\\boxed 5`), braces balanced; "" without a box."""
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*", solution))
-    if not boxes:
-        return ""
-    rest = solution[boxes[-1].end() :]
-    if not rest.startswith("{"):
-        return re.split(r"[ $]", rest)[0]
-    depth = 0
-    for i, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[1:i].strip()
-    return rest[1:].strip()
 
 
 def make_splits(
@@ -695,6 +431,7 @@ def make_splits(
     Raises: UserError: too few for the support set, or no test example behind skip_test.
     """
     d = cfg.data
+    # the shuffle depends on seed and name alone, so that every stage and rank splits alike
     rng = runtime.rng_for(cfg.seed, "split", name)
     pools = {split: _shuffled(_unique(pool, name), rng) for split, pool in pools.items()}
     skips = d.skip_test and name in (d.targets or [name])
@@ -712,6 +449,7 @@ def make_splits(
         test, rest = _cut_test(cfg, name, pools["all"])
         held_out = test
 
+    # the support set comes before train: its examples stay the same whatever num_train is
     rest = _without(rest, held_out, name)
     support = rest[: d.num_support]
     if len(support) < d.num_support:
@@ -753,9 +491,11 @@ def _cut_test(cfg, name, pool):
 def _skip_in_pool(cfg, name, test, train):
     """(test, train) where one pool feeds both: a fresh test is what nothing else uses."""
     d = cfg.data
+    # the prompts will be the first of train: load_task takes them
     prompts = () if d.prompts_from == "test" else _distinct_texts(train)[: d.num_prompts]
     asked = {_key(text, name) for text in prompts}
     unused = test + [e for e in train if _key(e.text, name) not in asked]
+    # the first test set leads, so that parts of one size do not overlap
     fresh = unused[d.skip_test : d.skip_test + len(test)]
     if not fresh:
         raise _skipped_too_far(cfg, name, f"{len(unused)} test examples")
@@ -773,7 +513,7 @@ def _skipped_too_far(cfg, name, have):
 def _key(text, name):
     """What makes two questions the same: letters and digits in the twelve. In a user's task all
     but marks of punctuation, as an operator or a bracket may be the question."""
-    ignored = r"\W+" if name in BENCHMARKS else r"[\s.,;:!?'\"]+"
+    ignored = r"\W+" if name in benchmarks.TABLE else r"[\s.,;:!?'\"]+"
     return re.sub(ignored, " ", text.lower()).strip()
 
 
@@ -825,9 +565,10 @@ def load_task(cfg: Config, name: str) -> Task:
             f"{len(support)} for the support set; add rows, or lower data.num_test"
         )
     rows = list(chain.from_iterable(records.values()))
-    known = BENCHMARKS.get(name, Benchmark(name, d.source))
+    # built options stand in for free answers; other data stands in where it is embedded
+    known = benchmarks.TABLE.get(name, benchmarks.Benchmark(name, d.source))
     embedded = d.source == "assets"
-    stands_in = d.math_form == "choice" if name in FREE_ANSWER else embedded
+    stands_in = d.math_form == "choice" if name in benchmarks.FREE_ANSWER else embedded
     return Task(
         name=name,
         title=known.title,
@@ -845,8 +586,9 @@ def load_task(cfg: Config, name: str) -> Task:
 def _examples(cfg, name, rows):
     """The labelled records of a split as examples of the configured format."""
     rows = [row for row in rows if is_labelled(row)]
+    # what has answers alone gets options, unless answers are to be generated
     if rows and "choices" not in rows[0] and cfg.data.math_form == "choice":
-        rows = add_distractors(rows, cfg.seed)
+        rows = benchmarks.add_distractors(rows, cfg.seed)
     return [make_example(name, row, cfg.data.format) for row in rows]
 
 
@@ -859,6 +601,7 @@ def _choose_prompts(cfg, name, rows, train, support, test):
     for row in rows:
         if not is_labelled(row) and _key(row["question"], name) not in held_out:
             source.append(make_example(name, row, cfg.data.format))
+    # transductive prompts are the papers' way: stated in every report
     source += test if cfg.data.prompts_from == "test" else train
     if name == cfg.task and len(source) < cfg.generator.num_prompts:
         source += support  # a small file
@@ -878,6 +621,7 @@ def _choose_prompts(cfg, name, rows, train, support, test):
 def read_contexts(cfg: Config) -> dict[str, str]:
     """{task: paragraph} of policy.contexts. Raises: UserError."""
     path = Path(cfg.policy.contexts)
+    # your own file is looked for where the command is given, ours in the repository
     path = path if path.exists() else config.ROOT / path
     wrong = f"policy.contexts={path}: expected YAML lines `task: paragraph`"
     try:
@@ -929,6 +673,7 @@ def describe_tasks(tasks: dict[str, Task], prompts_from: str) -> dict:
             "n_test": len(task.test),
             "n_prompts": len(task.prompts),
             "prompts_from": prompts_from,
+            # what guessing gets, and always the most frequent place
             "chance": round(sum(chances) / num_test, 4),
             "majority": round(max(golds.values(), default=0) / num_test, 4),
             "support_ids": [e.id for e in task.support],

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+import benchmarks
 import data
 import lora
 import runtime
@@ -745,7 +746,7 @@ def match_answer(text: str, answer: str, strict: bool) -> bool:
         return _bare(marked[1]) == wanted
     if strict:
         return False
-    guess = data.last_boxed(text)
+    guess = benchmarks.last_boxed(text)
     if not guess:
         numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
         guess = "".join(numbers[-1:])

@@ -1,16 +1,16 @@
 """Tasks: honest splits of the real assets, the records of every source, and errors that name file
 and line."""
 
-import collections
 import gzip
 import json
 import re
 
 import pytest
 
+import benchmarks
 import data
 from config import DEFAULT, UserError, load_config
-from data import BENCHMARKS, FREE_ANSWER, Example
+from data import Example
 from runtime import Run
 
 COUNTS = {
@@ -45,17 +45,7 @@ def config_of(*words):
 @pytest.fixture(scope="module")
 def real(assets):
     """The twelve tasks under the default configuration."""
-    return {name: data.load_task(config_of(), name) for name in BENCHMARKS}
-
-
-@pytest.fixture(scope="module")
-def built(assets):
-    """{task: all records with built options} of gsm8k and math."""
-    built = {}
-    for name in FREE_ANSWER:
-        records = data.read_records(config_of(), name)["all"]
-        built[name] = data.add_distractors(records, 999)
-    return built
+    return {name: data.load_task(config_of(), name) for name in benchmarks.TABLE}
 
 
 def rows_of(count, **more):
@@ -100,7 +90,7 @@ def test_documents_per_file(assets):
     assert found == COUNTS
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", benchmarks.TABLE)
 def test_splits_share_nothing(real, name):
     """No test question occurs in train, support or the unlabelled prompts, and no support question
     in train or prompts. An id names one example only, so that stored ids prove it."""
@@ -115,7 +105,7 @@ def test_splits_share_nothing(real, name):
     assert len(set(ids(*splits))) == len(ids(*splits))
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", benchmarks.TABLE)
 def test_every_real_example_is_whole(real, name):
     """Prompts and options are not empty, gold is an option, and the answer is its text."""
     for e in (*real[name].train, *real[name].support, *real[name].test):
@@ -247,79 +237,6 @@ def test_generative_form_keeps_answers(assets):
     task = data.load_task(config_of("data.math_form=generate"), "gsm8k")
     assert all(e.options == () and e.gold is None and e.answer for e in task.test)
     assert task.stand_in_for == ""
-
-
-# Distractors
-
-
-def same_number(text: str) -> str:
-    text = re.sub(r"[\s$]|\\left|\\right|\\!|\\,", "", text)
-    return text.replace("dfrac", "frac").replace("tfrac", "frac")
-
-
-@pytest.mark.parametrize("name", FREE_ANSWER)
-def test_distractors_hold_the_gold_answer_once(built, name):
-    """Four options, gold among them once, and no two that mean the same."""
-    assert len(built[name]) == COUNTS[f"{name}.all"]
-    for row in built[name]:
-        assert len(row["choices"]) == 4 and row["choices"].count(row["answer"]) == 1
-        assert row["choices"][row["gold"]] == row["answer"]
-        assert len({same_number(choice) for choice in row["choices"]}) == 4, row["id"]
-
-
-@pytest.mark.parametrize("name", FREE_ANSWER)
-def test_distractors_look_like_answers(built, name):
-    """Beside an integer stand integers, written as one writes them: none with a leading zero."""
-    for row in built[name]:
-        if re.fullmatch(r"-?\d+", row["answer"]):
-            for choice in row["choices"]:
-                assert re.fullmatch(r"0|-?[1-9]\d*", choice), row
-
-
-@pytest.mark.parametrize("name", FREE_ANSWER)
-def test_no_place_gives_the_answer_away(built, name):
-    """Gold is as often at each place, and no rank by size holds it much more often than chance."""
-    places = collections.Counter(row["gold"] for row in built[name])
-    assert all(0.2 < places[i] / len(built[name]) < 0.3 for i in range(4))
-    ranks = collections.Counter()
-    for row in built[name]:
-        if all(re.fullmatch(r"-?\d+", choice) for choice in row["choices"]):
-            ranks[sorted(map(int, row["choices"])).index(int(row["answer"]))] += 1
-    assert max(ranks.values()) / ranks.total() < 0.4, ranks
-
-
-def test_distractors_are_deterministic(built):
-    """The same seed and records give the same options; another seed gives others."""
-    records = data.read_records(config_of(), "gsm8k")["all"]
-    assert data.add_distractors(records, 999) == built["gsm8k"]
-    assert data.add_distractors(records, 1) != built["gsm8k"]
-
-
-def test_distractors_need_material():
-    """A record that cannot get three wrong options is left out, not padded with duplicates."""
-    records = [{"id": name, "question": "Who?", "answer": name} for name in ("Ada", "Bob")]
-    assert data.add_distractors(records, 0) == []
-
-
-@pytest.mark.parametrize(
-    "text, box",
-    [
-        (r"so \boxed{5}", "5"),
-        (r"\boxed{1} then \boxed{2}.", "2"),
-        (r"$\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
-        (r"\boxed{\{1, \{2\}\}} end", r"\{1, \{2\}\}"),
-        (r"\boxed 7$ is it", "7"),
-        (r"\fbox{x^{2^{3}}}", "x^{2^{3}}"),
-        ("no box", ""),
-        (r"\boxed{3", "3"),
-        (r"\boxed{ 4 }", "4"),
-        ("", ""),
-        (r"\boxed{}", ""),
-    ],
-)
-def test_last_boxed(text, box):
-    """The last box counts, with its braces balanced."""
-    assert data.last_boxed(text) == box
 
 
 # The user's files
@@ -640,7 +557,7 @@ def test_task_without_a_file(tmp_path):
 def test_contexts_file(tmp_path):
     """The shipped file covers the twelve tasks; another replaces it; a wrong one is refused by
     name."""
-    assert set(data.read_contexts(config_of())) == set(BENCHMARKS)
+    assert set(data.read_contexts(config_of())) == set(benchmarks.TABLE)
     path = tmp_path / "c.yaml"
     path.write_text("mine: >\n  two\n  lines\n")
     assert data.read_contexts(config_of(f"policy.contexts={path}")) == {"mine": "two lines"}
