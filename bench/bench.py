@@ -1,11 +1,13 @@
-"""The hot paths beside what a user would pick instead: same cores, same work, interleaved repeats, medians.
+"""The hot paths beside what a user would pick instead: same cores, same work, medians of repeats.
 
     make bench                                          all paths
-    python bench/bench.py paths=train_arc_e,slot repeats=5    some of them; out=folder keeps bench.json elsewhere
+    python bench/bench.py paths=train_arc_e,slot repeats=5 out=runs/bench
 
-Ours runs one process per core with one thread each, as `make reproduce` does; a peer runs one process with all cores
-as threads, as its users start it. A worker loads its model, warms up, then reports the work done and the seconds it
-took; side by side workers add their work. Ratios are of work per second.
+Ours runs one process per core with one thread each, as `make reproduce` does. A peer runs one
+process with all cores as threads, as its users start it. Both are workers: processes that load what
+they need, warm up, and then report the work they did and the seconds it took. Work of workers side
+by side is added up. Ratios are of work per second. Results go to results/bench/bench.json. One
+worker alone: python bench/bench.py worker <path> ours
 """
 
 from __future__ import annotations
@@ -14,797 +16,743 @@ import contextlib
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules measured
 import config
 import data
-import doctor
 import generator
 import lora
+import policy
 import runtime
 import scoring
 import strategies
 from config import UserError
 from generator import HyperConvDecoder
+from lora import AdapterTrainer
 from runtime import Run
-
-CORES = len(os.sched_getaffinity(0))
-GOALS = {
-    "train_arc_e": 5,
-    "train_boolq": 3,
-    "score_arc_e": 4,
-    "score_hellaswag": 3,
-    "score_boolq": 2.5,
-    "slot": 4,
-    "generator": 3,
-    "generator_wide": 3,
-    "policy": 6,
-}
-UNITS = {
-    "train": "real tokens/s",
-    "score": "documents/s",
-    "slot": "prompts/s",
-    "generator": "pairs/s",
-    "generator_wide": "pairs/s",
-    "policy": "tokens/s",
-}
-DOCUMENTS = {"arc_e": 48, "hellaswag": 16, "boolq": 16}
+from scoring import LM, Row
 
 
-def open_bench(dtype: torch.dtype = torch.bfloat16) -> Run:
-    """A run of the embedded preset that writes nothing into the repository."""
-    cfg, _ = config.load_config(["config=configs/smollm2.yaml", f"run={tempfile.mkdtemp()}"])
-    return Run(Path(cfg.run), cfg, dtype=dtype, quiet=True)
+class Stopwatch:
+    """Times the `with` block of a worker, and profiles it where asked."""
+
+    def __init__(self, profiling: bool = False):
+        self.profiler = contextlib.nullcontext()
+        if profiling:
+            self.profiler = torch.profiler.profile()
+
+    def __enter__(self) -> None:
+        self.profiler.__enter__()
+        self.began = time.perf_counter()
+
+    def __exit__(self, *error) -> None:
+        self.seconds = time.perf_counter() - self.began
+        self.profiler.__exit__(*error)
 
 
-PROFILES: list | None = None  # a list where `profile` asked for them
-
-
-@contextlib.contextmanager
-def watched():
-    """Around the part of a worker that is timed, for `profile` to look at."""
-    if PROFILES is None:
-        yield
-        return
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True
-    ) as seen:
-        yield
-    PROFILES.append(seen)
-
-
-def timed(work, repeats: int = 1) -> float:
+def seconds_of(work, repeats: int = 1) -> float:
     """Seconds of one call, the best of `repeats` after one call that warms up."""
     work()
+    watch = Stopwatch()
     best = math.inf
     for _ in range(repeats):
-        start = time.perf_counter()
-        with watched():
+        with watch:
             work()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, watch.seconds)
     return best
 
 
-# ------------------------------------------------------------------------------------------------------- fine-tuning
-
-BATCH, STEPS = 16, 6
-
-
-def _training_examples(run: Run, task: str) -> list:
-    return list(data.load_tasks(run)[task].train[: BATCH * (STEPS + 1)])
-
-
-def train_ours(task: str) -> dict:
-    """Packed rows, head on answer positions only, bf16 base, fp32 masters."""
-    run = open_bench()
-    lm, losses, starts = scoring.load_lm(run), [], []
-    rows = [scoring.make_row(lm, e) for e in _training_examples(run, task)]
-    batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-
-    def on_step(step, loss, _):
-        losses.append(loss)
-        starts.append(time.perf_counter())
-
-    with watched():
-        lora.train_adapter(
-            lm.model,
-            lm.layout,
-            lora.init_adapter(lm.layout, 999),
-            batches,
-            lambda b: scoring.lm_loss(lm, b),
-            lr=lambda s: 5e-4,
-            clip=1.0,
-            on_step=on_step,
-        )
-    real = sum(
-        scoring.gold_row(r).length for b in batches[1:] for r in b
-    )  # the first step warms up
-    return {
-        "work": real,
-        "seconds": starts[-1] - starts[0],
-        "losses": losses,
-        "flops": 4 * real * _weights(lm),
-    }
+def open_bench(*words: str) -> tuple[Run, LM]:
+    """A run of the embedded preset, with its model in bf16, outside the repository."""
+    folder = Path(tempfile.mkdtemp())
+    preset = ["config=configs/smollm2.yaml", f"run={folder}"]
+    cfg, _ = config.load_config([*preset, *words])
+    run = Run(folder, cfg, dtype=torch.bfloat16, quiet=True)
+    return run, scoring.load_lm(run)
 
 
-def train_peer(task: str) -> dict:
-    """transformers.Trainer + PEFT, bf16 autocast, dynamic padding, the same examples, order, start and loss."""
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from torch.utils.data import SequentialSampler
-    from transformers import (
-        AutoModelForCausalLM,
-        DataCollatorForSeq2Seq,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
+def make_rows(lm: LM, examples):
+    return [scoring.make_row(lm, example) for example in examples]
+
+
+def tokens_in(rows: list[Row]) -> int:
+    return sum(row.length for row in rows)
+
+
+def matrix_weights(lm: LM) -> int:
+    """Weights that every token is multiplied by: the decoder's matrices."""
+    count = 0
+    for name, weight in lm.model.get_decoder().named_parameters():
+        if weight.dim() == 2 and "embed" not in name:
+            count += weight.numel()
+    return count
+
+
+# Fine-tuning: a step that warms up, then six that count.
+BATCH = 16
+STEPS = 6
+RATE = 5e-4
+SEED = 999  # of the first adapter
+
+
+def training_rows(run: Run, lm: LM, task: str):
+    """The rows that both sides train on: contexts with their right answers."""
+    count = BATCH * (1 + STEPS)
+    rows = make_rows(lm, data.load_tasks(run)[task].train[:count])
+    return [scoring.gold_row(row) for row in rows]
+
+
+def train_ours(watch: Stopwatch, task: str) -> dict:
+    """Packed rows, the head at answer positions only, bf16 base, fp32 masters."""
+    run, lm = open_bench()
+    rows = training_rows(run, lm, task)
+    first = lora.init_adapter(lm.layout, SEED)
+    losses = []
+
+    def step(at):
+        loss = scoring.lm_loss(lm, rows[at : at + BATCH])
+        losses.append(trainer.backward(loss))
+        trainer.step(RATE)
+
+    with AdapterTrainer(lm.model, lm.layout, first) as trainer:
+        step(0)  # warms up
+        with watch:
+            for at in range(BATCH, len(rows), BATCH):
+                step(at)
+
+    tokens = tokens_in(rows[BATCH:])
+    # frozen weights: one product forward, and one backward for the gradient of their input
+    flops = 4 * tokens * matrix_weights(lm)
+    return {"work": tokens, "answers": losses, "flops": flops}
+
+
+def peer_record(row: Row) -> dict:
+    """A row as Trainer's data sets hold it."""
+    ids = list(row.context + row.branches[0])
+    asked = len(row.context) + row.starts[0]
+    labels = [-100] * asked + ids[asked:]  # no loss before the answer
+    return {"input_ids": ids, "labels": labels}
+
+
+def peer_loss(outputs, labels: Tensor, num_items_in_batch) -> Tensor:
+    """Our loss: the mean over examples of each one's mean over answer tokens."""
+    labels = labels[:, 1:]  # a position predicts the next token
+    logits = outputs.logits[:, :-1].float()
+    nll = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    lengths = (labels != -100).sum(1)  # nll is 0 elsewhere
+    return (nll.sum(1) / lengths).mean()
+
+
+class StepClock(transformers.TrainerCallback):
+    """When each step of a Trainer ended."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_step_end(self, *args, **options):
+        self.ends.append(time.perf_counter())
+
+
+def train_peer(watch: Stopwatch, task: str) -> dict:
+    """transformers.Trainer + PEFT: bf16 autocast, dynamic padding; our examples, start and loss.
+
+    Its other defaults are ours too: no decay, gradients clipped at norm 1.
+    """
+    import peft
+
+    run, lm = open_bench()
+    rows = training_rows(run, lm, task)
+
+    # masters in fp32, as ours; autocast makes the products bf16
+    ours = run.cfg.model
+    base = transformers.AutoModelForCausalLM.from_pretrained(ours.name, dtype=torch.float32)
+    shape = peft.LoraConfig(
+        r=ours.rank,
+        lora_alpha=ours.alpha,
+        target_modules=ours.modules,
     )
+    model = peft.get_peft_model(base, shape)
+    peft.set_peft_model_state_dict(model, lora.init_adapter(lm.layout, SEED))
 
-    run = open_bench()
-    lm, cfg = scoring.load_lm(run), run.cfg
-    rows = [scoring.gold_row(scoring.make_row(lm, e)) for e in _training_examples(run, task)]
-    data = []
-    for r in rows:
-        ids, head = [*r.context, *r.branches[0]], len(r.context) + r.starts[0]
-        data.append(
-            {
-                "input_ids": ids,
-                "attention_mask": [1] * len(ids),
-                "labels": [-100] * head + ids[head:],
-            }
-        )
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(cfg.model.name, dtype=torch.float32),
-        LoraConfig(
-            r=cfg.model.rank,
-            lora_alpha=cfg.model.alpha,
-            target_modules=cfg.model.modules,
-            task_type="CAUSAL_LM",
-        ),
-    )
-    set_peft_model_state_dict(model, lora.init_adapter(lm.layout, 999))
-    times, losses = [], []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **kw):
-            times.append(time.perf_counter())
-
-        def on_log(self, args, state, control, logs=None, **kw):
-            if "loss" in (logs or {}):
-                losses.append(float(logs["loss"]))
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *args, **kw):
-            return SequentialSampler(self.train_dataset)
-
-        def compute_loss(
-            self, model, inputs, return_outputs=False, **kw
-        ):  # mean over examples, as ours
-            labels = inputs.pop("labels")
-            out = model(**inputs)
-            nll = torch.nn.functional.cross_entropy(
-                out.logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none"
-            )
-            kept = labels[:, 1:] != -100
-            loss = ((nll * kept).sum(1) / kept.sum(1)).mean()
-            return (loss, out) if return_outputs else loss
-
-    args = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
+    clock = StepClock()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(run.path),
         per_device_train_batch_size=BATCH,
         max_steps=STEPS + 1,
-        learning_rate=5e-4,
+        train_sampling_strategy="sequential",
+        learning_rate=RATE,
         lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
         bf16=True,
         use_cpu=True,
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
     )
-    InOrder(
+    trainer = transformers.Trainer(
         model=model,
-        args=args,
-        train_dataset=Dataset.from_list(data),
-        callbacks=[Clock()],
-        data_collator=DataCollatorForSeq2Seq(lm.tokenizer),
-    ).train()
-    real = sum(r.length for r in rows[BATCH:])
-    return {
-        "work": real,
-        "seconds": times[-1] - times[0],
-        "losses": losses,
-        "flops": 4 * real * _weights(lm),
-    }
-
-
-def _weights(lm: scoring.LM) -> int:
-    """Weights that every token is multiplied by: the decoder's matrices."""
-    return sum(
-        p.numel()
-        for n, p in lm.model.get_decoder().named_parameters()
-        if p.dim() == 2 and "embed" not in n
+        args=arguments,
+        train_dataset=[peer_record(row) for row in rows],
+        data_collator=transformers.DataCollatorForSeq2Seq(lm.tokenizer),
+        compute_loss_func=peer_loss,
+        callbacks=[clock],
     )
+    trainer.train()
+
+    watch.seconds = clock.ends[-1] - clock.ends[0]  # the first step warms up
+    *log, _ = trainer.state.log_history  # an entry a step, and a summary
+    losses = [entry["loss"] for entry in log]
+    return {"work": tokens_in(rows[BATCH:]), "answers": losses}
 
 
-# ----------------------------------------------------------------------------------------------------------- scoring
+DOCUMENTS = {"arc_e": 48, "hellaswag": 16, "boolq": 16}  # to score
 
 
-def score_ours(task: str) -> dict:
-    """A context once, its options as branches, head on scored positions only."""
-    run = open_bench()
-    lm, docs = scoring.load_lm(run), list(data.load_tasks(run)[task].test[: DOCUMENTS[task]])
-    scoring.score_examples(lm, None, docs[:4])
-    start = time.perf_counter()
-    with watched():
-        found = scoring.score_examples(lm, None, docs)
-    return {
-        "work": len(docs),
-        "seconds": time.perf_counter() - start,
-        "answers": [x for s in found for x in s.raw],
-        "flops": 2 * sum(scoring.make_row(lm, e).length for e in docs) * _weights(lm),
-    }
+def documents_of(run: Run, task: str):
+    test = data.load_tasks(run)[task].test
+    return list(test[: DOCUMENTS[task]])
 
 
-def score_peer(task: str) -> dict:
+def score_ours(watch: Stopwatch, task: str) -> dict:
+    """A context once, its options as branches, the head at scored positions only."""
+    run, lm = open_bench()
+    documents = documents_of(run, task)
+    scoring.score_examples(lm, None, documents[:4])  # warms up
+    with watch:
+        scores = scoring.score_examples(lm, None, documents)
+
+    # a log-likelihood for every option
+    answers = []
+    for score in scores:
+        answers += score.raw
+    # frozen, without gradients: one product
+    tokens = tokens_in(make_rows(lm, documents))
+    flops = 2 * tokens * matrix_weights(lm)
+    return {"work": len(documents), "answers": answers, "flops": flops}
+
+
+def score_peer(watch: Stopwatch, task: str) -> dict:
     """lm-evaluation-harness: HFLM.loglikelihood on the same requests, batch 16, bf16."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    run = open_bench()
-    docs = list(data.load_tasks(run)[task].test[: DOCUMENTS[task]])
-    model = HFLM(pretrained=run.cfg.model.name, device="cpu", dtype="bfloat16", batch_size=16)
+    run, _ = open_bench()
+    documents = documents_of(run, task)
+    name = run.cfg.model.name
+    model = HFLM(pretrained=name, device="cpu", dtype="bfloat16", batch_size=16)
 
     def ask(examples):
-        pairs = [
-            (f"{e.prompt} {o}", e.suffix) if e.suffix else (e.prompt, " " + o)
-            for e in examples
-            for o in e.options
-        ]
-        return model.loglikelihood(
-            [Instance(request_type="loglikelihood", doc={}, arguments=p, idx=0) for p in pairs],
-            disable_tqdm=True,
-        )
+        requests = []
+        for example in examples:
+            for option in example.options:
+                pair = (example.prompt, f" {option}")
+                if example.suffix:  # WinoGrande: what follows the option is scored
+                    pair = (f"{example.prompt} {option}", example.suffix)
+                requests.append(Instance("loglikelihood", {}, pair, 0))
+        found = model.loglikelihood(requests, disable_tqdm=True)
+        return [logprob for logprob, _ in found]
 
-    ask(docs[:4])
-    start = time.perf_counter()
-    found = ask(docs)
-    return {
-        "work": len(docs),
-        "seconds": time.perf_counter() - start,
-        "answers": [x[0] for x in found],
-    }
+    ask(documents[:4])  # warms up
+    with watch:
+        answers = ask(documents)
+    return {"work": len(documents), "answers": answers}
 
 
-# -------------------------------------------------------------------------------------------------------------- SLOT
-
-SLOT_STEPS, SLOT_LR = 5, 0.01
-
-
-def _slot_material() -> tuple:
-    run = open_bench()
-    lm = scoring.load_lm(run)
-    rows = [scoring.make_row(lm, e) for e in data.load_tasks(run)["arc_e"].test[:32]]
-    with torch.no_grad():
-        groups = [[rows[i] for i in batch] for batch in scoring.plan_batches(rows, lm.budget)]
-        return lm, [(g, *scoring.hidden_states(lm, g)) for g in groups]
+# Latent steering (SLOT).
+PROMPTS = 32
+SLOT_STEPS = 5
+SLOT_RATE = 0.01
 
 
-def slot_ours() -> dict:
+@torch.no_grad()
+def steered_prompts(run: Run, lm: LM):
+    """Rows, their hidden states, and where each row starts in them."""
+    task = data.load_tasks(run)["arc_e"]
+    rows = make_rows(lm, task.test[:PROMPTS])
+    return rows, *scoring.hidden_states(lm, rows)
+
+
+@torch.no_grad()
+def slot_ours(watch: Stopwatch) -> dict:
     """The closed-form gradient with cached base logits."""
-    lm, groups = _slot_material()
+    run, lm = open_bench()
+    rows, hidden, starts = steered_prompts(run, lm)
 
-    def work():
-        with torch.no_grad():
-            return torch.cat(
-                [
-                    scoring.slot_deltas(lm, g, h, starts, SLOT_STEPS, SLOT_LR)
-                    for g, h, starts in groups
-                ]
-            )
+    def steer():
+        return scoring.slot_deltas(lm, rows, hidden, starts, SLOT_STEPS, SLOT_RATE)
 
-    answers = (
-        work().norm(dim=1).tolist()
-    )  # entries with next to no gradient take Adam steps by its rounding
-    words = lm.model.get_output_embeddings().weight.shape[
-        0
-    ]  # each step reads every cached logit, float32, once
-    return {
-        "work": sum(len(g) for g, _, _ in groups),
-        "seconds": timed(work),
-        "answers": answers,
-        "bytes": 4 * words * SLOT_STEPS * sum(len(r.context) - 1 for g, _, _ in groups for r in g),
-    }
+    steer()  # warms up
+    with watch:
+        deltas = steer()
+
+    # each step reads every cached logit, float32, once; no other work is as large
+    words = len(lm.model.get_output_embeddings().weight)
+    positions = sum(len(row.context) - 1 for row in rows)
+    # compared by their norms: of entries with next to no gradient, Adam steps by the rounding
+    answers = deltas.norm(dim=1).tolist()
+    read = 4 * words * positions * SLOT_STEPS
+    return {"work": PROMPTS, "answers": answers, "bytes": read}
 
 
-def slot_peer() -> dict:
-    """The reference algorithm: one prompt at a time, autograd through the head, torch's AdamW (same dtype)."""
-    lm, groups = _slot_material()
+def slot_peer(watch: Stopwatch) -> dict:
+    """The reference loop: one prompt at a time, autograd through the head, torch's AdamW."""
+    run, lm = open_bench()
+    rows, hidden, starts = steered_prompts(run, lm)
 
-    def work():
-        out = []
-        for rows, hidden, starts in groups:
-            for r, start in zip(rows, starts, strict=True):
-                n = len(r.context)
-                states, target = hidden[start : start + n - 1], torch.tensor(r.context[1:])
-                delta = torch.zeros(hidden.shape[-1], requires_grad=True)
-                opt = torch.optim.AdamW([delta], lr=SLOT_LR, weight_decay=1e-8, eps=1e-5)
-                for _ in range(SLOT_STEPS):
-                    opt.zero_grad()
-                    logits = scoring.project(lm, states + delta.to(states.dtype))
-                    torch.nn.functional.cross_entropy(logits, target).backward()
-                    opt.step()
-                out.append(delta.detach())
-        return torch.stack(out)
+    def steer(row, start):
+        target = torch.tensor(row.context[1:])
+        states = hidden[start : start + len(target)]
+        delta = torch.zeros_like(states[0], dtype=torch.float32, requires_grad=True)
+        adamw = torch.optim.AdamW([delta], lr=SLOT_RATE, weight_decay=1e-8, eps=1e-5)
+        for _ in range(SLOT_STEPS):
+            adamw.zero_grad()
+            moved = states + delta.to(states.dtype)
+            F.cross_entropy(scoring.project(lm, moved), target).backward()
+            adamw.step()
+        return float(delta.norm())
 
-    answers = (
-        work().norm(dim=1).tolist()
-    )  # entries with next to no gradient take Adam steps by its rounding
-    return {"work": sum(len(g) for g, _, _ in groups), "seconds": timed(work), "answers": answers}
+    steer(rows[0], starts[0])  # warms up
+    with watch:
+        answers = list(map(steer, rows, starts))
+    return {"work": PROMPTS, "answers": answers}
 
 
-# --------------------------------------------------------------------------------------------------------- generator
+# (words, shape of the weight tokens, pairs to a step): the embedded preset, and the papers' flow,
+# tokens and batch at a quarter
+EMBEDDED = ([], [9540, 8, 32], 6)
+WIDE_FLOW = "[[32,96,384],[32,50,75],[64,25,64],[128,13,50],[256,5,50]]"
+WIDE_WORDS = [
+    f"generator.flow={WIDE_FLOW}",
+    "generator.num_prompts=32",
+    "generator.max_length=96",
+    "generator.kernel=9",
+]
+WIDE = (WIDE_WORDS, [1074, 10, 34], 2)
 
-WIDE = (
-    [[32, 96, 384], [32, 50, 75], [64, 25, 64], [128, 13, 50], [256, 5, 50]],
-    9,
-)  # the papers' flow, a quarter
 
-
-def _generator(wide: bool, plain: bool) -> dict:
-    """One training step of 6 pairs; plain = encoder in the loop, fp32, as a straightforward module has it."""
-    run = open_bench()
-    g, lm = run.cfg.generator, scoring.load_lm(run)
-    flow, kernel = WIDE if wide else (g.flow, g.kernel)
-    n, length, _ = flow[0]
-    g.max_length = length
-    shape = [1074, 10, 34] if wide else [lm.layout.num_tokens, lm.layout.rank, lm.layout.width]
-    pairs = 2 if wide else 6
+def generator_steps(watch: Stopwatch, case: tuple, plain: bool) -> dict:
+    """Two training steps of the generator, after one that warms up."""
+    words, tokens, pairs = case
+    run, _ = open_bench(*words)
+    settings = run.cfg.generator
     torch.manual_seed(0)
-    decoder = HyperConvDecoder([*flow, shape], kernel)
-    opt = torch.optim.AdamW(decoder.parameters(), lr=1e-4)
-    texts = (list(data.load_tasks(run)["arc_e"].prompts) * 2)[: pairs * n]
-    target, cached = torch.randn(pairs, *shape), generator.encode_texts(run, texts)[0]
+    decoder = HyperConvDecoder([*settings.flow, tokens], settings.kernel)
+    adamw = torch.optim.AdamW(decoder.parameters(), lr=1e-4)
+    prompts = data.load_tasks(run)["arc_e"].prompts
+    texts = list(prompts[: pairs * settings.num_prompts])
+    cached, _ = generator.encode_texts(run, texts)  # what our training reads from a file
+    target = torch.randn(pairs, *tokens)
 
     def step():
-        states = (generator.encode_texts(run, texts)[0] if plain else cached).float()
+        states = cached
+        if plain:
+            states, _ = generator.encode_texts(run, texts)
+        batch = states.float().unflatten(0, (pairs, -1))
         with torch.autocast("cpu", torch.bfloat16, enabled=not plain):
-            out = decoder(states.view(pairs, n, length, -1))
-        loss = torch.nn.functional.mse_loss(out.float(), target)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+            made = decoder(batch)
+        adamw.zero_grad()
+        F.mse_loss(made.float(), target).backward()
+        adamw.step()
 
-    import resource
-
-    seconds = timed(step, 2)
-    g.flow, g.kernel = flow, kernel
-    with torch.device("meta"):  # shapes alone
-        twin = HyperConvDecoder([*flow, shape], kernel)
-        work, _ = doctor.count_pass(twin, torch.empty(1, *flow[0]))
-    return {
-        "work": pairs,
-        "seconds": seconds,
-        "flops": 6 * work * pairs,
-        "parameters": sum(p.numel() for p in decoder.parameters()),
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
+    # the step that warms up is the one whose operations are counted
+    with FlopCounterMode(display=False) as counter:
+        step()
+    with watch:
+        step()
+        step()
+    return {"work": 2 * pairs, "flops": 2 * counter.get_total_flops()}
 
 
-# ------------------------------------------------------------------------------------------------------------ policy
+def generator_ours(watch: Stopwatch, case: tuple) -> dict:
+    """Cached prompt states, bf16."""
+    return generator_steps(watch, case, plain=False)
 
 
-def _policy(batched: bool) -> dict:
-    """20 constrained proposals behind one cached prompt, or 2 one at a time without a cache: tokens per second, since
-    proposals differ in length."""
-    import llguidance.hf
+def generator_peer(watch: Stopwatch, case: tuple) -> dict:
+    """As a straightforward module has it: the encoder in the loop, fp32."""
+    return generator_steps(watch, case, plain=True)
 
-    import policy as P
 
-    run = open_bench()
-    lm, cfg = scoring.load_lm(run), run.cfg
-    layout, task = P.policy_layout(run), data.load_tasks(run)["arc_e"]
+def proposals_asked(run: Run, lm: LM):
+    """The proposal prompt of one task, and the schemas of 20 proposals."""
     families = ["TTT", "LORA", "TTS", "Latent", "SFT"]
-    support = scoring.score_examples(lm, None, list(task.support[:4]))
-    task = task.__class__(**{**task.__dict__, "support": task.support[:4]})
-    prompt = P.proposal_prompt(lm, task, families, support, "norm")
-    plan = P.plan_families(families, 20, 1)
-    schemas = [strategies.proposal_schema(cfg.strategies, f, None) for f in plan]
-    P.sample_proposals(lm, layout, None, prompt, schemas[:2], cfg.policy, 0)
-    grammar = llguidance.hf.from_tokenizer(
-        lm.tokenizer, n_vocab=lm.model.get_output_embeddings().weight.shape[0]
-    )
-    start = time.perf_counter()
-    if batched:
-        with watched():
-            texts = P.sample_proposals(lm, layout, None, prompt, schemas, cfg.policy, 1)
-    else:
-        texts = [
-            _sample_plainly(lm, prompt, s, cfg.policy, grammar) for s in (schemas[0], schemas[-1])
-        ]
-    lengths = [
-        len(scoring.encode(lm, t)) for t in texts
-    ]  # a step for all of the batch reads every weight once
-    return {
-        "work": sum(lengths),
-        "seconds": time.perf_counter() - start,
-        "bytes": 2 * _weights(lm) * max(lengths),
-        "prompt_tokens": len(scoring.encode(lm, prompt)),
-    }
+    task = data.load_tasks(run)["arc_e"]
+    support = scoring.score_examples(lm, None, list(task.support))
+    prompt = policy.proposal_prompt(lm, task, families, support, "norm")
+
+    bounds = run.cfg.strategies
+    schemas = []
+    for allowed in policy.plan_families(families, 20, 1):
+        schemas.append(strategies.proposal_schema(bounds, allowed))
+    return prompt, schemas
 
 
-def _sample_plainly(lm: scoring.LM, prompt: str, schema: dict, policy, grammar) -> str:
-    """One constrained sample, the whole sequence read again for every token."""
-    import llguidance.numpy as llnp
+def policy_ours(watch: Stopwatch) -> dict:
+    """Twenty constrained proposals at once, behind one cached prompt."""
+    run, lm = open_bench()
+    layout = policy.policy_layout(run)
+    prompt, schemas = proposals_asked(run, lm)
+    settings = run.cfg.policy
+
+    def sample(asked, seed):
+        return policy.sample_proposals(lm, layout, None, prompt, asked, settings, seed)
+
+    sample(schemas[:2], 0)  # warms up
+    with watch:
+        texts = sample(schemas, 1)
+    lengths = [len(scoring.encode(lm, text)) for text in texts]
+    # a step for all of the batch reads every bf16 weight once
+    read = 2 * matrix_weights(lm) * max(lengths)
+    return {"work": sum(lengths), "bytes": read}
+
+
+@torch.no_grad()
+def policy_peer(watch: Stopwatch) -> dict:
+    """Two of these proposals, one at a time; the whole sequence is read again for every token."""
+    import llguidance.hf
+    import llguidance.numpy
     from llguidance import LLMatcher
 
-    vocab = lm.model.get_output_embeddings().weight.shape[0]
-    matcher = LLMatcher(
-        grammar,
-        LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides={"whitespace_flexible": False}
-        ),
-    )
-    bits, ids, out = llnp.allocate_token_bitmask(1, vocab), scoring.encode(lm, prompt), []
-    while not matcher.is_stopped() and len(out) < policy.max_new_tokens:
-        with torch.no_grad():
-            logits = (
-                lm.model(torch.tensor([[*ids, *out]]), use_cache=False, logits_to_keep=1)
-                .logits[0, -1]
-                .float()
-            )
-        llnp.fill_next_token_bitmask(matcher, bits)
-        allowed = torch.from_numpy(bits.view("uint8").reshape(-1)).repeat_interleave(8)[:vocab]
-        allowed = (allowed >> (torch.arange(vocab) % 8)) & 1
-        p = torch.softmax(logits.masked_fill(allowed == 0, -math.inf) / policy.temperature, -1)
-        out.append(int(torch.multinomial(p, 1)))
-        matcher.consume_token(out[-1])
-    return lm.tokenizer.decode(out)
+    run, lm = open_bench()
+    prompt, schemas = proposals_asked(run, lm)
+    settings = run.cfg.policy
+    asked = scoring.encode(lm, prompt)
+    words = len(lm.model.get_output_embeddings().weight)
+    vocabulary = llguidance.hf.from_tokenizer(lm.tokenizer, n_vocab=words)
+    bits = llguidance.numpy.allocate_token_bitmask(1, words)
+    compact = {"whitespace_flexible": False}
+
+    def sample(schema):
+        """The number of tokens sampled."""
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=compact)
+        matcher = LLMatcher(vocabulary, grammar)
+        ids = list(asked)
+        most = len(ids) + settings.max_new_tokens
+        while not matcher.is_stopped() and len(ids) < most:
+            out = lm.model(torch.tensor([ids]), use_cache=False, logits_to_keep=1)
+            logits = out.logits[0, -1].float()
+            # tokens that the grammar forbids become impossible
+            llguidance.numpy.fill_next_token_bitmask(matcher, bits)
+            llguidance.numpy.apply_token_bitmask_inplace(logits.numpy(), bits)
+            odds = torch.softmax(logits / settings.temperature, -1)
+            token = int(torch.multinomial(odds, 1))
+            matcher.consume_token(token)
+            ids.append(token)
+        return len(ids) - len(asked)
+
+    with watch:
+        tokens = sample(schemas[0]) + sample(schemas[-1])  # they differ in length
+    return {"work": tokens}
 
 
-# ----------------------------------------------------------------------------------------------- adapters and scaling
+def swapping() -> dict:
+    """What a swap of adapters costs beside the scoring pass it precedes."""
+    run, lm = open_bench()
+    task = data.load_tasks(run)["arc_e"]
+    documents = list(task.test[:24])
+    adapter = lora.init_adapter(lm.layout, SEED)
+    swap = partial(lora.swap_adapter, lm.model, lm.layout, adapter)
+    score = partial(scoring.score_examples, lm, adapter, documents)
+    swapped = seconds_of(swap, 20)  # milliseconds each, so the best of many
+    scored = seconds_of(score) / len(documents)
+    return {"swap_ms": 1000 * swapped, "share_of_200_documents": swapped / (200 * scored)}
 
 
-def adapters() -> dict:
-    """What a swap costs beside the scoring pass it precedes, and 20 adapters on one task beside one."""
-    run = open_bench()
-    lm, docs = scoring.load_lm(run), list(data.load_tasks(run)["arc_e"].test[:24])
-    drawn = [lora.init_adapter(lm.layout, i) for i in range(20)]
-    swap = timed(lambda: lora.swap_adapter(lm.model, lm.layout, drawn[0]), 20)
-    one = timed(lambda: scoring.score_examples(lm, drawn[0], docs))
-    start = time.perf_counter()
-    for a in drawn:
-        scoring.score_examples(lm, a, docs)
-    return {
-        "swap_ms": 1000 * swap,
-        "share_of_200_documents": swap / (one * 200 / len(docs)),
-        "twenty_over_one": (time.perf_counter() - start) / one,
-    }
+MIXED = ("arc_e", "winogrande", "arc_c", "socialiqa", "piqa", "gsm8k", "jama", "math")
 
 
 def scaling() -> dict:
     """Log-log slopes of seconds against size: 1 is linear, less is amortised."""
-    run = open_bench()
-    lm, task = scoring.load_lm(run), data.load_tasks(run)["arc_e"]
-    rows = [scoring.make_row(lm, e) for e in task.train[:128]]
+    run, lm = open_bench()
+    tasks = data.load_tasks(run)
+    arc_e = tasks["arc_e"]
+    documents = list(arc_e.test)
+    rows = make_rows(lm, arc_e.train[:128])
+    adapter = lora.init_adapter(lm.layout, SEED)
+    text = []
+    for row in make_rows(lm, tasks["boolq"].test[:40]):
+        text += row.context
 
-    def train(n):
-        lora.train_adapter(
-            lm.model,
-            lm.layout,
-            lora.init_adapter(lm.layout, 1),
-            [rows[i : i + 8] for i in range(0, n, 8)],
-            lambda b: scoring.lm_loss(lm, b),
-            lr=lambda s: 1e-4,
-            clip=1.0,
-        )
+    # the first eight documents of 1, 2, 4 and 8 tasks, by their tokens: tasks differ in length
+    several_tasks = {}
+    passes = []
+    tokens = 0
+    for name in MIXED:
+        passes.append(list(tasks[name].test[:8]))
+        tokens += tokens_in(make_rows(lm, passes[-1]))
+        if len(passes) in (1, 2, 4, 8):
+            several_tasks[tokens] = list(passes)
 
-    def read(tokens):
-        long = [scoring.make_row(lm, e) for e in data.load_tasks(run)["boolq"].test[:40]]
-        filler = [t for r in long for t in r.context]
-        row = rows[0].__class__(tuple(filler[:tokens]), ((1,),), (0,), (1,), 0)
-        with torch.no_grad():
-            scoring.hidden_states(lm, [row])
+    # what is measured
+    score = partial(scoring.score_examples, lm, adapter)
 
-    drawn = [lora.init_adapter(lm.layout, i) for i in range(16)]
+    def score_each(passes):
+        for examples in passes:
+            score(examples)
 
-    def many(count):
-        for a in drawn[:count]:
-            scoring.score_examples(lm, a, list(task.test[:8]))
+    def train(rows):
+        with AdapterTrainer(lm.model, lm.layout, adapter) as trainer:
+            for at in range(0, len(rows), 8):
+                loss = scoring.lm_loss(lm, rows[at : at + 8])
+                trainer.backward(loss)
+                trainer.step(RATE)
 
-    several = [
-        list(data.load_tasks(run)[n].test[:8])
-        for n in ("arc_e", "winogrande", "arc_c", "socialiqa", "piqa", "gsm8k", "jama", "math")
-    ]
-    tokens_of = {
-        sum(scoring.make_row(lm, e).length for t in several[:n] for e in t): n for n in (1, 2, 4, 8)
-    }
+    @torch.no_grad()
+    def read(ids):
+        scoring.hidden_states(lm, [Row(tuple(ids), (), (), ())])
 
-    def tasks(tokens):  # eight documents of each; by tokens, since tasks differ in length
-        for documents in several[: tokens_of[tokens]]:
-            scoring.score_examples(lm, drawn[0], documents)
-
-    def decode(width):
-        flow = [
-            [16, 64, 384],
-            [32, 32, width],
-            [64, 16, width // 2],
-            [128, 8, 32],
-            [lm.layout.num_tokens, 8, 32],
-        ]
-        decoder = HyperConvDecoder(flow, 3)
-        with torch.autocast("cpu", torch.bfloat16):
-            decoder(torch.randn(6, 16, 64, 384)).float().mean().backward()
-
-    sizes = {
-        "examples scored": (
-            lambda n: scoring.score_examples(lm, None, list(task.test[:n])),
-            (25, 50, 100, 200),
-        ),
-        "examples trained on": (train, (16, 32, 64, 128)),
-        "adapters scored": (many, (2, 4, 8, 16)),
-        "tokens of 1, 2, 4, 8 tasks": (tasks, tuple(tokens_of)),
-        "tokens of one sequence": (read, (128, 256, 512, 1024)),
-        "generator width": (decode, (96, 192, 384, 768)),
-    }
-    return {name: _slope(work, at) for name, (work, at) in sizes.items()}
-
-
-def _slope(work, sizes) -> dict:
-    seconds = [timed(lambda n=n: work(n)) for n in sizes]
-    x, y = [math.log(s) for s in sizes], [math.log(s) for s in seconds]
-    mx, my = statistics.fmean(x), statistics.fmean(y)
-    slope = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum(
-        (a - mx) ** 2 for a in x
-    )
     return {
-        "sizes": list(sizes),
-        "seconds": [round(s, 4) for s in seconds],
-        "slope": round(slope, 3),
+        "examples scored": slope(score, first_of(documents, 25, 50, 100, 200)),
+        "examples trained on": slope(train, first_of(rows, 16, 32, 64, 128)),
+        "adapters scored": slope(score_each, first_of([documents[:8]] * 16, 2, 4, 8, 16)),
+        "tokens of 1, 2, 4, 8 tasks": slope(score_each, several_tasks),
+        "tokens of one sequence": slope(read, first_of(text, 128, 256, 512, 1024)),
+        "generator width": slope(decode, {width: width for width in (96, 192, 384, 768)}),
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- peaks
+def first_of(items: list, *counts: int) -> dict[int, list]:
+    return {count: items[:count] for count in counts}
+
+
+def decode(width: int) -> None:
+    """Forward and backward through the embedded flow with its second layer so wide."""
+    flow = [
+        [16, 64, 384],
+        [32, 32, width],
+        [64, 16, width // 2],
+        [128, 8, 32],
+        [9540, 8, 32],
+    ]
+    states = torch.randn(6, *flow[0])
+    decoder = HyperConvDecoder(flow, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = decoder(states)
+    made.float().mean().backward()
+
+
+def slope(work, cases: dict) -> dict:
+    """Args: cases: by their sizes, what to work on."""
+    seconds = [seconds_of(partial(work, case)) for case in cases.values()]
+    x = [math.log(size) for size in cases]
+    y = [math.log(second) for second in seconds]
+    line = statistics.linear_regression(x, y)
+    return {"sizes": list(cases), "seconds": seconds, "slope": line.slope}
 
 
 def peak() -> dict:
-    """bf16 matrix-product rate and copy bandwidth of one process with this many threads."""
-    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
-    x = torch.empty(2**27, dtype=torch.uint8)
-    y = torch.empty_like(x)
+    """Matrix products in bf16 and copies, per second of one process with all its threads."""
+    square = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    source = torch.empty(2**27, dtype=torch.uint8)
+    copy = torch.empty_like(source)
+    multiplied = seconds_of(lambda: square @ square, 5)
+    copied = seconds_of(lambda: copy.copy_(source), 5)
     return {
-        "gflops": 2 * 2048**3 / timed(lambda: a @ b, 5) / 1e9,
-        "gb_per_s": 2 * x.numel() / timed(lambda: y.copy_(x), 5) / 1e9,
+        "flops": 2 * 2048**3 / multiplied,
+        "bytes": 2 * len(source) / copied,  # read and written
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- driver
+@dataclass(frozen=True)
+class Comparison:
+    """One path: two workers that do the same work, its unit, and what the workers are given."""
 
-WORKERS = {
-    **{
-        f"train_{t}": (lambda t=t: train_ours(t), lambda t=t: train_peer(t))
-        for t in ("arc_e", "boolq")
-    },
-    **{f"score_{t}": (lambda t=t: score_ours(t), lambda t=t: score_peer(t)) for t in DOCUMENTS},
-    "slot": (slot_ours, slot_peer),
-    "generator": (lambda: _generator(False, False), lambda: _generator(False, True)),
-    "generator_wide": (lambda: _generator(True, False), lambda: _generator(True, True)),
-    "policy": (lambda: _policy(True), lambda: _policy(False)),
+    ours: Callable[..., dict]
+    peer: Callable[..., dict]
+    unit: str
+    given: object = None
+
+
+COMPARISONS = {
+    "train_arc_e": Comparison(train_ours, train_peer, "real tokens/s", "arc_e"),
+    "train_boolq": Comparison(train_ours, train_peer, "real tokens/s", "boolq"),
+    "score_arc_e": Comparison(score_ours, score_peer, "documents/s", "arc_e"),
+    "score_hellaswag": Comparison(score_ours, score_peer, "documents/s", "hellaswag"),
+    "score_boolq": Comparison(score_ours, score_peer, "documents/s", "boolq"),
+    "slot": Comparison(slot_ours, slot_peer, "prompts/s"),
+    "generator": Comparison(generator_ours, generator_peer, "pairs/s", EMBEDDED),
+    "generator_wide": Comparison(generator_ours, generator_peer, "pairs/s", WIDE),
+    "policy": Comparison(policy_ours, policy_peer, "tokens/s"),
 }
-ALONE = {"peak": peak, "adapters": adapters, "scaling": scaling}
+ALONE = {"adapters": swapping, "scaling": scaling, "peak": peak}  # without a peer
+PATHS = [*COMPARISONS, "adapters", "scaling"]
 
 
-def launch(name: str, side: str, processes: int) -> list[dict]:
-    """Run a worker in `processes` pinned processes side by side; returns what each reported. Raises: UserError."""
+def work_as(name: str, side: str) -> dict:
+    """What one worker reports. Args: side: ours, peer, or profile (ours, watched)."""
+    if name in ALONE:
+        return ALONE[name]()
+    path = COMPARISONS[name]
+    watch = Stopwatch(profiling=side == "profile")
+    worker = path.peer if side == "peer" else path.ours
+    arguments = [path.given] if path.given else []
+    facts = worker(watch, *arguments)
+    if side == "profile":
+        return where_time_goes(watch.profiler.key_averages())
+    return facts | {"seconds": watch.seconds}
+
+
+def where_time_goes(events) -> dict:
+    """Shares of the time of the eight operations that take longest."""
+    # self time: an operation's own, without those that it calls
+    spent = {}
+    for event in events:
+        if event.key.startswith("aten::"):
+            spent[event.key] = event.self_cpu_time_total
+    whole = sum(spent.values())
+    longest = sorted(spent, key=spent.get)[-8:]
+    return {name: round(spent[name] / whole, 3) for name in reversed(longest)}
+
+
+def launch(name: str, side: str, processes: int = 1) -> list[dict]:
+    """Run a worker in so many pinned processes side by side. Returns: what each reported.
+
+    Raises: UserError: one failed; its last line is shown.
+    """
+    command = [sys.executable, __file__, "worker", name, side]
+    cores = sorted(os.sched_getaffinity(0))
+    threads = len(cores) // processes
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     jobs = []
     for i in range(processes):
-        threads = CORES // processes
-        cores = sorted(os.sched_getaffinity(0))[i * threads : (i + 1) * threads]
-        env = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "BENCH_CORES": ",".join(map(str, cores)),
-        }
-        jobs.append(
-            subprocess.Popen(
-                [sys.executable, __file__, "worker", name, side],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=env,
-                cwd=config.ROOT,
-            )
+        # processes that migrate between cores are slower: each gets its own
+        first = i * threads
+        os.sched_setaffinity(0, cores[first : first + threads])  # inherited by the child
+        job = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=config.ROOT,
         )
-    out = []
+        jobs.append(job)
+    os.sched_setaffinity(0, cores)
+
+    # the last line is the report: libraries print before it
+    reports = []
     for job in jobs:
-        text, errors = job.communicate()
+        output, errors = job.communicate()
         if job.returncode:
             raise UserError(
-                f"bench: {name} ({side}) failed: {errors.strip().splitlines()[-1:]}; make bench installs "
-                "the peers (requirements-bench.txt)"
+                f"bench: {name} ({side}) failed: {errors.strip().splitlines()[-1:]}; "
+                "make bench installs the peers (bench/requirements.txt)"
             )
-        out.append(json.loads(text.strip().splitlines()[-1]))
-    return out
-
-
-KINDS = {
-    "matrix products": (
-        "aten::mm",
-        "aten::addmm",
-        "aten::bmm",
-        "aten::convolution",
-        "aten::mkldnn_convolution",
-    ),
-    "attention kernel": ("scaled_dot_product",),
-    "softmax": ("softmax", "cross_entropy", "nll_loss"),
-}
-
-
-def profile(name: str) -> dict:
-    """Where one process of ours spends its time: shares by kind of operation, and the rate of its matrix products."""
-    global PROFILES
-    PROFILES = []
-    WORKERS[name][0]()
-    events = [e for e in PROFILES[-1].key_averages() if e.key.startswith("aten::")]
-    took = dict.fromkeys([*KINDS, "the rest"], 0.0)  # microseconds
-    for e in events:
-        kind = next((k for k, parts in KINDS.items() if any(p in e.key for p in parts)), "the rest")
-        took[kind] += e.self_cpu_time_total
-    plain = [
-        e for e in events if e.key in ("aten::mm", "aten::addmm", "aten::bmm")
-    ]  # convolutions are not counted
-    rate = (
-        sum(e.flops or 0 for e in plain) / max(1.0, sum(e.self_cpu_time_total for e in plain)) / 1e3
-    )
-    return {
-        **{k: round(t / sum(took.values()), 3) for k, t in took.items()},
-        **({"product_gflops": round(rate, 1)} if rate else {}),
-    }
+        reports.append(json.loads(output.splitlines()[-1]))
+    return reports
 
 
 def compare(name: str, repeats: int, machine: dict) -> dict:
-    """Interleaved repeats of ours and the peer; medians of work per second, and whether the answers agree."""
-    rates, last = {"ours": [], "peer": []}, {}
+    """Interleaved repeats of ours and the peer: medians of work per second, and do they agree?"""
+    # interleaved, so that a busy minute of the machine meets both
+    rates = {"ours": [], "peer": []}
     for _ in range(repeats):
-        for side in rates:
-            found = launch(name, side, CORES if side == "ours" else 1)
-            rates[side].append(sum(f["work"] / f["seconds"] for f in found))
-            last[side] = found[0]
-    ours, peer = (statistics.median(rates[s]) for s in ("ours", "peer"))
-    row = {
-        "ours": ours,
-        "peer": peer,
-        "ratio": ours / peer,
-        "goal": GOALS[name],
-        "unit": UNITS.get(name, UNITS.get(name.split("_")[0])),
-        "runs": rates,
-    }
-    if row["ratio"] < row["goal"]:  # what binds
-        row["profile"] = launch(name, "profile", 1)[0]
-    for what, limit, name_ in (
-        ("flops", machine["gflops"], "share_of_peak"),
-        ("bytes", machine["gb_per_s"], "share_of_bandwidth"),
-    ):
-        if (
-            what in last["ours"]
-        ):  # what each unit of work needs at least, against what the machine gives
-            row[name_] = last["ours"][what] / last["ours"]["work"] * ours / 1e9 / limit
-    for key in ("losses", "answers"):
-        if key in last["ours"]:
-            gaps = [abs(a - b) for a, b in zip(last["ours"][key], last["peer"][key], strict=True)]
-            row[f"largest_gap_{key}"] = max(gaps)
-    for key in ("losses", "parameters", "peak_gib", "prompt_tokens"):
-        row |= {f"{key}_{side}": found[key] for side, found in last.items() if key in found}
+        ours = launch(name, "ours", machine["cores"])
+        peer = launch(name, "peer")
+        rates["ours"].append(sum(report["work"] / report["seconds"] for report in ours))
+        rates["peer"].append(peer[0]["work"] / peer[0]["seconds"])
+    row = {side: statistics.median(found) for side, found in rates.items()}
+    row["ratio"] = row["ours"] / row["peer"]
+    row["unit"] = COMPARISONS[name].unit
+    row["runs"] = rates
+
+    # what a unit of work needs at least, against what the machine gives
+    report = ours[0]
+    row["bound"] = "flops" if "flops" in report else "bytes"
+    needed = row["ours"] * report[row["bound"]] / report["work"]
+    row["share_of_machine"] = needed / machine[row["bound"]]
+
+    # same losses, log-likelihoods or vectors: the same work was done
+    if "answers" in report:
+        gaps = torch.tensor(report["answers"]) - torch.tensor(peer[0]["answers"])
+        row["largest_gap"] = float(gaps.abs().max())
+    # with all cores in one process: where would more speed come from?
+    row["profile"] = launch(name, "profile")[0]
     return row
 
 
-def main(argv: list[str]) -> int:
-    """Parse, measure, print, write bench.json. Returns the exit status: 0, or 2 for a user's mistake."""
-    if argv[:1] == ["worker"]:
-        os.sched_setaffinity(0, {int(c) for c in os.environ["BENCH_CORES"].split(",")})
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        name, side = argv[1:]
-        print(
-            json.dumps(
-                ALONE[name]()
-                if name in ALONE
-                else profile(name)
-                if side == "profile"
-                else WORKERS[name][side == "peer"]()
-            )
-        )
-        return 0
-    try:
-        words = dict(a.split("=", 1) for a in argv if "=" in a)
-        legal = [*WORKERS, *(n for n in ALONE if n != "peak")]
-        paths = words.get("paths", ",".join(legal)).split(",")
-        if (
-            set(paths) - set(legal)
-            or set(words) - {"paths", "repeats", "out"}
-            or len(words) < len(argv)
-        ):
-            raise UserError(
-                f"bench: expected paths=… (of {', '.join(legal)}), repeats=… or out=…, got "
-                f"{' '.join(argv)}"
-            )
-        if not words.get("repeats", "3").isdecimal() or not int(words.get("repeats", 3)):
-            raise UserError(f"bench: repeats={words['repeats']}: expected a number from 1 on")
-        measure(
-            paths,
-            int(words.get("repeats", 3)),
-            Path(words.get("out", config.ROOT / "results/bench")),
-        )
-        return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-
-
-def measure(paths: list[str], repeats: int, out: Path) -> None:
-    """Every path, each written as soon as it is known; earlier results of other paths are kept."""
-    file = out / "bench.json"
-    found = runtime.read_json(file) if file.exists() else {}
-    found["machine"] = {
-        "cpu": _cpu(),
-        "cores": CORES,
-        "torch": torch.__version__,
-        "repeats": repeats,
-        **launch("peak", "ours", 1)[0],
-    }
+def print_row(name: str, row: dict) -> None:
+    share = f"{row['share_of_machine']:.0%} {row['bound']}"
+    gap = row.get("largest_gap", math.nan)
     print(
-        f"{found['machine']}\n{'path':16} {'ours':>10} {'peer':>10} {'ratio':>7} {'goal':>6}  of peak  largest gap"
+        f"{name:16} {row['ours']:9.2f} {row['peer']:9.2f} {row['ratio']:6.1f}x "
+        f"{share:>12} {gap:12.3g}   {row['unit']}",
+        flush=True,
     )
+
+
+def measure(paths: list[str], repeats: int, folder: Path) -> None:
+    """Every path, each written as soon as it is known. Earlier results of other paths are kept."""
+    file = folder / "bench.json"
+    found = runtime.read_json(file) if file.exists() else {}
+    run, _ = open_bench()
+    machine = {
+        "cpu": runtime.environment(run)["cpu"],
+        "torch": torch.__version__,
+        "cores": len(os.sched_getaffinity(0)),
+        "repeats": repeats,
+    }
+    machine |= launch("peak", "ours")[0]
+    found["machine"] = machine
+    print(machine)
+    print("path                  ours      peer   ratio   of machine  largest gap   unit")
     for name in paths:
         if name in ALONE:
-            found[name] = launch(name, "ours", 1)[0]
+            found[name] = launch(name, "ours")[0]
             print(f"{name}: {json.dumps(found[name])}", flush=True)
         else:
-            row = found[name] = compare(name, repeats, found["machine"])
-            share = (
-                f"{100 * row['share_of_peak']:.0f} %"
-                if "share_of_peak" in row
-                else f"{100 * row['share_of_bandwidth']:.0f} % bw"
-            )
-            gap = next((f"{v:.3g}" for k, v in row.items() if k.startswith("largest_gap")), "-")
-            print(
-                f"{name:16} {row['ours']:10.2f} {row['peer']:10.2f} {row['ratio']:6.1f}x {row['goal']:5}x  "
-                f"{share:7}  {gap}   ({row['unit']})",
-                flush=True,
-            )
-            if "profile" in row:
-                print(
-                    f"  goal missed; one process with {CORES} threads: {json.dumps(row['profile'])}",
-                    flush=True,
-                )
-        runtime.write_json(file, found)
-    results = config.ROOT / "results/smollm2/results.json"
-    if results.exists():
-        found["end_to_end_seconds"] = runtime.read_json(results)["seconds"]
-        print(f"make reproduce-all, core-seconds per stage: {found['end_to_end_seconds']}")
+            found[name] = compare(name, repeats, machine)
+            print_row(name, found[name])
         runtime.write_json(file, found)
     print(f"written: {file}")
 
 
-def _cpu() -> str:
+def read_words(argv: list[str]) -> tuple[list[str], int, Path]:
+    """(paths, repeats, folder). Raises: UserError."""
+    words = {"paths": ",".join(PATHS), "repeats": "3", "out": "results/bench"}
+    for word in argv:
+        key, _, value = word.partition("=")
+        if key not in words:
+            raise UserError(f"bench: {word}: expected paths=..., repeats=... or out=...")
+        words[key] = value
+    paths = words["paths"].split(",")
+    if set(paths) - set(PATHS):
+        raise UserError(f"bench: paths={words['paths']}: legal are {', '.join(PATHS)}")
+    repeats = words["repeats"]
+    if not repeats.isdecimal() or int(repeats) == 0:
+        raise UserError(f"bench: repeats={repeats}: expected a number from 1 on")
+    return paths, int(repeats), config.ROOT / words["out"]
+
+
+def main(argv: list[str]) -> int:
+    """Measure and write bench.json, or be one worker.
+
+    Returns: the exit status: 0, or 2 for a user's mistake.
+    """
+    if argv[:1] == ["worker"]:
+        report = work_as(*argv[1:])
+        print(json.dumps(report))
+        return 0
     try:
-        return next(
-            line.split(":", 1)[1].strip()
-            for line in open("/proc/cpuinfo")
-            if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        measure(*read_words(argv))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
