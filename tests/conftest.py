@@ -1,14 +1,16 @@
-"""Shared fixtures: tiny random models, an encoder and five synthetic tasks, built offline; and the real
-assets.
+"""Shared fixtures: tiny random models, an encoder and five synthetic tasks, built offline; and the
+real assets.
 
 The tiny model goes through `save_pretrained` and `load_base`, the path a user's own model takes.
 """
 
+import contextlib
 import gc
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import sys
 import time
@@ -21,87 +23,78 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub library is first imported, by a test
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-TRAIN_TASKS, TEST_TASKS = ("alpha", "beta", "gamma"), ("delta", "epsilon")
+
+import config
+import degaml
+import lora
+import scoring
+from scoring import LM
+
+TRAIN_TASKS = ("alpha", "beta", "gamma")
+TEST_TASKS = ("delta", "epsilon")
+TASKS = (*TRAIN_TASKS, *TEST_TASKS)
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = [
-    "river",
-    "stone",
-    "cloud",
-    "forest",
-    "engine",
-    "window",
-    "garden",
-    "letter",
-    "number",
-    "planet",
-    "copper",
-    "silver",
-    "market",
-    "bridge",
-    "candle",
-    "pencil",
-    "rocket",
-    "basket",
-    "mirror",
-    "ladder",
+    *("river", "stone", "cloud", "forest", "engine", "window", "garden"),
+    *("letter", "number", "planet", "copper", "silver", "market", "bridge"),
+    *("candle", "pencil", "rocket", "basket", "mirror", "ladder"),
 ]
 
 
 def tiny_rows(task: str, count: int = 60) -> list[dict]:
-    """Records of one synthetic task. alpha, beta and delta can be learnt, gamma and epsilon are noise."""
-    rng, rows = random.Random(task), []
+    """Records of one synthetic task. alpha, beta and delta can be learnt, the others are noise."""
+    rng = random.Random(task)
+    rows = []
     for i in range(count):
         a, b, c, d = rng.sample(WORDS, 4)
         gold = rng.randrange({"alpha": 2, "beta": 4}.get(task, 3))
         if task == "alpha":  # the right option is always the same word
-            question, choices = f"Is the {a} {i} near the {b}?", ["never", "never"]
+            question = f"Is the {a} {i} near the {b}?"
+            choices = ["never", "never"]
             choices[gold] = "always"
         elif task == "beta":  # the right option is the word asked for
             choices = rng.sample([a, b, c, d], 4)
             question = f"Item {i}: which word follows the {choices[gold]}?"
-        elif task == "delta":
+        elif task == "delta":  # the right option is always the longest
+            question = f"Row {i} has a {c} and a {d}. What is here?"
             choices = [f"a {a}", f"two {b} and a {c}", f"no {d}"]
-            question, gold = f"Row {i} has a {c} and a {d}. What is here?", 1
+            gold = 1
         else:
-            question, choices = (
-                f"Case {i} of {task}: choose between {a} and {b}.",
-                [a, b, f"{c} {d}"],
-            )
+            question = f"Case {i} of {task}: choose between {a} and {b}."
+            choices = [a, b, f"{c} {d}"]
         rows.append({"id": f"{task}-{i}", "question": question, "choices": choices, "gold": gold})
     return rows
 
 
 def byte_tokenizer():
-    """A byte-level BPE tokenizer with ChatML markers, trained on the synthetic rows: 400 entries, no
-    opening token."""
+    """A byte-level BPE tokenizer with ChatML markers, trained on the synthetic rows.
+
+    It has 400 entries and no opening token.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         show_progress=False,
-        special_tokens=[AddedToken(s, special=True) for s in special],
+        special_tokens=[AddedToken(token, special=True) for token in special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tok.train_from_iterator(
-        [
-            f"Question: {r['question']}\nAnswer: {c}"
-            for t in (*TRAIN_TASKS, *TEST_TASKS)
-            for r in tiny_rows(t)
-            for c in r["choices"]
-        ],
-        trainer,
-    )
+    texts = []
+    for task in TASKS:
+        for row in tiny_rows(task):
+            texts += [f"Question: {row['question']}\nAnswer: {c}" for c in row["choices"]]
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok,
+        tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         chat_template=CHATML,
@@ -109,32 +102,31 @@ def byte_tokenizer():
 
 
 def save_tiny(folder: Path, kind: str = "llama", **more) -> Path:
-    """Save a two-layer random decoder of a transformers model type (adapted dimensions 16, 32, 64) with its
-    tokenizer."""
+    """Save a two-layer random decoder of a transformers model type with its tokenizer.
+
+    Its adapted dimensions are 16, 32 and 64.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind,
-        **{
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 4096,
-            "initializer_range": 0.2,
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            **more,
-        },
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape | more))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -158,17 +150,18 @@ def tiny_architecture(tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def tiny_lm(tiny_model_dir):
-    """The tiny model as `load_lm` makes it: packed attention, float32, rank 4, alpha 8, tokens of
-    width 16."""
-    from lora import attach_lora, find_layout
-    from scoring import LM, load_base
-
-    model, tokenizer = load_base(str(tiny_model_dir), "main", torch.float32, "cpu")
-    layout = find_layout(model, 4, 8, 16, MODULES)
-    attach_lora(model, layout)
+def load_lm(folder: Path, rank: int, alpha: int, width: int, modules: list[str]) -> LM:
+    """A model as `scoring.load_lm` makes it: packed attention, float32, ready for adapters."""
+    model, tokenizer = scoring.load_base(str(folder), "main", torch.float32, "cpu")
+    layout = lora.find_layout(model, rank, alpha, width, modules)
+    lora.attach_lora(model, layout)
     return LM(model, tokenizer, layout)
+
+
+@pytest.fixture
+def tiny_lm(tiny_model_dir) -> LM:
+    """The tiny model with rank 4, alpha 8 and tokens of width 16."""
+    return load_lm(tiny_model_dir, 4, 8, 16, MODULES)
 
 
 @pytest.fixture(scope="session")
@@ -177,42 +170,35 @@ def tiny_encoder_dir(tmp_path_factory) -> Path:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny_encoder")
-    text = " ".join(
-        r["question"] for t in (*TRAIN_TASKS, *TEST_TASKS) for r in tiny_rows(t)
-    ).lower()
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        *sorted(set(re.findall(r"[a-z]+|\d+|[?.:]", text))),
-    ]
-    tok = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tok.normalizer, tok.pre_tokenizer = (
-        normalizers.BertNormalizer(),
-        pre_tokenizers.BertPreTokenizer(),
+    questions = []
+    for task in TASKS:
+        questions += [row["question"].lower() for row in tiny_rows(task)]
+    found = set(re.findall(r"[a-z]+|\d+|[?.:]", " ".join(questions)))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(found)]
+    numbers = {word: i for i, word in enumerate(vocabulary)}
+
+    tokenizer = Tokenizer(models.WordPiece(numbers, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    torch.manual_seed(1)
+    shape = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
     )
-    tok.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tok,
+    folder = tmp_path_factory.mktemp("tiny_encoder")
+    BertModel(shape).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
         pad_token="[PAD]",
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
-    )
-    torch.manual_seed(1)
-    BertModel(
-        BertConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=128,
-        )
     ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -220,98 +206,110 @@ def tiny_encoder_dir(tmp_path_factory) -> Path:
 def tiny_tasks_dir(tmp_path_factory) -> Path:
     """Folder of alpha, beta, gamma, delta and epsilon.jsonl, 60 rows each."""
     folder = tmp_path_factory.mktemp("tiny_tasks")
-    for task in (*TRAIN_TASKS, *TEST_TASKS):
-        (folder / f"{task}.jsonl").write_text(
-            "".join(json.dumps(r) + "\n" for r in tiny_rows(task))
-        )
+    for task in TASKS:
+        lines = [json.dumps(row) + "\n" for row in tiny_rows(task)]
+        (folder / f"{task}.jsonl").write_text("".join(lines))
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_jsonl(tiny_tasks_dir) -> dict[str, str]:
     """{task: file} of the synthetic tasks, for data.jsonl."""
-    return {t: str(tiny_tasks_dir / f"{t}.jsonl") for t in (*TRAIN_TASKS, *TEST_TASKS)}
+    return {task: str(tiny_tasks_dir / f"{task}.jsonl") for task in TASKS}
+
+
+# A whole pipeline that takes seconds.
+TINY = {
+    "name": "tiny",
+    "seed": 1,
+    "dtype": "float32",
+    "device": os.environ.get("TEST_DEVICE", "cpu"),
+    "model.rank": 4,
+    "model.alpha": 8,
+    "model.token_width": 16,
+    "data.source": "jsonl",
+    "data.train_tasks": TRAIN_TASKS,
+    "data.test_tasks": TEST_TASKS,
+    "data.num_train": 24,
+    "data.num_support": 8,
+    "data.num_test": 12,
+    "data.num_prompts": 16,
+    "data.max_tokens": 256,
+    "collect.pretrain_steps": 6,
+    "collect.pretrain_lr": 1e-2,
+    "collect.finetune_steps": 3,
+    "collect.finetune_lr": 1e-3,
+    "collect.warmup_steps": 1,
+    "collect.batch_size": 4,
+    "collect.save_last": 3,
+    "generator.max_length": 16,
+    "generator.num_prompts": 4,
+    "generator.flow": [[4, 16, 32], [8, 8, 16]],
+    "generator.kernel": 3,
+    "generator.scale_code": "element",
+    "generator.criterion_weight": "none",
+    "generator.steps": 6,
+    "generator.lr": 1e-3,
+    "generator.batch_size": 3,
+    "generator.micro_batch": 2,
+    "generator.pairs_per_task": 20,
+    "generator.save_every": 2,
+    "generator.seed": 1,
+    "strategies.proposal_grid": {
+        "TTT.ttl_steps": [2],
+        "TTT.learning_rate": [1e-3],
+        "TTT.batch_size": [4],
+        "LORA.lambda": [0.5, 1.0],
+        "TTS.num_prompt_batches": [2],
+        "Latent.slot_steps": [2],
+        "Latent.slot_lr": [0.01, 0.1],
+        "SFT.sft_steps": [2, 8],
+        "SFT.learning_rate": [0.03],
+        "SFT.batch_size": [4],
+        "SFT.init_scale": [0.5, 1.0],
+    },
+    "strategies.max_sft_lr": 0.1,  # high enough for a random model to win rewards
+    "policy.proposals": 5,
+    "policy.iterations": 2,
+    "policy.max_new_tokens": 160,
+    "policy.folds": 2,
+    "policy.rank": 4,
+    "policy.alpha": 4,
+    "policy.epochs": 1,
+    "policy.batch_size": 2,
+    "policy.lr": 1e-3,
+    "evaluate.prompt_batches": 2,
+    "evaluate.max_new_tokens": 4,
+}
+
+
+def as_words(settings: dict) -> list[str]:
+    """Settings as the key=value words of a command line."""
+    words = []
+    for key, value in settings.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        words.append(f"{key}={text}")
+    return words
 
 
 @pytest.fixture
 def tiny_args(tmp_path, tiny_model_dir, tiny_encoder_dir, tiny_jsonl) -> list[str]:
-    """key=value words of a whole pipeline that takes seconds; its run folder is tmp_path/run. Later
-    words win."""
-    values = {
-        "name": "tiny",
+    """The words of the tiny pipeline; its run folder is tmp_path/run. Later words win."""
+    places = {
         "run": str(tmp_path / "run"),
-        "seed": 1,
-        "dtype": "float32",
-        "device": os.environ.get("TEST_DEVICE", "cpu"),
         "model.name": str(tiny_model_dir),
-        "model.rank": 4,
-        "model.alpha": 8,
-        "model.token_width": 16,
-        "data.source": "jsonl",
-        "data.jsonl": tiny_jsonl,
-        "data.train_tasks": list(TRAIN_TASKS),
-        "data.test_tasks": list(TEST_TASKS),
-        "data.num_train": 24,
-        "data.num_support": 8,
-        "data.num_test": 12,
-        "data.num_prompts": 16,
-        "data.max_tokens": 256,
-        "collect.pretrain_steps": 6,
-        "collect.pretrain_lr": 1e-2,
-        "collect.finetune_steps": 3,
-        "collect.finetune_lr": 1e-3,
-        "collect.warmup_steps": 1,
-        "collect.batch_size": 4,
-        "collect.save_last": 3,
         "generator.encoder": str(tiny_encoder_dir),
-        "generator.max_length": 16,
-        "generator.num_prompts": 4,
-        "generator.flow": [[4, 16, 32], [8, 8, 16]],
-        "generator.kernel": 3,
-        "generator.scale_code": "element",
-        "generator.criterion_weight": "none",
-        "generator.steps": 6,
-        "generator.lr": 1e-3,
-        "generator.batch_size": 3,
-        "generator.micro_batch": 2,
-        "generator.pairs_per_task": 20,
-        "generator.save_every": 2,
-        "generator.seed": 1,
-        "strategies.proposal_grid": {
-            "TTT.ttl_steps": [2],
-            "TTT.learning_rate": [1e-3],
-            "TTT.batch_size": [4],
-            "LORA.lambda": [0.5, 1.0],
-            "TTS.num_prompt_batches": [2],
-            "Latent.slot_steps": [2],
-            "Latent.slot_lr": [0.01, 0.1],
-            "SFT.sft_steps": [2, 8],
-            "SFT.learning_rate": [0.03],
-            "SFT.batch_size": [4],
-            "SFT.init_scale": [0.5, 1.0],
-        },
-        "strategies.max_sft_lr": 0.1,  # high enough for a random model to win rewards
-        "policy.proposals": 5,
-        "policy.iterations": 2,
-        "policy.max_new_tokens": 160,
-        "policy.folds": 2,
-        "policy.rank": 4,
-        "policy.alpha": 4,
-        "policy.epochs": 1,
-        "policy.batch_size": 2,
-        "policy.lr": 1e-3,
-        "evaluate.prompt_batches": 2,
-        "evaluate.max_new_tokens": 4,
+        "data.jsonl": tiny_jsonl,
     }
-    return [
-        f"{k}={json.dumps(v)}" if not isinstance(v, str) else f"{k}={v}" for k, v in values.items()
-    ]
+    return as_words(TINY | places)
 
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """The folder `make assets` fills. Its absence is a failure, not a skip: claims about the real model
-    rest on it."""
+    """The folder `make assets` fills.
+
+    Its absence is a failure, not a skip: claims about the real model rest on it.
+    """
     folder = ROOT / "assets"
     wanted = (
         "data/arc_e.test.jsonl.gz",
@@ -319,46 +317,45 @@ def assets() -> Path:
         "models/smollm2-135m-instruct/model.safetensors",
         "models/all-minilm-l6-v2/model.safetensors",
     )
-    missing = [w for w in wanted if not (folder / w).exists()]
+    missing = [file for file in wanted if not (folder / file).exists()]
     if missing:
         pytest.fail(f"{missing} not in {folder}: run make assets")
     return folder
 
 
 @pytest.fixture(scope="session")
-def real_lm(assets):
+def real_lm(assets) -> LM:
     """The embedded SmolLM2-135M-Instruct in float32, with the default configuration's layout."""
-    from config import load_config
-    from lora import attach_lora, find_layout
-    from scoring import LM, load_base
-
-    m = load_config([])[0].model
-    model, tokenizer = load_base(
-        str(assets / "models/smollm2-135m-instruct"), "main", torch.float32, "cpu"
-    )
-    layout = find_layout(model, m.rank, m.alpha, m.token_width, m.modules)
-    attach_lora(model, layout)
-    return LM(model, tokenizer, layout)
+    m = config.load_config([])[0].model
+    folder = assets / "models/smollm2-135m-instruct"
+    return load_lm(folder, m.rank, m.alpha, m.token_width, m.modules)
 
 
-# --------------------------------------------------------------------------------------------- a whole tiny run
-
-# a choice that ties is taken too, so that more than one family ends up in the results
+# A choice that ties is taken too, so that more than one family ends up in the results.
 LOOSE = ["policy.select_margin=0", "policy.sft_margin=0", "generator.steps=20"]
 FULL_RUN: dict = {}
 
 
 def run_command(words: list[str]) -> int:
     """The command in this process, after letting go of folders that earlier calls held."""
-    import degaml
-
     gc.collect()
     return degaml.main(words)
 
 
+@contextlib.contextmanager
+def file_size_limit(size: int):
+    """No file grows beyond so many bytes: a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.fixture
 def one_thread():
-    """Sums depend on the number of threads, and some tests compare bits with runs in processes of their own."""
+    """Sums depend on the number of threads, and some tests compare bits with other processes'."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -375,9 +372,9 @@ def full(words, one_thread, tmp_path_factory) -> Path:
     """The folder of one uninterrupted run in this process. Read it, or take `copy`."""
     if "run" not in FULL_RUN:
         folder = tmp_path_factory.mktemp("full") / "run"
-        start = time.monotonic()
+        began = time.monotonic()
         assert run_command([*words, "stage=all", f"run={folder}"]) == 0
-        FULL_RUN.update(run=folder, seconds=time.monotonic() - start)
+        FULL_RUN.update(run=folder, seconds=time.monotonic() - began)
     return FULL_RUN["run"]
 
 

@@ -1,98 +1,83 @@
-"""The run folder: whole writes, DONE records, the lock, seeds, and what the user reads when a disk or a
-file fails."""
+"""The run folder: whole writes, DONE records, the lock, seeds, and what the user reads when a disk
+or a file fails."""
 
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import file_size_limit
 from torch.distributed import HashStore
 
+import config
 import degaml
 import runtime
-from config import UserError, flatten, load_config
-from runtime import (
-    DEPENDS,
-    Run,
-    fingerprint,
-    load_tensors,
-    open_run,
-    read_json,
-    read_jsonl,
-    rng_for,
-    save_tensors,
-    seed_for,
-    sha256,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from config import UserError
+from runtime import DEPENDS, Run, fingerprint, read_json, seed_for, write_json
 
 
 def make_run(tmp_path, *words) -> Run:
-    return Run(tmp_path, load_config([f"run={tmp_path}", *words])[0], quiet=True)
+    cfg, _ = config.load_config([f"run={tmp_path}", *words])
+    return Run(tmp_path, cfg, quiet=True)
 
 
-@pytest.mark.parametrize(
-    "failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
-)
-def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
-    """An interruption before the rename leaves text and tensor files as they were; afterwards writing
-    works again."""
-    text, tensors = tmp_path / "a.json", tmp_path / "a.safetensors"
+def full_disk(source, target):
+    """In place of os.replace."""
+    raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+
+def interrupted(source, target):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("fail, error", [(interrupted, KeyboardInterrupt), (full_disk, OSError)])
+def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, fail, error):
+    """An interruption before the rename leaves files as they were; afterwards writing works."""
+    text = tmp_path / "a.json"
+    tensors = tmp_path / "a.safetensors"
     write_json(text, {"v": 1})
-    save_tensors(tensors, {"x": torch.ones(3)})
+    runtime.save_tensors(tensors, {"x": torch.ones(3)})
 
-    def fail(*_):
-        raise failure
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.os, "replace", fail)
+        with pytest.raises(error):
+            write_json(text, {"v": 2})
+        with pytest.raises(error):
+            runtime.save_tensors(tensors, {"x": torch.zeros(3)})
+    assert read_json(text) == {"v": 1}
+    assert torch.equal(runtime.load_tensors(tensors)["x"], torch.ones(3))
 
-    with monkeypatch.context() as m:
-        m.setattr(runtime.os, "replace", fail)
-        for write in (
-            lambda: write_json(text, {"v": 2}),
-            lambda: save_tensors(tensors, {"x": torch.zeros(3)}),
-        ):
-            with pytest.raises(type(failure)):
-                write()
-    assert read_json(text) == {"v": 1} and torch.equal(load_tensors(tensors)["x"], torch.ones(3))
     write_json(text, {"v": 2})
     assert read_json(text) == {"v": 2}
 
 
 def test_file_system_error_while_saving_tensors_is_an_oserror(tmp_path):
-    """A disk that takes no more bytes (here: a file size limit) raises OSError, which the command explains;
-    the old file stays."""
+    """A disk that takes no more bytes raises OSError, which the command explains."""
     path = tmp_path / "a.safetensors"
-    save_tensors(path, {"x": torch.ones(3)})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large") as e:
-            save_tensors(path, {"x": torch.zeros(100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert e.value.errno == errno.EFBIG
-    assert torch.equal(load_tensors(path)["x"], torch.ones(3))
+    runtime.save_tensors(path, {"x": torch.ones(3)})
+    with file_size_limit(200_000), pytest.raises(OSError, match="File too large") as caught:
+        runtime.save_tensors(path, {"x": torch.zeros(100_000)})
+    assert caught.value.errno == errno.EFBIG
+    assert torch.equal(runtime.load_tensors(path)["x"], torch.ones(3))  # the old file stays
 
 
 def test_full_disk_ends_with_a_message(tmp_path, tiny_args, monkeypatch, capsys):
-    """ENOSPC in a stage: status 2, one error line that says what to do, no traceback, old files intact."""
+    """In a stage: status 2, one error line that says what to do, and the old files intact."""
     monkeypatch.chdir(tmp_path)
-    write_text(tmp_path / "run/config.yaml", "old: true\n")
-
-    def full(src, dst):
-        raise OSError(errno.ENOSPC, "No space left on device", str(dst))
-
-    monkeypatch.setattr(runtime.os, "replace", full)
+    old = tmp_path / "run/config.yaml"
+    runtime.write_text(old, "old: true\n")
+    monkeypatch.setattr(runtime.os, "replace", full_disk)
     assert degaml.main(["stage=collect", *tiny_args]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and "No space left on device" in err and "free space" in err
-    assert "Traceback" not in err and (tmp_path / "run/config.yaml").read_text() == "old: true\n"
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "No space left on device" in error
+    assert "free space" in error
+    assert "Traceback" not in error
+    assert old.read_text() == "old: true\n"
 
 
 def test_other_system_errors_are_not_hidden(tmp_path, tiny_args, monkeypatch):
@@ -108,34 +93,38 @@ def test_other_system_errors_are_not_hidden(tmp_path, tiny_args, monkeypatch):
 
 
 def test_unit_is_finished_only_under_its_configuration(tmp_path):
-    """No record: not finished. Same configuration: finished. A changed key is refused by name, both
-    values shown."""
+    """A changed key is refused by name, with both values."""
     run = make_run(tmp_path)
-    (tmp_path / "adapters/arc_e").mkdir(parents=True)
-    assert not run.finished("adapters/arc_e", "collect")
-    run.finish("adapters/arc_e", "collect", 0.0, note=3)
-    done = read_json(tmp_path / "adapters/arc_e/DONE.json")
-    assert done["stage"] == "collect" and done["note"] == 3 and done["seconds"] > 0
-    assert run.finished("adapters/arc_e", "collect")
-    with pytest.raises(UserError) as e:
-        make_run(tmp_path, "collect.pretrain_lr=2e-4").finished("adapters/arc_e", "collect")
-    assert "(collect.pretrain_lr: 0.0001 -> 0.0002)" in str(e.value) and "overwrite=true" in str(
-        e.value
-    )
+    unit = "adapters/arc_e"
+    (tmp_path / unit).mkdir(parents=True)
+    assert not run.finished(unit, "collect")
+
+    run.finish(unit, "collect", 0.0, note=3)
+    done = read_json(tmp_path / unit / "DONE.json")
+    assert done["stage"] == "collect"
+    assert done["note"] == 3
+    assert done["seconds"] > 0
+    assert run.finished(unit, "collect")
+
+    changed = make_run(tmp_path, "collect.pretrain_lr=2e-4")
+    with pytest.raises(UserError, match="overwrite=true") as caught:
+        changed.finished(unit, "collect")
+    assert "(collect.pretrain_lr: 0.0001 -> 0.0002)" in str(caught.value)
 
 
 def test_overwrite_removes_the_old_unit(tmp_path):
     """overwrite=true deletes a unit made differently, and keeps one made alike."""
-    run = make_run(tmp_path)
-    (tmp_path / "u").mkdir()
-    (tmp_path / "u/old.txt").write_text("x")
-    run.finish("u", "collect", 0.0)
-    assert (
-        make_run(tmp_path, "overwrite=true").finished("u", "collect")
-        and (tmp_path / "u/old.txt").exists()
-    )
+    old = tmp_path / "u/old.txt"
+    runtime.write_text(old, "x")
+    make_run(tmp_path).finish("u", "collect", 0.0)
+    assert make_run(tmp_path, "overwrite=true").finished("u", "collect")
+    assert old.exists()
     assert not make_run(tmp_path, "overwrite=true", "seed=1").finished("u", "collect")
-    assert not (tmp_path / "u").exists()
+    assert not old.parent.exists()
+
+
+def prints(tmp_path, stage, *words, method="") -> dict:
+    return fingerprint(make_run(tmp_path, *words).cfg, stage, method)
 
 
 @pytest.mark.parametrize(
@@ -158,45 +147,43 @@ def test_overwrite_removes_the_old_unit(tmp_path):
 )
 def test_keys_that_change_an_output_change_its_fingerprint(tmp_path, stage, word):
     """A key that changes what a stage writes is part of the stage's record."""
-    assert fingerprint(make_run(tmp_path, word).cfg, stage) != fingerprint(
-        make_run(tmp_path).cfg, stage
-    )
+    assert prints(tmp_path, stage, word) != prints(tmp_path, stage)
+
+
+SFT = "baselines.sft=[{sft_steps: 1, learning_rate: 1e-3, batch_size: 1, loss: lm}]"
 
 
 @pytest.mark.parametrize(
     "method, word, others",
     [
         ("maml", "baselines.maml.outer_lr=1e-3", ("degaml", "no_meta", "tempo")),
-        (
-            "no_meta",
-            "baselines.sft=[{sft_steps: 1, learning_rate: 1e-3, batch_size: 1, loss: lm}]",
-            ("degaml", "aligned"),
-        ),
+        ("no_meta", SFT, ("degaml", "aligned")),
         ("tempo", "align.latent=7", ("degaml", "maml")),
         ("aligned", "align.kl_weight=0", ("generator", "abmll")),
     ],
 )
-def test_a_method_depends_on_its_own_section(tmp_path, method, word, others):
-    """A baseline's or the alignment's settings make their own units stale and no other method's."""
-    plain, changed = make_run(tmp_path).cfg, make_run(tmp_path, word).cfg
-    for stage in ("adapt", "evaluate"):
-        assert fingerprint(plain, stage, method) != fingerprint(changed, stage, method)
-        for other in others:
-            assert fingerprint(plain, stage, other) == fingerprint(changed, stage, other)
+@pytest.mark.parametrize("stage", ["adapt", "evaluate"])
+def test_a_method_depends_on_its_own_section(tmp_path, stage, method, word, others):
+    """A baseline's or the alignment's settings make their own units stale and no others."""
+
+    def changes(method):
+        changed = prints(tmp_path, stage, word, method=method)
+        return changed != prints(tmp_path, stage, method=method)
+
+    assert changes(method)
+    assert not any(changes(other) for other in others)
 
 
 @pytest.mark.parametrize("stage", sorted(set(DEPENDS) - {"evaluate"}))
 def test_another_part_of_the_test_split_makes_nothing_else_stale(tmp_path, stage):
     """Only scores depend on which test examples are scored: adapters are kept."""
-    assert fingerprint(make_run(tmp_path, "data.skip_test=5").cfg, stage) == fingerprint(
-        make_run(tmp_path).cfg, stage
-    )
+    assert prints(tmp_path, stage, "data.skip_test=5") == prints(tmp_path, stage)
 
 
 @pytest.mark.parametrize("stage", DEPENDS)
 def test_keys_that_change_no_output_leave_the_fingerprint(tmp_path, stage):
-    """Names, folders and the choice of targets and methods do not make finished work stale; a record
-    survives JSON."""
+    """Names, folders, targets and methods make nothing stale; a record survives JSON."""
+    both = ["data.jsonl={arc_e: x.jsonl}", "strategies.proposal_grid={LORA.lambda: [0.5]}"]
     words = [
         "data.targets=[arc_e]",
         "evaluate.methods=[base]",
@@ -204,33 +191,33 @@ def test_keys_that_change_no_output_leave_the_fingerprint(tmp_path, stage):
         "run=elsewhere",
         "device=cpu",
         "generator.save_every=7",
-        "data.jsonl={arc_e: x.jsonl}",
-        "strategies.proposal_grid={LORA.lambda: [0.5]}",
     ]
-    a = fingerprint(make_run(tmp_path, *words).cfg, stage)
-    assert a == fingerprint(make_run(tmp_path, *words[-2:]).cfg, stage) == json.loads(json.dumps(a))
+    found = prints(tmp_path, stage, *words, *both)
+    assert found == prints(tmp_path, stage, *both)
+    assert found == json.loads(json.dumps(found))
 
 
 def test_dependencies_name_existing_keys(tmp_path):
     """A misspelt dependency would silently depend on nothing."""
-    keys = list(flatten(make_run(tmp_path).cfg.model_dump()))
-    for wanted in (
-        *(d for v in (*DEPENDS.values(), *runtime.METHOD_DEPENDS.values()) for d in v),
-        *runtime._CHOICES,
-    ):
-        assert any(k == wanted or k.startswith(wanted + ".") for k in keys), wanted
+    keys = list(config.flatten(make_run(tmp_path).cfg.model_dump()))
+    named = list(runtime._CHOICES)
+    for names in (*DEPENDS.values(), *runtime.METHOD_DEPENDS.values()):
+        named += names
+    for name in named:
+        assert any(key == name or key.startswith(name + ".") for key in keys), name
 
 
 def test_jsonl_torn_last_line_is_dropped(tmp_path):
-    """A last line cut by a kill is dropped; damage anywhere else is an error that names the line."""
+    """A last line cut by a kill is dropped; damage anywhere else is an error with its line."""
     path = tmp_path / "a.jsonl"
-    write_jsonl(path, [{"i": i} for i in range(3)])
+    rows = [{"i": i} for i in range(3)]
+    runtime.write_jsonl(path, rows)
     whole = path.read_text()
     path.write_text(whole + '{"i": 3, "te')
-    assert read_jsonl(path) == [{"i": 0}, {"i": 1}, {"i": 2}]
+    assert runtime.read_jsonl(path) == rows
     path.write_text(whole.replace('{"i": 1}', '{"i": '))
     with pytest.raises(UserError, match=r"a\.jsonl:2: damaged"):
-        read_jsonl(path)
+        runtime.read_jsonl(path)
 
 
 @pytest.mark.parametrize(
@@ -246,68 +233,74 @@ def test_jsonl_torn_last_line_is_dropped(tmp_path):
 )
 def test_jsonl_round_trip_of_any_text(tmp_path, text):
     """What is written is read back, whatever characters a question or an answer holds."""
-    write_jsonl(tmp_path / "a.jsonl", [{"t": text}, {"t": 1}])
-    assert read_jsonl(tmp_path / "a.jsonl") == [{"t": text}, {"t": 1}]
+    rows = [{"t": text}, {"t": 1}]
+    runtime.write_jsonl(tmp_path / "a.jsonl", rows)
+    assert runtime.read_jsonl(tmp_path / "a.jsonl") == rows
+
+
+@pytest.mark.parametrize("keep", [slice(-7), slice(5), slice(0), None])
+def test_corrupt_tensor_file_is_named(tmp_path, keep):
+    """A truncated or overwritten safetensors file: its path and the way out."""
+    path = tmp_path / "w.safetensors"
+    runtime.save_tensors(path, {"x": torch.arange(9.0)})
+    whole = path.read_bytes()
+    path.write_bytes(whole[keep] if keep else b"\xff" * len(whole))
+    with pytest.raises(UserError, match="run the same command again") as caught:
+        runtime.load_tensors(path)
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b[:-7], lambda b: b[:5], lambda b: b"", lambda b: b"\xff" * len(b)]
+    "read, text",
+    [
+        (runtime.load_tensors, "no.safetensors: no such file"),
+        (read_json, "no.json: no such file"),
+        (read_json, "bad.json: damaged JSON"),
+    ],
 )
-def test_corrupt_tensor_file_is_named(tmp_path, damage):
-    """A truncated or overwritten safetensors file gives a UserError with its path and the way out."""
-    path = tmp_path / "w.safetensors"
-    save_tensors(path, {"x": torch.arange(9.0)})
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match="run the same command again") as e:
-        load_tensors(path)
-    assert str(path) in str(e.value)
-
-
-def test_missing_and_damaged_files_are_named(tmp_path):
-    """Missing tensors, missing JSON and damaged JSON each name the file."""
+def test_missing_and_damaged_files_are_named(tmp_path, read, text):
     (tmp_path / "bad.json").write_text('{"a": ')
-    for call, text in (
-        (lambda: load_tensors(tmp_path / "no.safetensors"), "no.safetensors: no such file"),
-        (lambda: read_json(tmp_path / "no.json"), "no.json: no such file"),
-        (lambda: read_json(tmp_path / "bad.json"), "bad.json: damaged JSON"),
-    ):
-        with pytest.raises(UserError, match=text):
-            call()
+    name, _, _ = text.partition(":")
+    with pytest.raises(UserError, match=text):
+        read(tmp_path / name)
 
 
 def test_tensors_round_trip_bit_for_bit(tmp_path):
     """Also views and scalars survive; two saves give the same bytes."""
-    x = {"a": torch.randn(4, 6).t(), "s": torch.tensor(3), "h": torch.randn(5).bfloat16()}
-    save_tensors(tmp_path / "a", x)
-    save_tensors(tmp_path / "b", x)
-    got = load_tensors(tmp_path / "a")
-    assert set(got) == set(x) and all(
-        torch.equal(got[k], x[k]) and got[k].dtype == x[k].dtype for k in x
-    )
-    assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
+    tensors = {
+        "view": torch.randn(4, 6).t(),
+        "scalar": torch.tensor(3),
+        "half": torch.randn(5).bfloat16(),
+    }
+    runtime.save_tensors(tmp_path / "a", tensors)
+    runtime.save_tensors(tmp_path / "b", tensors)
+    found = runtime.load_tensors(tmp_path / "a")
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    assert runtime.sha256(tmp_path / "a") == runtime.sha256(tmp_path / "b")
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_second_process_in_the_folder_is_refused(tmp_path, tiny_args, monkeypatch, capsys):
-    """While another process holds the run folder the command ends with status 2; afterwards it starts."""
+    """While another process holds the run folder the status is 2; afterwards the command starts."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
-            "print('held', flush=True); sys.stdin.read()",
-            str(tmp_path / "run/.lock"),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run/.lock")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as holder:  # ends with its input
         assert holder.stdout.readline() == b"held\n"
         assert degaml.main(["stage=config", *tiny_args]) == 2
         assert "another process is working in this folder" in capsys.readouterr().err
-    finally:
-        holder.communicate()
     assert degaml.main(["stage=config", *tiny_args]) == 0
 
 
@@ -322,56 +315,61 @@ def test_folder_that_cannot_be_made(tmp_path, tiny_args, monkeypatch, capsys):
 def test_device_that_is_not_there(monkeypatch, tiny_args):
     """An absent device is refused with those that are there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cfg, _ = load_config([*tiny_args, "device=cuda"])
+    cfg, _ = config.load_config([*tiny_args, "device=cuda"])
     with pytest.raises(UserError, match="device=cuda: not available here; legal: .*cpu"):
-        open_run(cfg, "config", [])
+        runtime.open_run(cfg, "config", [])
 
 
 def test_run_folder_holds_its_provenance(tmp_path, tiny_args):
-    """The stored configuration loads back to the same one; the command and the versions are kept, no
-    host name is."""
-    cfg, _ = load_config(tiny_args)
-    run = open_run(cfg, "collect", ["stage=collect", "seed=1"])
-    assert load_config([f"config={run.path / 'config.yaml'}"])[0] == cfg
+    """The configuration loads back; command and versions are kept, and no host name is."""
+    cfg, _ = config.load_config(tiny_args)
+    run = runtime.open_run(cfg, "collect", ["stage=collect", "seed=1"])
+    assert config.load_config([f"config={run.path / 'config.yaml'}"])[0] == cfg
     assert (run.path / "command.txt").read_text() == "python degaml.py stage=collect seed=1\n"
-    env = read_json(run.path / "env.json")
-    assert (
-        env["torch"] == torch.__version__ and env["device"] == "cpu" and env["dtype"] == "float32"
-    )
-    assert os.uname().nodename not in json.dumps(env) or len(os.uname().nodename) < 4
     assert "stage collect" in (run.path / "log.txt").read_text()
+
+    env = read_json(run.path / "env.json")
+    assert env["torch"] == torch.__version__
+    assert env["device"] == "cpu"
+    assert env["dtype"] == "float32"
+    host = os.uname().nodename
+    assert host not in json.dumps(env) or len(host) < 4
 
 
 def test_seeds_are_stable():
     """Golden values: the same on every machine and in every later version."""
     assert seed_for(999, "split", "arc_e") == 6320981990255165257
-    assert seed_for("a", "bc") != seed_for("ab", "c") and seed_for(1) == seed_for("1") < 2**63
-    assert rng_for(999, "split", "arc_e").permutation(5).tolist() == [2, 3, 4, 1, 0]
-    assert np.array_equal(rng_for(3, "x").random(4), rng_for(3, "x").random(4))
+    assert seed_for("a", "bc") != seed_for("ab", "c")
+    assert seed_for(1) == seed_for("1") < 2**63
+    assert runtime.rng_for(999, "split", "arc_e").permutation(5).tolist() == [2, 3, 4, 1, 0]
+    drawn = [runtime.rng_for(3, "x").random(4) for _ in range(2)]
+    assert np.array_equal(*drawn)
 
 
 def test_ranks_share_the_units():
-    """Two ranks that draw from one counter do each unit exactly once, in order; one rank alone does all."""
-    cfg, units = load_config([])[0], list("abcdefg")
+    """Two ranks that draw from one counter do each unit once, in order; one alone does all."""
+    cfg, _ = config.load_config([])
+    units = list("abcdefg")
     store = HashStore()
     runs = [Run(None, cfg, rank, store=store) for rank in (0, 1)]
     for _ in range(2):  # a second deal starts its own count
-        first, second = (r.deal(units) for r in runs)
-        taken = [[next(first)], [next(second)]]
-        taken[0] += list(first)
-        taken[1] += list(second)
-        assert taken == [["a", *"cdefg"], ["b"]]
+        first = runs[0].deal(units)
+        second = runs[1].deal(units)
+        assert next(first) == "a"
+        assert next(second) == "b"
+        assert list(first) == list("cdefg")
+        assert list(second) == []
     assert list(Run(None, cfg).deal(units)) == units
 
 
 def test_metrics_are_appended_as_whole_lines(tmp_path):
     """Two runs on one folder add rows, never tear or replace them."""
-    for i in range(2):
-        make_run(tmp_path).metric(stage="collect", step=i, loss=0.5)
-    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1]
+    for step in range(2):
+        make_run(tmp_path).metric(stage="collect", step=step, loss=0.5)
+    rows = runtime.read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
 
 
 def test_track_yields_every_item(tmp_path):
     """Progress changes nothing about what is iterated."""
-    run = make_run(tmp_path)
-    assert list(run.track(range(5), "x")) == list(range(5))
+    assert list(make_run(tmp_path).track(range(5), "x")) == list(range(5))
