@@ -3,58 +3,48 @@
 import pytest
 import torch
 
-from config import load_config
-from data import load_tasks
+import config
+import data
+import scoring
 from runtime import Run
-from scoring import load_lm, score_examples
 
-lm_eval = pytest.importorskip("lm_eval", reason="make harness installs it")
+pytest.importorskip("lm_eval", reason="make harness installs it")
+CFG, _ = config.load_config(["dtype=float32", "device=cpu"])
+TASKS = CFG.data.train_tasks + CFG.data.test_tasks
 
 
 @pytest.fixture(scope="module")
-def sides(tmp_path_factory):
-    """(our model, the harness' model, tasks) of the embedded preset, both in float32 on the CPU."""
+def run(tmp_path_factory) -> Run:
+    return Run(tmp_path_factory.mktemp("harness"), CFG, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def harness():
+    """The embedded model as the harness has it, also in float32 on the CPU."""
     from lm_eval.models.huggingface import HFLM
 
-    cfg, _ = load_config(["dtype=float32", "device=cpu"])
-    run = Run(tmp_path_factory.mktemp("harness"), cfg, dtype=torch.float32)
-    return (
-        load_lm(run),
-        HFLM(pretrained=cfg.model.name, device="cpu", dtype="float32", batch_size=1),
-        load_tasks(run),
-    )
+    return HFLM(pretrained=CFG.model.name, device="cpu", dtype="float32", batch_size=1)
 
 
-@pytest.mark.parametrize(
-    "task",
-    [
-        "arc_c",
-        "arc_e",
-        "hellaswag",
-        "boolq",
-        "piqa",
-        "winogrande",
-        "gsm8k",
-        "math",
-        "divlogic",
-        "socialiqa",
-        "codemmlu",
-        "jama",
-    ],
-)
-def test_same_requests_same_answers(sides, task):
+@pytest.mark.parametrize("task", TASKS)
+def test_same_requests_same_answers(run, harness, task):
     """Every option's summed log-probability is that of HFLM.loglikelihood within 1e-3."""
     from lm_eval.api.instance import Instance
 
-    lm, harness, tasks = sides
-    examples = sorted(tasks[task].test, key=lambda e: len(e.prompt))[40:44]
-    pairs = [
-        (f"{e.prompt} {o}", e.suffix) if e.suffix else (e.prompt, " " + o)
-        for e in examples
-        for o in e.options
-    ]
-    requests = [Instance(request_type="loglikelihood", doc={}, arguments=p, idx=0) for p in pairs]
-    theirs = [x[0] for x in harness.loglikelihood(requests, disable_tqdm=True)]
-    ours = [x for s in score_examples(lm, None, examples) for x in s.raw]
+    assert len(TASKS) == 12
+    shortest_first = sorted(data.load_tasks(run)[task].test, key=lambda e: len(e.prompt))
+    examples = shortest_first[40:44]
+    requests = []
+    for example in examples:
+        for option in example.options:
+            pair = (example.prompt, f" {option}")
+            if example.suffix:
+                pair = (f"{example.prompt} {option}", example.suffix)
+            requests.append(Instance("loglikelihood", {}, pair, 0))
+    theirs = [found[0] for found in harness.loglikelihood(requests, disable_tqdm=True)]
+
+    ours = []
+    for scores in scoring.score_examples(scoring.load_lm(run), None, examples):
+        ours += scores.raw
     assert len(ours) == len(theirs) >= 8
-    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-3
+    assert ours == pytest.approx(theirs, rel=0, abs=1e-3)

@@ -1,12 +1,11 @@
-"""The papers' presets, run: every stage under their own code paths, on a random Qwen2 of one eighth of the shapes."""
-
-import json
+"""The papers' presets, run: every stage under their own code paths, on a small random Qwen2."""
 
 import pytest
-from conftest import run_command, save_tiny
+from conftest import as_words, run_command, save_tiny
 
-from config import load_config
-from runtime import read_json
+import config
+import methods
+import runtime
 
 # Qwen2.5-0.5B's 896, 4,864, 14 and 2 over eight; two of 24 layers
 SHAPES = {
@@ -19,6 +18,9 @@ SMALL = {  # sizes and lengths only: what a preset chooses stays chosen
     "device": "cpu",
     "model.token_width": 16,
     "data.source": "jsonl",
+    "data.train_tasks": ["alpha", "beta", "gamma"],
+    "data.test_tasks": ["delta"],
+    "data.targets": ["alpha", "delta"],
     "data.num_train": 24,
     "data.num_support": 8,
     "data.num_test": 6,
@@ -56,48 +58,49 @@ SMALL = {  # sizes and lengths only: what a preset chooses stays chosen
     "evaluate.prompt_batches": 1,
     "evaluate.max_new_tokens": 4,
     "evaluate.token_budget": 1024,
+    "report.paper": "none",
 }
 
 
-@pytest.mark.parametrize(
-    "preset", ["qwen2.5-0.5b", "tempo-qwen2.5-0.5b", "tempo-maml-qvo-qwen2.5-0.5b"]
-)
+PRESETS = ["qwen2.5-0.5b", "tempo-qwen2.5-0.5b", "tempo-maml-qvo-qwen2.5-0.5b"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_stage_runs_on_a_small_copy(
-    preset, tmp_path_factory, tmp_path, tiny_encoder_dir, tiny_jsonl, one_thread
+    preset, tmp_path, tiny_encoder_dir, tiny_jsonl, one_thread
 ):
-    """Every stage that a method of the preset needs: each method on each task, generated answers and log-likelihoods
-    scored."""
-    model = save_tiny(tmp_path_factory.mktemp("qwen"), "qwen2", **SHAPES)
-    words = [
-        f"config=configs/{preset}.yaml",
-        f"run={tmp_path / 'run'}",
-        f"model.name={model}",
-        f"generator.encoder={tiny_encoder_dir}",
-        f"data.jsonl={json.dumps(tiny_jsonl)}",
-        "data.train_tasks=[alpha, beta, gamma]",
-        "data.test_tasks=[delta]",
-        "data.targets=[alpha, delta]",
-        "report.paper=none",
-        *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in SMALL.items()),
-    ]
-    if preset.startswith(
-        "tempo-maml"
-    ):  # few methods: all the test examples that the preset asks for and a task has
-        words.append("data.num_test=5000")
-    cfg, _ = load_config(words)
-    assert (
-        cfg.data.format == "letter" and cfg.evaluate.generate and cfg.generator.scale_code == "dnd"
-    )
+    """Each method on each task, generated answers and log-likelihoods scored."""
+    folder = tmp_path / "run"
+    settings = SMALL | {
+        "config": f"configs/{preset}.yaml",
+        "run": str(folder),
+        "model.name": str(save_tiny(tmp_path / "qwen", "qwen2", **SHAPES)),
+        "generator.encoder": str(tiny_encoder_dir),
+        "data.jsonl": tiny_jsonl,
+    }
+    # of 60 rows 8 are the support set; a training task keeps half of the rest
+    scored = {"alpha": 6, "delta": 6}
+    few_methods = preset.startswith("tempo-maml")
+    if few_methods:  # so all the test examples that the preset asks for and a task has
+        settings["data.num_test"] = 5000
+        scored = {"alpha": 26, "delta": 52}
+    words = as_words(settings)
+    cfg, _ = config.load_config(words)
+    assert cfg.data.format == "letter"
+    assert cfg.evaluate.generate
+    assert cfg.generator.scale_code == "dnd"
+
     assert run_command([*words, "stage=all"]) == 0
-    for folder in ("adapters", "generator"):
-        assert (tmp_path / "run" / folder).exists() == ("maml-qvo" not in preset), (
-            "only where a method needs it"
-        )
-    results = read_json(tmp_path / "run/report/results.json")
-    for task in ("alpha", "delta"):
+    # only where a method needs them
+    assert (folder / "adapters").exists() != few_methods
+    assert (folder / "generator").exists() != few_methods
+    results = runtime.read_json(folder / "report/results.json")
+    for task, count in scored.items():
         entries = results["tasks"][task]["methods"]
-        assert set(entries) == {m for m in cfg.evaluate.methods if m != "own" or task == "alpha"}
+        wanted = set(cfg.evaluate.methods)
+        if task == "delta":
+            wanted = {m for m in wanted if methods.METHODS[m].domain == "both"}
+        assert set(entries) == wanted
         for entry in entries.values():
             assert {"acc_strict", "acc_lenient", "acc_raw", "acc_norm"} <= set(entry)
-            # of 60 rows 8 are the support set; a training task keeps half of the rest
-            assert entry["n"] == (6 if cfg.data.num_test == 6 else {"alpha": 26, "delta": 52}[task])
+            assert entry["n"] == count
