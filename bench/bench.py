@@ -260,8 +260,6 @@ def score_peer(watch: Stopwatch, task: str) -> dict:
         for example in examples:
             for option in example.options:
                 pair = (example.prompt, f" {option}")
-                if example.suffix:  # WinoGrande: what follows the option is scored
-                    pair = (f"{example.prompt} {option}", example.suffix)
                 requests.append(Instance("loglikelihood", {}, pair, 0))
         found = model.loglikelihood(requests, disable_tqdm=True)
         return [logprob for logprob, _ in found]
@@ -323,7 +321,7 @@ def slot_peer(watch: Stopwatch) -> dict:
             moved = states + delta.to(states.dtype)
             F.cross_entropy(scoring.project(lm, moved), target).backward()
             adamw.step()
-        return float(delta.norm())
+        return float(delta.detach().norm())
 
     steer(rows[0], starts[0])  # warms up
     with watch:

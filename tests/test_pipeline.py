@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import FULL_RUN, file_size_limit, run_command
-from filelock import FileLock
 from safetensors.torch import load_file
 
 import lora
@@ -369,13 +367,6 @@ def test_asked_to_stop_it_goes_at_once(words, tmp_path, number, status):
     assert int(state["step"]) > 0
 
 
-def test_one_process_per_folder(full, words, capsys):
-    """A folder another process works in is refused, not shared."""
-    with FileLock(full / ".lock"):
-        assert run_command([*words, "stage=report", f"run={full}"]) == 2
-    assert str(full) in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "stage, file",
     [
@@ -466,7 +457,7 @@ def test_a_refused_command_does_not_describe_the_folder(copy, words):
     before = file.read_text()
     assert run_command([*words, "stage=all", "seed=2"]) == 2
     assert file.read_text() == before
-    assert yaml.safe_load(before)["seed"] == 1
+    assert "\nseed: 1\n" in before
 
 
 def test_other_number_of_prompt_batches_is_not_ignored(copy, words, capsys):

@@ -300,7 +300,8 @@ def test_second_process_in_the_folder_is_refused(tmp_path, tiny_args, monkeypatc
     with subprocess.Popen(command, stdin=pipe, stdout=pipe) as holder:  # ends with its input
         assert holder.stdout.readline() == b"held\n"
         assert degaml.main(["stage=config", *tiny_args]) == 2
-        assert "another process is working in this folder" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'run'}: another process is working in this folder" in error
     assert degaml.main(["stage=config", *tiny_args]) == 0
 
 
