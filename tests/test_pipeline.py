@@ -21,7 +21,7 @@ import methods
 import runtime
 import scoring
 from config import ROOT, load_config
-from generator import HyperConvDecoder, load_generator
+from generator import load_generator
 from runtime import Run, read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
