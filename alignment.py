@@ -25,6 +25,7 @@ import collect
 import data
 import generator
 import lora
+import methods
 import runtime
 import scoring
 from config import UserError
@@ -353,8 +354,10 @@ def fomaml_gradient(vae, support, query, inner_lr, kl_weight):
 
 
 def train_aligners(run: Run) -> dict:
-    """One Fusion VAE per left-out set that the targets need."""
+    """One Fusion VAE per left-out set that the targets need, if any method begins from it."""
     cfg = run.cfg
+    if not set(methods.ALIGNED) & set(cfg.evaluate.methods):
+        return {}  # `run.sh` calls every stage
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     needed = {data.left_out_for(cfg, target) for target in targets}
     wanted = sorted(needed, key=lambda name: (name != "all", name))
