@@ -173,9 +173,12 @@ def lm_need(case, steps, batch, scored, adapters, all_scored=False) -> Need:
     logits = 12 * shapes.vocab_size * (held if all_scored else 8 * batch)
     memory = adapter + held * case.kept * shapes.num_hidden_layers + logits
     if scored:
-        # one layer's states and float32 logits at any token, and the generator beside the model
+        # one layer's states and float32 logits at any token
         states = cfg.evaluate.token_budget * (case.kept + 4 * shapes.vocab_size)
-        memory = max(memory, states) + 4 * size_of(case.decoder)
+        memory = max(memory, states)
+        # the generator stands beside the model
+        if "generator" not in methods.idle_stages(cfg.evaluate.methods):
+            memory += 4 * size_of(case.decoder)
     return Need(
         base_memory(case) + memory,
         adapters * 4 * case.layout.size,
@@ -276,7 +279,7 @@ def need_baselines(case):
         "maml": (3 * maml_steps, maml.batch_size),  # second order takes three passes for one
         "abmll": (abmll_steps, abmll.batch_size),
     }
-    total = Need(0.0, 0.0, 0.0)
+    total = lm_need(case, 0, cfg.collect.batch_size, 0, 0)  # each fine-tunes on the support set
     for method in training.keys() & set(cfg.evaluate.methods):
         steps, batch = training[method]
         need = lm_need(case, case.sets * steps, batch, 0, case.sets)
@@ -372,7 +375,8 @@ def time_decoder(run: Run, flow: list[list[int]]) -> float:
         seconds = timed(run, step, states)
         if seconds > 0.3:
             break
-    work, _ = count_pass(decoder, states)
+    # a GPU's kernels pad channels: the multiplications are those of the shapes
+    work, _ = count_pass(decoder.to("meta"), states.to("meta"))
     return seconds / work
 
 
