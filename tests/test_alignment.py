@@ -258,7 +258,7 @@ def check_scores(run: Run, task, rows: list[dict]) -> None:
     target = policy.make_target(run, task, aligned=True)
     picks = []
     for batch in range(2):
-        adapter, _ = target.draw(batch)
+        adapter, _ = target.source.draw(batch)
         scores = scoring.score_examples(scoring.load_lm(run), adapter, list(task.test))
         picks.append([s.pick("norm") for s in scores])
     for row, first, second in zip(rows, *picks, strict=True):

@@ -75,7 +75,7 @@ def test_kept_bytes_are_those_autograd_saves():
     assert kept == 4 * (4 * 8 + 4 * 16)
 
 
-def test_embedded_predictions_are_near_what_was_measured(tmp_path, assets):
+def test_embedded_predictions_are_near_what_was_measured(tmp_path, assets, one_thread):
     """Steps timed here: generator over collection as in the committed run, within 2.5 times."""
     run = open_run(tmp_path, "smollm2")
     needs = doctor.predict(doctor.open_case(run))
