@@ -62,7 +62,7 @@ Float = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0, le=1)]
-Family = Literal["TTT", "LORA", "TTS", "Latent", "SFT"]
+Family = Literal[methods.WITH_LABELS]
 
 
 class Model(_Section):

@@ -529,5 +529,5 @@ def read_provenance(run_path: Path, tasks: dict) -> dict:
         "command": command.strip(),
         "env": _read_if_there(run_path / "env.json", {}),
         "prompts_from": sorted(origins),
-        "tasks_not_in_run": [name for name in benchmarks.BENCHMARKS if name not in tasks],
+        "tasks_not_in_run": [name for name in benchmarks.TABLE if name not in tasks],
     }
