@@ -133,7 +133,7 @@ def make_report(run) -> dict:
     """Tables, figures and the HTML page, from stored files only. Rank 0 works."""
     if run.rank:
         return {}
-    folder = Path(run.path) / "report"
+    folder = run.path / "report"
 
     # What is known, written down first: everything below can be made from it again.
     result = results.build_results(run.path, run.cfg)
