@@ -89,7 +89,7 @@ def check_encoder(cfg) -> None:
         )
 
 
-def _no_encoder(name: str, why: Exception) -> UserError:
+def _no_encoder(name, why):
     first_line = str(why).splitlines()[0]
     return UserError(
         f"generator.encoder={name}: cannot be loaded ({first_line[:120]}); run `make assets` or "
@@ -97,7 +97,7 @@ def _no_encoder(name: str, why: Exception) -> UserError:
     )
 
 
-def _load_encoder(run: Run):
+def _load_encoder(run):
     """The frozen SentenceTransformer, loaded once per process. Raises: UserError."""
     if "encoder" not in run.cache:
         check_encoder(run.cfg)
@@ -203,7 +203,7 @@ def from_tokens(tokens: Tensor, layout: Layout) -> Adapter:
     return adapter
 
 
-def _join(blocks: Tensor) -> Tensor:
+def _join(blocks):
     """(n, r, k) column blocks -> (r, n k)."""
     return blocks.transpose(0, 1).flatten(1)
 
@@ -370,7 +370,7 @@ def train_generators(run: Run) -> dict:
     return {"generator/recon_mse": sum(losses) / len(losses)}
 
 
-def _train_together(run, left_out: str) -> None:
+def _train_together(run, left_out):
     """One generator by all ranks, unless it is finished."""
     # Rank 0 looks first: with `overwrite=true` to look may be to clear the folder.
     if run.rank > 0:
@@ -417,7 +417,7 @@ class Training:
     spent: float = 0.0
 
 
-def _train_one(run, left_out: str, ranks: int) -> None:
+def _train_one(run, left_out, ranks):
     """Regress checkpoints on prompt batches (DeGAML, eq. 10), by this rank or by all together."""
     g = run.cfg.generator
     began = time.monotonic()
@@ -448,7 +448,11 @@ def _train_one(run, left_out: str, ranks: int) -> None:
         training.spent = time.monotonic() - began
         if not (math.isfinite(loss) and math.isfinite(norm)):
             _save_state(run, training)
-            raise _not_finite(training, label)
+            raise UserError(
+                f"{label}: the loss is not finite at step {step + 1} (last finite "
+                f"{training.last:.4f}); the state before it is saved in {training.folder}; "
+                "lower generator.lr"
+            )
         optimizer.step()
         decoder.zero_grad(set_to_none=True)
         training.step += 1
@@ -469,12 +473,17 @@ def _train_one(run, left_out: str, ranks: int) -> None:
         run.log(f"{label}: mse {training.last:.4f} in {training.spent:.0f} s", every_rank=True)
 
 
-def _prepare_lessons(run, tasks: list[str]) -> tuple[TokenCode, Lessons]:
+def _prepare_lessons(run, tasks):
     """What the decoder reads and what it has to write."""
     g = run.cfg.generator
-    layout = scoring.load_lm(run).layout
-    states = {task: load_states(run, task) for task in tasks}
-    tokens = {task: _load_tokens(run, task) for task in tasks}
+    lm = scoring.load_lm(run)
+    layout = lm.layout
+    states = {}
+    tokens = {}
+    for task in tasks:
+        states[task] = load_states(run, task)
+        checkpoints = collect.load_checkpoints(run, lm, task)
+        tokens[task] = torch.stack([to_tokens(adapter, layout) for adapter in checkpoints])
 
     # The constants of an element code are those of all checkpoints; dnd has none.
     code = TokenCode(g.scale_code, layout, {})
@@ -491,15 +500,6 @@ def _prepare_lessons(run, tasks: list[str]) -> tuple[TokenCode, Lessons]:
     return code, Lessons(states, targets, weight)
 
 
-def _load_tokens(run, task: str) -> Tensor:
-    """(checkpoints, T, r, k) weight tokens of a task's checkpoints, oldest first."""
-    lm = scoring.load_lm(run)
-    tokens = []
-    for adapter in collect.load_checkpoints(run, lm, task):
-        tokens.append(to_tokens(adapter, lm.layout))
-    return torch.stack(tokens)
-
-
 def token_weights(targets: dict[str, Tensor]) -> Tensor:
     """(1, T, 1, 1) loss weights with mean 1: each token's spread over a task's checkpoints.
 
@@ -513,7 +513,7 @@ def token_weights(targets: dict[str, Tensor]) -> Tensor:
     return weight.view(1, -1, 1, 1)
 
 
-def _build(run, folder: Path, code: TokenCode, ranks: int) -> Training:
+def _build(run, folder, code, ranks):
     """A new decoder and its AdamW, spread over the ranks that train it together."""
     g = run.cfg.generator
     made_with = runtime.seed_for(runtime.fingerprint(run.cfg, "generator"))
@@ -535,7 +535,7 @@ def _build(run, folder: Path, code: TokenCode, ranks: int) -> Training:
     return Training(folder, ranks, made_with, decoder, network, optimizer)
 
 
-def _accumulate(run, training, lessons, pairs: list) -> float:
+def _accumulate(run, training, lessons, pairs):
     """Leave the gradient of one global batch on the decoder's parameters, and return its loss.
 
     Ranks that train together take the micro-batches in turn, and all get the sum over all.
@@ -565,7 +565,7 @@ def _accumulate(run, training, lessons, pairs: list) -> float:
     return float(total)
 
 
-def _loss(run, training, lessons, pairs: list, at: int) -> Tensor:
+def _loss(run, training, lessons, pairs, at):
     """Mean squared error of a micro-batch, which begins with pair number `at` of its step."""
     noise = run.cfg.generator.noise
     condition, target = _load_pairs(run, lessons, pairs)
@@ -609,7 +609,7 @@ def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple]:
     return pairs
 
 
-def _load_pairs(run, lessons, pairs: list) -> tuple[Tensor, Tensor]:
+def _load_pairs(run, lessons, pairs):
     """(B, N, L, d) conditions and (B, T, …) targets on the device, float32."""
     task, prompts, _ = pairs[0]
     _, length, width = lessons.states[task].shape
@@ -629,15 +629,7 @@ def _load_pairs(run, lessons, pairs: list) -> tuple[Tensor, Tensor]:
     return condition.float(), target
 
 
-def _not_finite(training, label: str) -> UserError:
-    return UserError(
-        f"{label}: the loss is not finite at step {training.step + 1} (last finite "
-        f"{training.last:.4f}); the state before it is saved in {training.folder}; lower "
-        "generator.lr"
-    )
-
-
-def _save_state(run, training) -> None:
+def _save_state(run, training):
     """Write weights, moments and progress, whole or not at all; every rank that trains calls it."""
     path = training.folder / "state.safetensors"
     if training.ranks > 1:
@@ -659,7 +651,7 @@ def _save_state(run, training) -> None:
         run.barrier()  # a rank that fails has the others ended: not before rank 0 has written
 
 
-def _resume(run, training) -> None:
+def _resume(run, training):
     """Take up what an interrupted training of this configuration left, by however many ranks.
 
     Randomness depends on the step alone, so weights, moments and progress are all there is.
@@ -687,7 +679,7 @@ def _resume(run, training) -> None:
             }
 
 
-def _save_generator(training, code: TokenCode) -> None:
+def _save_generator(training, code):
     """Decoder and constants of the code in one file; the state is of no more use."""
     tensors = training.decoder.state_dict(prefix="decoder.")
     for name, constant in code.constants.items():
@@ -696,7 +688,7 @@ def _save_generator(training, code: TokenCode) -> None:
     (training.folder / "state.safetensors").unlink(missing_ok=True)
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _part(tensors, prefix):
     """Those of a file's tensors whose names begin so, under the rest of the name."""
     names = [name for name in tensors if name.startswith(prefix)]
     return {name.removeprefix(prefix): tensors[name] for name in names}
@@ -713,19 +705,15 @@ class Generator:
 
 def load_generator(run: Run, left_out: str) -> Generator:
     """The trained generator of a left-out set. Raises: UserError: not trained, or damaged."""
-    key = f"generator/{left_out}"
-    if key not in run.cache:
-        # One at a time: the papers' take 4 GiB each.
-        for other in list(run.cache):
-            if other.startswith("generator/"):
-                del run.cache[other]
-        run.cache[key] = _read_generator(run, left_out)
-    return run.cache[key]
-
-
-def _read_generator(run, left_out: str) -> Generator:
-    g = run.cfg.generator
     unit = f"generator/{left_out}"
+    if unit in run.cache:
+        return run.cache[unit]
+    # One at a time: the papers' take 4 GiB each.
+    for other in list(run.cache):
+        if other.startswith("generator/"):
+            del run.cache[other]
+
+    g = run.cfg.generator
     folder = run.path / unit
     if not run.finished(unit, "generator", redo=False):
         raise UserError(f"{folder}: not trained yet; run stage=generator")
@@ -736,7 +724,8 @@ def _read_generator(run, left_out: str) -> Generator:
         decoder = HyperConvDecoder([*g.flow, code.shape], g.kernel)
     decoder.load_state_dict(_part(state, "decoder."), assign=True)
     decoder.to(run.device).eval().requires_grad_(False)
-    return Generator(decoder, code, left_out)
+    run.cache[unit] = Generator(decoder, code, left_out)
+    return run.cache[unit]
 
 
 @torch.no_grad()  # the policy's gradients must not reach the generator
