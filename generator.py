@@ -198,7 +198,7 @@ def from_tokens(tokens: Tensor, layout: Layout) -> Adapter:
     blocks = iter(tokens.split(counts))
     adapter = {}
     for a, _, b, _ in layout.keys():
-        adapter[a] = _join(next(blocks))
+        adapter[a] = _join(next(blocks)).contiguous()
         adapter[b] = _join(next(blocks)).t().contiguous()
     return adapter
 
