@@ -37,6 +37,7 @@ COMPARED = ("tempo", "tempo_plus", "degaml", "degaml_plus", "maml", "maml_matche
 QVO = ("q_proj", "v_proj", "o_proj")  # the modules TEMPO trains its coupled baseline on
 STAGES = {"base": "Base model", "generator": "S1", "aligned": "S1 + S2", "tempo": "S1 + S2 + S3"}
 DOMAINS = {"id": "in-domain", "ood": "out-of-domain"}
+STAGE_FACTS = ("acc", "se", "tasks", "vs_base", "vs_generator")
 ABSOLUTE = 1e-6  # |dW| below this counts as zero in the paper's sparsity
 NUM_ENTRIES = 200  # of a signature
 
@@ -63,6 +64,8 @@ def analyze(run: Run) -> dict:
     targets = run.cfg.data.targets or list(tasks)
     outside = [task for task in targets if tasks[task].domain == "ood"]
     wanted = outside or targets
+
+    # what the run made of them
     layout = scoring.load_lm(run).layout
     adapters = load_adapted(run, wanted)
     folder = run.path / "analysis"
@@ -77,6 +80,8 @@ def analyze(run: Run) -> dict:
         "signatures": compare_signatures(run, adapters, folder),
         "stages": stage_ablation(run),
     }
+
+    # for programs, for readers and on the screen
     text = format_analysis(found)
     runtime.write_json(folder / "analysis.json", found)
     runtime.write_text(folder / "analysis.md", text)
@@ -84,24 +89,25 @@ def analyze(run: Run) -> dict:
     return {"analysis": str(folder / "analysis.md")}
 
 
-def load_adapted(run, tasks) -> dict[str, dict[str, Adapter]]:
+def load_adapted(run, tasks) -> dict:
     """{method: {task: adapter}} of the methods that have every task's adapter in the run folder."""
     layout = scoring.load_lm(run).layout
     adapters = {}
     for method in COMPARED:
-        folder = run.path / f"adapted/{method}"
-        missing = [t for t in tasks if not (folder / t / "adapter_model.safetensors").is_file()]
-        if not missing:
-            adapters[method] = {t: lora.load_adapter(folder / t, layout) for t in tasks}
+        folders = {task: run.path / f"adapted/{method}/{task}" for task in tasks}
+        files = [folder / "adapter_model.safetensors" for folder in folders.values()]
+        # a comparison of fewer tasks would not be the same one
+        if all(file.is_file() for file in files):
+            adapters[method] = {t: lora.load_adapter(f, layout) for t, f in folders.items()}
     return adapters
 
 
-def module_sets(layout: Layout) -> dict[str, Layout]:
+def module_sets(layout: Layout) -> dict:
     """The layout, and its part that TEMPO's coupled baseline trains, where it has one."""
-    part = [m for m in layout.modules if m[0].endswith(QVO)]
+    part = tuple(module for module in layout.modules if module[0].endswith(QVO))
     sets = {"all modules": layout}
     if part:
-        sets["q, v, o"] = dataclasses.replace(layout, modules=tuple(part))
+        sets["q, v, o"] = dataclasses.replace(layout, modules=part)
     return sets
 
 
@@ -110,7 +116,7 @@ def module_mask(layout: Layout, part: Layout) -> Tensor:
     parts = []
     for module in layout.modules:
         _, _, d_in, d_out = module
-        size = layout.rank * (d_in + d_out)
+        size = layout.rank * (d_in + d_out)  # a module's A and B
         parts.append(torch.full((size,), module in part.modules))
     return torch.cat(parts)
 
@@ -123,13 +129,20 @@ def gradient_conflict(run, tasks, adapters, folder) -> dict:
     Returns: {point: {module set: pair statistics}}.
     """
     lm = scoring.load_lm(run)
-    support = {task: data.load_tasks(run)[task].support for task in tasks}
+    support = [data.load_tasks(run)[task].support for task in tasks]
+    about = f"n = {len(support[0])} support examples, seed {run.cfg.seed}"
+
+    # where gradients are taken: for each point an adapter per task
     last = [collect.last_checkpoint(run, lm, task) for task in run.cfg.data.train_tasks]
     common = lora.average_adapters(last)
     points = {"common point": dict.fromkeys(tasks, common), **adapters}
     found = {}
     for point, at in run.track(list(points.items()), "gradients"):
-        gradients = [sft_gradient(lm, at[task], support[task]) for task in tasks]
+        gradients = []
+        for task, examples in zip(tasks, support, strict=True):
+            gradients.append(sft_gradient(lm, at[task], examples))
+
+        # one pass serves every module set: a part is columns of the whole
         found[point] = {}
         for kind, part in module_sets(lm.layout).items():
             mask = module_mask(lm.layout, part)
@@ -137,7 +150,6 @@ def gradient_conflict(run, tasks, adapters, folder) -> dict:
             frame = pd.DataFrame(matrix, tasks, tasks).rename_axis("task")
             stem = f"gradients-{point}-{kind}".replace(", ", "").replace(" ", "_")
             runtime.write_text(folder / f"{stem}.csv", frame.to_csv())
-            about = f"n = {len(support[tasks[0]])} support examples, seed {run.cfg.seed}"
             title = f"Gradient cosine at {point}, {kind} ({about})"
             draw_matrix(folder / f"{stem}.png", frame, title)
             found[point][kind] = {**pair_statistics(matrix), "file": f"{stem}.csv"}
@@ -148,10 +160,11 @@ def sft_gradient(lm, adapter, examples) -> Tensor:
     """(D,) float64 mean gradient of the supervised loss over the examples, at an adapter."""
     total = torch.zeros(lm.layout.size, dtype=torch.float64)
     for example in examples:
+        # one vector behind all of the model's A and B, so that its gradient is one vector
         vector = lora.flatten_adapter(adapter, lm.layout)
         vector = vector.to(lm.model.device).requires_grad_()
-        views = lora.unflatten_adapter(vector, lm.layout)
-        lora.swap_adapter(lm.model, lm.layout, views)
+        lora.swap_adapter(lm.model, lm.layout, lora.unflatten_adapter(vector, lm.layout))
+        # one example a pass, whose mean is exact whatever their lengths
         row = scoring.make_row(lm, example)
         scoring.lm_loss(lm, [row]).backward()
         total += vector.grad.double().cpu()
@@ -161,21 +174,18 @@ def sft_gradient(lm, adapter, examples) -> Tensor:
 
 def cosine_matrix(vectors) -> np.ndarray:
     """(n, n) cosine similarities; 0 where a vector is zero."""
-    unit = []
-    for vector in vectors:
-        length = vector.norm().clamp_min(1e-300)
-        unit.append(vector / length)
-    unit = torch.stack(unit)
+    # the least length keeps a zero vector zero
+    unit = torch.nn.functional.normalize(torch.stack(vectors), eps=1e-300)
     return (unit @ unit.T).numpy()
 
 
 def pair_statistics(matrix: np.ndarray) -> dict:
     """Mean, sample standard deviation, least and largest over the pairs above the diagonal."""
     pairs = pd.Series(matrix[np.triu_indices(len(matrix), 1)])
-    statistics = pairs.agg(["mean", "std", "min", "max"])
-    # One task makes no pair, and one pair has no spread: null in the file.
-    known = statistics.astype(object).where(statistics.notna(), None)
-    return {"pairs": len(pairs), **known.to_dict()}
+    statistics = pairs.agg(["mean", "std", "min", "max"]).astype(object)
+    # one task makes no pair, and one pair has no spread: null in the file
+    known = statistics.where(statistics.notna(), None)
+    return {"pairs": len(pairs), **known}
 
 
 def compare_weights(layout, adapters) -> dict:
@@ -184,13 +194,15 @@ def compare_weights(layout, adapters) -> dict:
     for method, by_task in adapters.items():
         found[method] = {}
         for kind, part in module_sets(layout).items():
-            per_task = {t: weight_statistics(part, adapter) for t, adapter in by_task.items()}
+            per_task = {}
+            for task, adapter in by_task.items():
+                per_task[task] = weight_statistics(part, adapter)
             mean = pd.DataFrame(per_task).mean(axis=1)
             found[method][kind] = {"mean": mean.to_dict(), "tasks": per_task}
     return found
 
 
-def weight_statistics(layout: Layout, adapter: Adapter) -> dict[str, float]:
+def weight_statistics(layout: Layout, adapter: Adapter) -> dict:
     """Statistics of dW = (alpha / r) B A over a layout's modules, in float64.
 
     Returns: sparsity (share of |dW| < 1e-6, as the paper's), relative_sparsity (share below 1 % of
@@ -208,14 +220,14 @@ def weight_statistics(layout: Layout, adapter: Adapter) -> dict[str, float]:
         squares += float((size**2).sum())
         top = max(top, float(size.max()))
 
-    # The root mean square is known only now, and all matrices at once are too large to keep.
+    # the root mean square is known only now, and all matrices at once are too large to keep
     below = 0
     limit = 0.01 * math.sqrt(squares / n)
     for size in update_sizes(layout, adapter):
         below += int((size < limit).sum())
 
     l2 = math.sqrt(squares)
-    hoyer = 0.0
+    hoyer = 0.0  # of an update of zero
     if l2:
         hoyer = (math.sqrt(n) - l1 / l2) / (math.sqrt(n) - 1)
     return {
@@ -247,30 +259,38 @@ def compare_signatures(run, adapters, folder) -> dict:
     layout = scoring.load_lm(run).layout
     layer, path = signature_module(layout)
     module = path.rsplit(".", 1)[-1]
+
+    # (tasks, entries) of each method
     arrays = {}
     for method, by_task in adapters.items():
-        arrays[method] = np.stack([signature(layout, x, path) for x in by_task.values()])
+        rows = [signature(layout, adapter, path) for adapter in by_task.values()]
+        arrays[method] = np.stack(rows)
     np.savez(folder / "signatures.npz", **arrays)
 
-    entries = min(rows.shape[1] for rows in arrays.values())
-    top = max(np.abs(rows).max() for rows in arrays.values())  # one colour scale for all
+    # all methods have the same module, and are drawn on one colour scale
+    entries = rows[0].size
+    about = f"first {entries} entries of dW, layer {layer} {module}, seed {run.cfg.seed}"
+    top = max(np.abs(array).max() for array in arrays.values())
     cosines = {}
     for method, rows in arrays.items():
         frame = pd.DataFrame(rows, list(adapters[method]))
-        about = f"layer {layer} {module}, seed {run.cfg.seed}"
-        title = f"{label_of(method)}: first {entries} entries of dW, {about}"
-        draw_rows(folder / f"signature-{method}.png", frame, title, top)
+        title = f"{label_of(method)}: {about}"
+        height = 0.4 * len(frame) + 1.2
+        figure, _ = heatmap(frame, top, (8, height), title)
+        report.save_png(figure, folder / f"signature-{method}.png")
         draw_lines(folder / f"signature-lines-{method}.png", frame, title)
-        cosines[method] = pair_statistics(cosine_matrix(torch.from_numpy(rows)))
+        cosines[method] = pair_statistics(cosine_matrix(list(torch.from_numpy(rows))))
     return {"layer": layer, "module": module, "entries": entries, "cosines": cosines}
 
 
-def signature_module(layout: Layout) -> tuple[int, str]:
+def signature_module(layout: Layout) -> tuple:
     """(layer, path): q_proj, where adapted, of TEMPO's layer 12 or a smaller model's middle one."""
     layers = sorted({layer for _, layer, _, _ in layout.modules})
-    middle = layers[len(layers) // 2]
-    layer = 12 if 12 in layers else middle
+    layer = 12
+    if layer not in layers:
+        layer = layers[len(layers) // 2]
     paths = [path for path, at, _, _ in layout.modules if at == layer]
+    # where the queries are not adapted, the layer's first module
     queries = [path for path in paths if path.endswith("q_proj")]
     return layer, (queries or paths)[0]
 
@@ -279,6 +299,7 @@ def signature(layout: Layout, adapter: Adapter, path: str) -> np.ndarray:
     """The first entries of a module's dW, row by row."""
     a = adapter[f"{lora.PREFIX}{path}.lora_A.weight"].double()
     b = adapter[f"{lora.PREFIX}{path}.lora_B.weight"].double()
+    # no more rows of the update than the entries need
     rows = math.ceil(NUM_ENTRIES / a.shape[1])
     update = layout.scale * (b[:rows] @ a)
     return update.flatten()[:NUM_ENTRIES].numpy()
@@ -292,11 +313,11 @@ def stage_ablation(run: Run) -> dict:
     found = {}
     for domain, by_method in averages.items():
         found[domain] = {}
+        # a stage that was not run has no average
         for method in STAGES:
             if method in by_method:
                 average = by_method[method]
-                kept = ("acc", "se", "tasks", "vs_base", "vs_generator")
-                found[domain][method] = {key: average[key] for key in kept}
+                found[domain][method] = {key: average[key] for key in STAGE_FACTS}
     return found
 
 
@@ -340,15 +361,17 @@ def comparison_table(found, paper) -> str:
     """{point: {module set: statistics}}, then what was not run, then the paper's numbers."""
     rows = []
     for point, kinds in found.items():
+        label = label_of(point)
         for kind, statistics in kinds.items():
-            rows.append({"adapters": label_of(point), "modules": kind, **statistics})
+            rows.append({"adapters": label, "modules": kind, **statistics})
     for method in COMPARED:
         if method not in found:
             rows.append({"adapters": label_of(method), "modules": report.NOT_RUN})
     for side, printed in paper.items():
         rows.append({"adapters": f"paper: {side}", "modules": "its own", **printed})
-    frame = pd.DataFrame(rows)
-    return markdown_table(frame.drop(columns=["n", "file"], errors="ignore"))
+    # sizes and files are in analysis.json
+    frame = pd.DataFrame(rows).drop(columns=["n", "file"], errors="ignore")
+    return markdown_table(frame)
 
 
 def signature_table(found) -> str:
@@ -379,7 +402,9 @@ def stage_table(found) -> str:
 
 def label_of(point: str) -> str:
     """A method's label; the name of a point that is no method's."""
-    return methods.METHODS[point].label if point in methods.METHODS else point
+    if point in methods.METHODS:
+        return methods.METHODS[point].label
+    return point
 
 
 def show(cell) -> str:
@@ -395,11 +420,12 @@ def markdown_table(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def heatmap(frame, limit, size):
+def heatmap(frame, limit, size, title):
     """(figure, axis) of values between -limit and limit, a row per task."""
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     image = axis.imshow(frame, vmin=-limit, vmax=limit, cmap="RdBu_r", aspect="auto")
     axis.set_yticks(range(len(frame)), frame.index)
+    axis.set_title(title, fontsize=8)
     axis.grid(visible=False)
     figure.colorbar(image)
     return figure, axis
@@ -407,20 +433,13 @@ def heatmap(frame, limit, size):
 
 def draw_matrix(path, frame, title) -> None:
     """Cosines between tasks, with their numbers."""
-    figure, axis = heatmap(frame, 1, (5.5, 4.5))
-    axis.set_title(title, fontsize=8)
+    figure, axis = heatmap(frame, 1, (5.5, 4.5), title)
     axis.set_xticks(range(len(frame)), frame.columns, rotation=45, ha="right")
+    style = {"ha": "center", "va": "center", "fontsize": 7}
     for (i, j), value in np.ndenumerate(frame):
+        # legible on the scale's dark ends
         color = "white" if abs(value) > 0.6 else "black"
-        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
-    report.save_png(figure, path)
-
-
-def draw_rows(path, frame, title, top) -> None:
-    """One method's signatures, a row of colours per task."""
-    height = 0.4 * len(frame) + 1.2
-    figure, axis = heatmap(frame, top, (8, height))
-    axis.set_title(title, fontsize=8)
+        axis.text(j, i, f"{value:.2f}", color=color, **style)
     report.save_png(figure, path)
 
 

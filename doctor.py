@@ -109,8 +109,8 @@ class Case:
 
     Attributes:
         model, decoder: base model and generator, shapes alone (on torch's meta device).
-        fixed: seconds of a training step of one layer of the base model, whatever its rows.
-        row: seconds of a row of it. kept: bytes that a token of it keeps for the backward pass.
+        row: seconds of a training step of one layer of the base model, per row.
+        kept: bytes that a token of that layer keeps for the backward pass.
         multiply: seconds of a multiplication of the decoder, with its share of the backward pass.
         sets: left-out sets, each with networks of its own.
     """
@@ -119,7 +119,6 @@ class Case:
     model: nn.Module
     layout: Layout
     decoder: nn.Module
-    fixed: float
     row: float
     kept: float
     multiply: float
@@ -143,7 +142,10 @@ class Need:
 def predict(case: Case) -> dict[str, Need]:
     """What each stage of this configuration needs; the policy's own training is not predicted."""
     idle = methods.idle_stages(case.run.cfg.evaluate.methods)
-    needs = {name: need(case) for name, need in NEEDS.items() if name not in idle}
+    needs = {}
+    for name, (need, _) in STAGES.items():
+        if name not in idle:
+            needs[name] = need(case)
     if case.run.device == "cpu":  # one memory for both
         for need in needs.values():
             need.memory += need.host
@@ -151,7 +153,7 @@ def predict(case: Case) -> dict[str, Need]:
     return needs
 
 
-def lm_need(case, steps, batch, scored, adapters, all_scored=False) -> Need:
+def lm_need(case, steps=0, batch=0, scored=0, adapters=0, all_scored=False) -> Need:
     """Of training steps on a batch of rows each, rows scored, and adapters stored.
 
     all_scored: the loss needs the logits of every token, not of some eight answer tokens a row.
@@ -160,8 +162,8 @@ def lm_need(case, steps, batch, scored, adapters, all_scored=False) -> Need:
     shapes = case.model.config
     trained, whole = ROW_TOKENS[cfg.data.format]
     # frozen weights take no gradient: the forward pass is half of a training step
-    forward = 0.5 * case.row * whole / trained
-    seconds = steps * (case.fixed + batch * case.row) + scored * forward
+    rows = steps * batch + scored * whole / trained / 2
+    seconds = rows * case.row * shapes.num_hidden_layers
 
     held = batch * trained
     if case.run.device == "cuda":  # there a batch is taken in parts
@@ -179,14 +181,12 @@ def lm_need(case, steps, batch, scored, adapters, all_scored=False) -> Need:
         # the generator stands beside the model
         if "generator" not in methods.idle_stages(cfg.evaluate.methods):
             memory += 4 * size_of(case.decoder)
-    return Need(
-        base_memory(case) + memory,
-        adapters * 4 * case.layout.size,
-        seconds * shapes.num_hidden_layers,
-    )
+    disk = adapters * 4 * case.layout.size
+    return Need(base_memory(case) + memory, disk, seconds)
 
 
 def base_memory(case):
+    """Bytes of the frozen base model."""
     return size_of(case.model) * case.run.dtype.itemsize
 
 
@@ -194,8 +194,9 @@ def need_collect(case):
     cfg = case.run.cfg
     c = cfg.collect
     tasks = len(cfg.data.train_tasks)
+    # both phases of every training task; its last checkpoints are kept
     steps = tasks * (c.pretrain_steps + c.finetune_steps)
-    return lm_need(case, steps, c.batch_size, 0, tasks * c.save_last)
+    return lm_need(case, steps, c.batch_size, adapters=tasks * c.save_last)
 
 
 def need_generator(case):
@@ -217,7 +218,7 @@ def need_generator(case):
 
     # float16 states of every prompt, a generator per set, weights and moments to resume one
     num_tasks = len({*cfg.data.train_tasks, *case.targets})
-    prompts = num_tasks * cfg.data.num_prompts * 2 * states[0, 0].numel()
+    prompts = num_tasks * cfg.data.num_prompts * 2 * states.numel()
     disk = prompts + (case.sets + 3) * 4 * count
     # every rank of a node holds the checkpoints as targets; one holds the state while it saves it
     checkpoints = len(cfg.data.train_tasks) * cfg.collect.save_last
@@ -227,7 +228,7 @@ def need_generator(case):
     return Need(memory, disk, pairs * work * case.multiply, host)
 
 
-def ranks_of_a_node() -> int:
+def ranks_of_a_node():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -238,16 +239,13 @@ def need_align(case):
     width = case.model.config.hidden_size
     with torch.device("meta"):
         vae = FusionVAE(size, width, align.latent, align.pos_table, align.residual)
-        work, kept = count_pass(vae, torch.empty(1, size), torch.empty(1, width))
-    # a task vector of every generated adapter
+        _, kept = count_pass(vae, torch.empty(1, size), torch.empty(1, width))
+    # scoring takes its time: a task vector of every generated adapter
     draws = len(cfg.data.train_tasks) * align.draws
-    need = lm_need(case, 0, 0, case.sets * draws * align.prompts, 0)
+    need = lm_need(case, scored=case.sets * draws * align.prompts)
     # weights, gradients, two moments and the inner step's copy
     need.memory += 20 * size_of(vae) + align.batch_size * kept
-    need.disk += case.sets * 4 * size_of(vae)
-    # a support and a query batch each epoch
-    passes = case.sets * align.meta_epochs * 2 * align.batch_size
-    need.seconds += passes * work * case.multiply
+    need.disk = case.sets * 4 * size_of(vae)
     # sources and goals of every pair, and once more while their statistics are taken
     need.host = ranks_of_a_node() * 4 * draws * 4 * size
     return need
@@ -256,37 +254,38 @@ def need_align(case):
 def need_adapt(case):
     """As if every proposal trained like TTT: SFT's folds make up for families that do not train."""
     cfg = case.run.cfg
+    bounds = cfg.strategies
     proposing = set(cfg.evaluate.methods) & set(methods.PROPOSING)
-    tried = cfg.policy.proposals * cfg.policy.iterations * len(case.targets) * len(proposing)
-    grid = cfg.strategies.proposal_grid
-    steps = mean(grid.get("TTT.ttl_steps", [1, cfg.strategies.max_ttl_steps]))
-    batch = mean(grid.get("TTT.batch_size", [1, cfg.strategies.max_batch_size]))
+    targets = len(case.targets)
+    tried = cfg.policy.proposals * cfg.policy.iterations * targets * len(proposing)
+    steps = mean(bounds.proposal_grid.get("TTT.ttl_steps", [1, bounds.max_ttl_steps]))
+    batch = mean(bounds.proposal_grid.get("TTT.batch_size", [1, bounds.max_batch_size]))
     scored = tried * cfg.data.num_support
-    adapters = len(case.targets) * len(cfg.evaluate.methods)
+    adapters = targets * len(cfg.evaluate.methods)
     return lm_need(case, tried * steps, batch, scored, adapters, all_scored=True)
 
 
 def need_baselines(case):
+    """Meta-training of the baselines; that on the support sets is short beside it."""
     cfg = case.run.cfg
-    maml = cfg.baselines.maml
-    abmll = cfg.baselines.abmll
-    collecting = cfg.collect.pretrain_steps + cfg.collect.finetune_steps
-    union_steps = collecting * len(cfg.data.train_tasks) * cfg.baselines.union.step_share
-    maml_steps = maml.meta_steps * maml.tasks_per_step * (maml.inner_steps + 1)
-    abmll_steps = abmll.meta_steps * abmll.tasks_per_step * (abmll.inner_steps + 1)
-    training = {
-        "union": (union_steps, cfg.collect.batch_size),
-        "maml": (3 * maml_steps, maml.batch_size),  # second order takes three passes for one
-        "abmll": (abmll_steps, abmll.batch_size),
-    }
-    total = lm_need(case, 0, cfg.collect.batch_size, 0, 0)  # each fine-tunes on the support set
-    for method in training.keys() & set(cfg.evaluate.methods):
-        steps, batch = training[method]
-        need = lm_need(case, case.sets * steps, batch, 0, case.sets)
+    total = lm_need(case, batch=cfg.collect.batch_size)
+    for method in {"union", "maml", "abmll"} & set(cfg.evaluate.methods):
+        if method == "union":
+            batch = cfg.collect.batch_size
+            collecting = cfg.collect.pretrain_steps + cfg.collect.finetune_steps
+            steps = collecting * len(cfg.data.train_tasks) * cfg.baselines.union.step_share
+        else:
+            settings = getattr(cfg.baselines, method)
+            batch = settings.batch_size
+            steps = settings.meta_steps * settings.tasks_per_step * (settings.inner_steps + 1)
+        if method == "maml":  # second order takes three passes for one
+            steps *= 3
+        need = lm_need(case, case.sets * steps, batch, adapters=case.sets)
         total.memory = max(total.memory, need.memory)
         total.disk += need.disk
         total.seconds += need.seconds
-    if "abmll" in cfg.evaluate.methods and abmll.space == "product":
+
+    if "abmll" in cfg.evaluate.methods and cfg.baselines.abmll.space == "product":
         # a posterior over whole matrices: 28 float32 per entry of dW, as measured
         entries = sum(d_in * d_out for _, _, d_in, d_out in case.layout.modules)
         total.memory = max(total.memory, base_memory(case) + 28 * 4 * entries)
@@ -295,17 +294,19 @@ def need_baselines(case):
 
 def need_evaluate(case):
     cfg = case.run.cfg
+    # one per method, and the generator's prompt batches
     passes = len(cfg.evaluate.methods) + cfg.evaluate.prompt_batches
-    return lm_need(case, 0, 0, cfg.data.num_test * len(case.targets) * passes, 0)
+    return lm_need(case, scored=cfg.data.num_test * len(case.targets) * passes)
 
 
-NEEDS = {
-    "collect": need_collect,
-    "generator": need_generator,
-    "align": need_align,
-    "adapt": need_adapt,
-    "baselines": need_baselines,
-    "evaluate": need_evaluate,
+# what each stage needs, and what to change where it does not fit
+STAGES = {
+    "collect": (need_collect, "lower collect.batch_size or data.max_tokens"),
+    "generator": (need_generator, "lower generator.micro_batch, or shrink generator.flow"),
+    "align": (need_align, "lower align.batch_size"),
+    "adapt": (need_adapt, "lower evaluate.token_budget"),
+    "baselines": (need_baselines, "lower collect.batch_size, or baselines.abmll.space=factor"),
+    "evaluate": (need_evaluate, "lower evaluate.token_budget"),
 }
 
 
@@ -316,16 +317,17 @@ def open_case(run: Run) -> Case:
     flow = [*cfg.generator.flow, list(token_shape(cfg, layout))]
     with torch.device("meta"):
         decoder = HyperConvDecoder(flow, cfg.generator.kernel)
-    timed_steps = (*time_layer(run, model), time_decoder(run, flow))
+    row, kept = time_layer(run, model)
+    multiply = time_decoder(run, flow)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     sets = {data.left_out_for(cfg, target) for target in targets}
-    return Case(run, model, layout, decoder, *timed_steps, targets, len(sets))
+    return Case(run, model, layout, decoder, row, kept, multiply, targets, len(sets))
 
 
-def time_layer(run: Run, model: nn.Module) -> tuple[float, float, float]:
+def time_layer(run, model) -> tuple:
     """Train an adapter of one layer of the base model, on random weights.
 
-    Returns: seconds of a step whatever its rows, seconds of a row, bytes that a token keeps.
+    Returns: seconds of a row of a step, bytes that a token keeps.
     """
     from transformers import AutoModel
 
@@ -340,29 +342,27 @@ def time_layer(run: Run, model: nn.Module) -> tuple[float, float, float]:
     layer.to(run.device)
     layout = find_layout(cfg, layer)
     lora.attach_lora(layer, layout)
-    # the first rows cost a GPU nothing: it takes the stage's own number
-    rows = max(2, cfg.collect.batch_size) if run.device == "cuda" else 4
-    batch = torch.ones(rows, ROW_TOKENS[cfg.data.format][0], dtype=torch.long, device=run.device)
+    # as many rows as a step has: the first ones cost a GPU nothing
+    size = (cfg.collect.batch_size, ROW_TOKENS[cfg.data.format][0])
+    batch = torch.ones(size, dtype=torch.long, device=run.device)
 
     with lora.AdapterTrainer(layer, layout, lora.init_adapter(layout, 0)) as trainer:
 
-        def step(ids):
-            states = layer(ids, use_cache=False).last_hidden_state
+        def step():
+            states = layer(batch, use_cache=False).last_hidden_state
             trainer.backward(states.float().square().mean())
             trainer.step(1e-4)
 
-        one = timed(run, step, batch[:1])
-        several = timed(run, step, batch)
+        seconds = timed(run, step)
         _, kept = count_pass(layer, batch)
-    row = max(0.0, several - one) / (rows - 1)
-    return max(0.0, one - row), row, kept / batch.numel()
+    return seconds / len(batch), kept / batch.numel()
 
 
-def time_decoder(run: Run, flow: list[list[int]]) -> float:
+def time_decoder(run, flow) -> float:
     """Seconds of a multiplication of the decoder, with its share of the backward pass."""
     g = run.cfg.generator
 
-    def step(states):
+    def step():
         with alignment.autocast(run):
             out = decoder(states)
         out.float().square().mean().backward()
@@ -372,7 +372,7 @@ def time_decoder(run: Run, flow: list[list[int]]) -> float:
         sizes = [[math.ceil(size / part) for size in shape] for shape in flow]
         decoder = HyperConvDecoder(sizes, g.kernel).to(run.device)
         states = torch.randn(g.micro_batch, *sizes[0], device=run.device)
-        seconds = timed(run, step, states)
+        seconds = timed(run, step)
         if seconds > 0.3:
             break
     # a GPU's kernels pad channels: the multiplications are those of the shapes
@@ -380,19 +380,19 @@ def time_decoder(run: Run, flow: list[list[int]]) -> float:
     return seconds / work
 
 
-def timed(run: Run, step, batch) -> float:
+def timed(run, step) -> float:
     """Least seconds of three steps: a kernel's first use is slow, and others may be at work."""
     taken = []
     for _ in range(3):
         began = time.perf_counter()
-        step(batch)
+        step()
         if run.device == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)
     return min(taken)
 
 
-def count_pass(network: nn.Module, *inputs) -> tuple[int, int]:
+def count_pass(network: nn.Module, *inputs) -> tuple:
     """(multiplications, bytes kept for the backward pass) of a forward pass, as torch counts."""
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept = {}
@@ -415,12 +415,12 @@ def size_of(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def find_layout(cfg, model: nn.Module) -> Layout:
+def find_layout(cfg, model) -> Layout:
     m = cfg.model
     return lora.find_layout(model, m.rank, m.alpha, m.token_width, m.modules)
 
 
-def token_shape(cfg, layout: Layout) -> tuple[int, int, int]:
+def token_shape(cfg, layout: Layout) -> tuple:
     """(T, rows, columns) of the generator's output; two of the codes frame every token."""
     frame = 2 if cfg.generator.scale_code == "dnd" else 0
     return layout.num_tokens, layout.rank + frame, layout.width + frame
@@ -450,7 +450,7 @@ def meta_model(cfg) -> nn.Module:
         return AutoModelForCausalLM.from_config(shapes)
 
 
-def machine(run: Run) -> tuple[float, float]:
+def machine(run: Run) -> tuple:
     """(bytes of memory where the model runs, bytes of free disk)."""
     memory = host_memory()
     if run.device == "cuda":
@@ -463,25 +463,15 @@ def host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# what to change where a stage does not fit
-KEYS = {
-    "collect": "lower collect.batch_size or data.max_tokens",
-    "generator": "lower generator.micro_batch, or shrink generator.flow",
-    "align": "lower align.batch_size",
-    "adapt": "lower evaluate.token_budget",
-    "baselines": "lower collect.batch_size, or baselines.abmll.space=factor",
-    "evaluate": "lower evaluate.token_budget",
-}
-
-
-def refuse(needs: dict[str, Need], memory: float, disk: float, device: str) -> None:
+def refuse(needs: dict, memory: float, disk: float, device: str) -> None:
     """Raises: UserError: naming every stage that cannot fit, and the key to change."""
     faults = []
     for name, need in needs.items():
+        _, change = STAGES[name]
         if need.memory > memory:
             faults.append(
                 f"stage={name} needs about {need.memory / GIB:.1f} GiB of {device} memory, "
-                f"{memory / GIB:.1f} are there: {KEYS[name]}"
+                f"{memory / GIB:.1f} are there: {change}"
             )
         if need.host > host_memory():
             faults.append(

@@ -24,10 +24,8 @@ import policy
 import runtime
 import scoring
 import strategies
-from data import Example, Task
-from lora import Adapter
+from data import Task
 from runtime import Run
-from scoring import Scores
 from strategies import Refined, Strategy, Target
 
 
@@ -59,7 +57,7 @@ def evaluate_methods(run: Run) -> dict:
     return {}
 
 
-def _cost(cfg, task: Task, method_ids: list[str]) -> int:
+def _cost(cfg, task, method_ids):
     """How long a unit takes, about: characters to read times passes over them."""
     variants = {
         "generator": cfg.evaluate.prompt_batches,
@@ -74,7 +72,7 @@ def _cost(cfg, task: Task, method_ids: list[str]) -> int:
     return passes * characters
 
 
-def _evaluate_task(run: Run, task: Task, method_ids: list[str]) -> None:
+def _evaluate_task(run, task, method_ids):
     """Score a group of methods on one task.
 
     Writes scores/<method>/<task>.jsonl, and its cost beside it in <task>.meta.json.
@@ -101,7 +99,7 @@ def _evaluate_task(run: Run, task: Task, method_ids: list[str]) -> None:
         run.finish(f"scores/{method}/{task.name}", "evaluate", began, method)
 
 
-def _is_due(run: Run, task: Task, method: str) -> bool:
+def _is_due(run, task, method):
     """Does the method exist on this task, and are its scores still to be made?"""
     training_tasks_only = methods.METHODS[method].domain == "id"
     if training_tasks_only and task.domain != "id":
@@ -142,7 +140,7 @@ def method_variants(run: Run, task: Task, target: Target | None, method: str) ->
     return [Refined([_one_adapter(run, task, method)])]
 
 
-def _one_adapter(run: Run, task: Task, method: str) -> Adapter | None:
+def _one_adapter(run, task, method):
     """The one adapter of a control, a baseline or a refinement; None for the base model."""
     lm = scoring.load_lm(run)
     if method == "base":
@@ -161,7 +159,7 @@ def _one_adapter(run: Run, task: Task, method: str) -> Adapter | None:
     return lora.load_adapter(run.path / f"adapted/{method}/{task.name}", lm.layout)
 
 
-def _posterior_draws(run: Run, folder: Path) -> Refined:
+def _posterior_draws(run, folder):
     """ABMLL's prediction: the mean probability over draws from its posterior."""
     settings = run.cfg.baselines.abmll
     layout = scoring.load_lm(run).layout
@@ -185,7 +183,7 @@ def load_strategy(folder: Path) -> Strategy:
     return Strategy.from_dict(chosen["strategy"])
 
 
-def _test_rows(run: Run, task: Task, target: Target | None, method: str, memo: dict) -> list[dict]:
+def _test_rows(run, task, target, method, memo):
     """One row per test example; correctness is averaged over a method's variants.
 
     Args:
@@ -212,9 +210,7 @@ def _test_rows(run: Run, task: Task, target: Target | None, method: str, memo: d
     return rows
 
 
-def _answer(
-    run: Run, task: Task, target: Target | None, refined: Refined, memo: dict
-) -> tuple[list[Scores], list[str]]:
+def _answer(run, task, target, refined, memo):
     """The option scores of every test example, and generated texts where the task wants them.
 
     Texts come from the first adapter of an ensemble.
@@ -240,7 +236,7 @@ def _answer(
     return memo[key]
 
 
-def _judge_options(example: Example, variants: list[Scores]) -> dict:
+def _judge_options(example, variants):
     """Row fields of one example's option scores, by both metrics."""
     fields = {}
     for metric in ("norm", "raw"):
@@ -254,7 +250,7 @@ def _judge_options(example: Example, variants: list[Scores]) -> dict:
     return fields
 
 
-def _judge_texts(example: Example, variants: list[str]) -> dict:
+def _judge_texts(example, variants):
     """Row fields of one example's generated answers, read strictly and leniently."""
     fields = {}
     for kind in ("strict", "lenient"):

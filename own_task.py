@@ -20,12 +20,12 @@ import generator
 import lora
 import methods
 import policy
+import report
 import results
 import runtime
 import scoring
 import strategies
 from config import Config, UserError
-from data import Example
 from runtime import Run
 from scoring import LM
 from strategies import Refined, Router
@@ -34,9 +34,8 @@ from strategies import Refined, Router
 def adapt_own(run: Run) -> dict:
     """Generate, refine where labels allow, measure on held-out rows, export. Prints the outcome."""
     cfg = run.cfg
-    name = cfg.task
-    task = data.load_tasks(run)[name]
-    left_out = data.left_out_for(cfg, name)
+    task = data.load_tasks(run)[cfg.task]
+    left_out = data.left_out_for(cfg, cfg.task)
     if not run.finished(f"generator/{left_out}", "generator", redo=False):
         raise UserError(
             f"run={cfg.run}: no trained generator in {run.path}/generator/{left_out}; finish that "
@@ -59,7 +58,7 @@ def adapt_own(run: Run) -> dict:
 
     # what came out
     print(
-        f"\n{name}: {len(task.prompts)} unlabelled prompts, {len(task.support)} support and "
+        f"\n{cfg.task}: {len(task.prompts)} unlabelled prompts, {len(task.support)} support and "
         f"{len(task.test)} held-out examples"
     )
     if not task.support:
@@ -71,7 +70,7 @@ def adapt_own(run: Run) -> dict:
     return export_adapter(run)
 
 
-def _label_free(run: Run) -> Run:
+def _label_free(run):
     """The same run with only the methods that need no labels. The loaded model stays shared."""
     wanted = [m for m in run.cfg.evaluate.methods if m in methods.NEEDS_NO_LABELS]
     section = run.cfg.evaluate.model_copy(update={"methods": wanted})
@@ -85,25 +84,23 @@ def held_out_table(run: Run) -> list[str]:
     Gains are over the base model and over an adapter from a wrong task's prompts.
     """
     cfg = run.cfg
-    name, metric = cfg.task, cfg.evaluate.metric
-    frame = results.load_frame(run.path, [name])
+    metric = cfg.evaluate.metric
+    frame = results.load_frame(run.path, [cfg.task])
     lines = []
     for method in cfg.evaluate.methods:
-        if (found := results.accuracy(frame, method, name, metric)) is None:
+        found = results.accuracy(frame, method, cfg.task, metric)
+        if found is None:
             continue
-        gains = [
-            f"   {_points(d['diff'], d['se'], '+6.1f')} vs {other}"
-            for other in ("base", "wrong_prompts")
-            if (d := results.paired(frame, method, other, name, metric))
-        ]
-        lines.append(f"  {method:14} {_points(found['mean'], found['se'])} %{''.join(gains)}")
+        line = f"  {method:14} {100 * found['mean']:5.1f} ± {report.error(found['se'], 1)} %"
+        for other in ("base", "wrong_prompts"):
+            gain = results.paired(frame, method, other, cfg.task, metric)
+            if gain:
+                points = f"{100 * gain['diff']:+6.1f} ± {report.error(gain['se'], 1)}"
+                line += f"   {points} vs {other}"
+        lines.append(line)
     if not lines:
         return ["no labelled rows are left to measure it on"]
     return [f"held-out accuracy ({metric}), paired difference in points ± standard error", *lines]
-
-
-def _points(mean: float, se: float | None, form: str = "5.1f") -> str:
-    return f"{100 * mean:{form}} ± {'n/a' if se is None else f'{100 * se:.1f}'}"
 
 
 def export_adapter(run: Run) -> dict:
@@ -155,7 +152,7 @@ def export_adapter(run: Run) -> dict:
     return {"exported": str(folder)}
 
 
-def _adapted_method(run: Run) -> str:
+def _adapted_method(run):
     """The method to export: `method`, or for `auto` the best one that adapted the task.
 
     Raises: UserError: there is none; the methods that did are named.
@@ -181,22 +178,21 @@ def _adapted_method(run: Run) -> str:
     raise UserError(f"task={cfg.task}: {method} was not adapted in {run.path}; {hint}")
 
 
-def _save_adapters(cfg: Config, folder: Path, refined: Refined, lm: LM) -> None:
+def _save_adapters(cfg, folder, refined, lm):
     """The adapters as PEFT folders, and what a router needs to choose between them."""
-    places = _places(folder, len(refined.adapters))
     adapters = refined.adapters
     # other tools look for an adapter at the top
-    if folder not in places:
-        places = [folder, *places]
-        adapters = [adapters[0], *adapters]
-    for place, adapter in zip(places, adapters, strict=True):
+    places = {folder: adapters[0]}
+    if len(adapters) > 1:
+        places |= zip(_places(folder, len(adapters)), adapters, strict=True)
+    for place, adapter in places.items():
         lora.save_adapter(place, adapter, lm.layout, cfg.model.name, cfg.model.revision)
     if refined.router is not None:
         embeddings = {str(i): batch for i, batch in enumerate(refined.router.batches)}
         runtime.save_tensors(folder / "routing.safetensors", embeddings)
 
 
-def _places(folder: Path, count: int) -> list[Path]:
+def _places(folder, count):
     """Where the adapters of an exported folder lie."""
     if count == 1:
         return [folder]
@@ -242,7 +238,7 @@ def load_exported(folder: Path, run: Run) -> tuple[str, Refined]:
     return str(facts.get("task")), Refined(adapters, combine, slot, router)
 
 
-def _checked_facts(folder: Path, facts: dict, cfg: Config) -> tuple:
+def _checked_facts(folder, facts, cfg):
     """(number of adapters, how to combine them, latent steering) of a strategy.json.
 
     Nothing in it may ask for more work than the configuration allows.
@@ -270,29 +266,25 @@ def _checked_facts(folder: Path, facts: dict, cfg: Config) -> tuple:
         ) from None
 
     # an adapter fits one base model, and one form of prompt
-    model = facts.get("base_model")
-    if model != cfg.model.name:
-        raise UserError(
-            f"{folder}/strategy.json: made for {model!r}, model.name is {cfg.model.name!r}; "
-            "name the run it came from by run="
-        )
-    form = facts.get("format")
-    if form != cfg.data.format:
-        raise UserError(
-            f"{folder}/strategy.json: adapted to data.format={form}, this is {cfg.data.format}; "
-            "name the run it came from by run="
-        )
+    needed = {"base_model": cfg.model.name, "format": cfg.data.format}
+    keys = {"base_model": "model.name", "format": "data.format"}
+    for fact, here in needed.items():
+        if facts.get(fact) != here:
+            raise UserError(
+                f"{folder}/strategy.json: made for {keys[fact]}={facts.get(fact)}, here {here}; "
+                "name the run it came from by run="
+            )
     return count, combine, slot
 
 
-def _load_router(folder: Path, count: int, run: Run) -> Router:
+def _load_router(folder, count, run):
     """What chooses between the adapters. Raises: UserError: it is not for as many."""
     file = folder / "routing.safetensors"
     batches = runtime.load_tensors(file)
+    # in numbers' order, as 10 sorts before 2 in a file
     names = [str(i) for i in range(count)]
     if set(batches) != set(names):
         raise UserError(f"{file}: holds {sorted(batches)}, expected one entry per adapter")
-    # in numbers' order, as 10 sorts before 2 in a file
     in_order = [batches[name] for name in names]
     return Router(in_order, lambda texts: generator.encode_texts(run, texts)[1])
 
@@ -346,14 +338,12 @@ def predict(run: Run) -> dict:
     return {"answers": len(answers)}
 
 
-def _print_accuracy(answers: list[dict], examples: list[Example]) -> None:
+def _print_accuracy(answers, examples):
     """How many are right, of the rows that came with a gold answer."""
-    known = 0
-    right = 0
+    right = []
     for answer, example in zip(answers, examples, strict=True):
         if example.gold is not None:
-            known += 1
-            right += answer["index"] == example.gold
-    if known:
-        share = 100 * right / known
-        print(f"{right} of {known} rows with a gold answer are right ({share:.1f} %)")
+            right.append(answer["index"] == example.gold)
+    if right:
+        share = 100 * sum(right) / len(right)
+        print(f"{sum(right)} of {len(right)} rows with a gold answer are right ({share:.1f} %)")

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -36,7 +37,7 @@ import scoring
 from config import UserError
 from data import Example
 from lora import Adapter, AdapterTrainer
-from scoring import LM, Row, Scores
+from scoring import LM, Scores
 
 # How TTS combines several adapters: two methods route each question to one, the others pool scores.
 ROUTERS = ("avg_sim_score", "avg_prompt_embed")
@@ -142,8 +143,7 @@ def check_grid(bounds) -> None:
     """
     legal = {}
     for family, fields in schema(bounds).items():
-        for name, spec in fields.items():
-            legal[f"{family}.{name}"] = spec
+        legal |= {f"{family}.{name}": spec for name, spec in fields.items()}
 
     for key, values in bounds.proposal_grid.items():
         if key not in legal:
@@ -217,21 +217,18 @@ def parse_strategy(text: str | dict, bounds, families: list[str]) -> Strategy:
     return Strategy(family, tuple(fields))
 
 
-def _first_object(text: str) -> dict:
+def _first_object(text):
     """The first {...} of a text that is whole JSON."""
     decoder = json.JSONDecoder()
-    for i, character in enumerate(text):
-        if character != "{":
-            continue
+    for brace in re.finditer("{", text):
         try:
-            found, _ = decoder.raw_decode(text[i:])
-            return found
+            return decoder.raw_decode(text[brace.start() :])[0]
         except ValueError:  # not JSON from here: try the next brace
             continue
     raise ValueError(f"no JSON object in {text[:60]!r}")
 
 
-def _check(name: str, value, spec: dict):
+def _check(name, value, spec):
     """The value in its field's type. Raises: ValueError: it is not legal."""
     if "enum" in spec:
         if value not in spec["enum"]:
@@ -267,10 +264,10 @@ class Source:
         embed: texts -> (n, d) embeddings.
     """
 
-    draw: Callable[[int], tuple[Adapter, np.ndarray]]
+    draw: Callable
     texts: list[str]
     pooled: Tensor
-    embed: Callable[[list[str]], Tensor]
+    embed: Callable
 
 
 @dataclass
@@ -303,7 +300,7 @@ class Router:
     """
 
     batches: list[Tensor]
-    embed: Callable[[list[str]], Tensor]
+    embed: Callable
 
 
 @dataclass
@@ -318,26 +315,28 @@ class Refined:
 
     adapters: list[Adapter]
     combine: str = ""
-    slot: tuple[int, float] | None = None
+    slot: tuple | None = None
     router: Router | None = None
     notes: dict = field(default_factory=dict)
 
 
 def execute(target: Target, strategy: Strategy, labelled: list[Example] = ()) -> Refined:
     """Carry a strategy out on a target's adapter. Only SFT reads `labelled`."""
-    if strategy.family == "TTT":
+    family = strategy.family
+    if family == "TTT":
         return train_on_prompts(target, strategy)
-    if strategy.family == "LORA":
+    if family == "LORA":
         mixed = mix_subspaces(target.start, strategy["lambda"], target.bounds.mix)
         return Refined([mixed])
-    if strategy.family == "TTS":
+    if family == "TTS":
         return draw_several(target.source, strategy)
-    if strategy.family == "Latent":
+    if family == "Latent":
         # the steering vectors are found while a question is scored
-        return Refined([target.start], slot=(strategy["slot_steps"], strategy["slot_lr"]))
-    if strategy.family == "SFT":
-        trained = train_on_support(target, strategy, list(labelled))
-        return Refined([trained[strategy["sft_steps"]]])
+        slot = (strategy["slot_steps"], strategy["slot_lr"])
+        return Refined([target.start], slot=slot)
+    if family == "SFT":
+        (trained,) = train_on_support(target, strategy, labelled).values()
+        return Refined([trained])
     return Refined([target.start])
 
 
@@ -369,7 +368,7 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
         order = runtime.rng_for(target.seed, "ttt", target.name).permutation(order)
     batches = np.resize(order, steps * size).reshape(-1, size)
 
-    selected: list[int] = []
+    selected = []  # how many prompts of each part pass the gate
     with AdapterTrainer(lm.model, lm.layout, target.start) as trainer:
         for batch in batches:
             rows = [scoring.prompt_row(lm, texts[i]) for i in batch]
@@ -383,7 +382,7 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
     return Refined([trainer.adapter()], notes=notes)
 
 
-def _surprise_losses(lm: LM, rows: list[Row], bounds, selected: list[int]):
+def _surprise_losses(lm, rows, bounds, selected):
     """Yield (weighted sum, count) of the prompts above the threshold, in parts that fit the memory.
 
     A prompt's weight is ttl_lambda * exp(nll - ttl_threshold) if its nll is above the threshold,
@@ -394,9 +393,9 @@ def _surprise_losses(lm: LM, rows: list[Row], bounds, selected: list[int]):
     for part in parts:
         nll = scoring.prompt_nll(lm, part)
         surprise = nll.detach()  # a weight, through which no gradient flows
-        gate = torch.ones_like(nll, dtype=torch.bool)
-        if bounds.ttl_threshold:  # 0: no gate
-            gate = surprise > bounds.ttl_threshold
+        gate = surprise > bounds.ttl_threshold
+        if not bounds.ttl_threshold:  # 0: no gate
+            gate = torch.ones_like(gate)
         count = int(gate.sum())
         selected.append(count)
         if not count:
@@ -416,14 +415,14 @@ def mix_subspaces(adapter: Adapter, lam: float, mode: str) -> Adapter:
     magdir   Frobenius norm and direction of both updates interpolated apart (DeGAML, F.1).
     """
     mixed = dict(adapter)  # B stays as it is
-    for key in adapter:
+    for key, a in adapter.items():
         if "lora_A" in key:
             b = adapter[key.replace("lora_A", "lora_B")]
-            mixed[key] = _mix_rows(adapter[key], b, lam, mode)
+            mixed[key] = _mix_rows(a, b, lam, mode)
     return mixed
 
 
-def _mix_rows(a: Tensor, b: Tensor, lam: float, mode: str) -> Tensor:
+def _mix_rows(a, b, lam, mode):
     """A' of one matrix; a: (r, d_in), b: (d_out, r)."""
     # B [A2; A1] holds the cross terms: B A is the plain update, B (A + swapped) the fully mixed one
     half = a.shape[0] // 2
@@ -443,7 +442,7 @@ def _mix_rows(a: Tensor, b: Tensor, lam: float, mode: str) -> Tensor:
     return direction * (norm / max(_update_norm(direction, b), 1e-30))
 
 
-def _update_norm(a: Tensor, b: Tensor) -> float:
+def _update_norm(a, b):
     """Frobenius norm of B A, from two (r, r) products: B A itself is large."""
     square = (b.t() @ b) * (a @ a.t())
     return float(square.sum().clamp_min(0).sqrt())
@@ -487,20 +486,21 @@ def train_on_support(
     rng = runtime.rng_for(target.seed, "sft", target.name, len(labelled), size)
     passes = 1 + steps * size // len(rows)
     order = np.concatenate([rng.permutation(len(rows)) for _ in range(passes)])
+    batches = order[: steps * size].reshape(steps, size)
 
     # the gold answer's tokens alone, or also the choice among the options
     loss_fn = scoring.choice_loss if strategy["loss"] == "choice" else scoring.lm_loss
-    trained: dict[int, Adapter] = {}
+    trained = {}
     with AdapterTrainer(lm.model, lm.layout, start) as trainer:
-        for step in range(steps):
-            batch = [rows[i] for i in order[step * size : (step + 1) * size]]
+        for step, picked in enumerate(batches, 1):
+            batch = [rows[i] for i in picked]
             loss = trainer.backward(scoring.loss_in_parts(lm, batch, loss_fn))
             if not math.isfinite(loss):
-                raise FloatingPointError(f"at step {step + 1}")
-            warm_up = min(1.0, (step + 1) / 3)
+                raise FloatingPointError(f"at step {step}")
+            warm_up = min(1.0, step / 3)
             trainer.step(strategy["learning_rate"] * warm_up)
-            if step + 1 == steps or step + 1 in at_steps:  # a copy: training goes on
-                trained[step + 1] = trainer.adapter()
+            if step in (steps, *at_steps):  # a copy: training goes on
+                trained[step] = trainer.adapter()
     return trained
 
 
@@ -513,8 +513,17 @@ def score_refined(
     """
     if refined.router is not None:
         return _score_routed(lm, refined, examples)
+
     cache = {} if cache is None else cache
-    each = [_score_once(lm, a, examples, refined.slot, cache) for a in refined.adapters]
+    ids = tuple(example.id for example in examples)
+    each = []
+    for adapter in refined.adapters:
+        key = (id(adapter), refined.slot, ids)
+        if key not in cache:
+            found = scoring.score_examples(lm, adapter, examples, slot=refined.slot)
+            # the adapter is kept beside its scores, so that its id stays its own
+            cache[key] = adapter, found
+        each.append(cache[key][1])
     if not refined.combine:
         return each[0]
 
@@ -526,31 +535,18 @@ def score_refined(
     return pooled
 
 
-def _score_routed(lm: LM, refined: Refined, examples: list[Example]) -> list[Scores]:
+def _score_routed(lm, refined, examples):
     """Score each question with its own adapter."""
     texts = [scoring.input_text(lm, example) for example in examples]
     choice = route(refined, texts)
-    scores: list[Scores | None] = [None] * len(examples)
+    scores = {}
     # questions grouped by their adapter, so that each adapter is swapped in once
-    for number, adapter in enumerate(refined.adapters):
+    for number in sorted(set(choice)):
         group = [i for i, chosen in enumerate(choice) if chosen == number]
-        if not group:
-            continue
-        found = scoring.score_examples(lm, adapter, [examples[i] for i in group])
-        for i, score in zip(group, found, strict=True):
-            scores[i] = score
-    return scores
-
-
-def _score_once(
-    lm: LM, adapter: Adapter, examples: list[Example], slot, cache: dict
-) -> list[Scores]:
-    """Score with one adapter, unless an ensemble with the same cache has done so before."""
-    key = (id(adapter), slot, tuple(example.id for example in examples))
-    if key not in cache:
-        # the adapter is kept beside its scores, so that its id stays its own
-        cache[key] = adapter, scoring.score_examples(lm, adapter, examples, slot=slot)
-    return cache[key][1]
+        asked = [examples[i] for i in group]
+        found = scoring.score_examples(lm, refined.adapters[number], asked)
+        scores.update(zip(group, found, strict=True))
+    return [scores[i] for i in range(len(examples))]
 
 
 def route(refined: Refined, texts: list[str]) -> list[int]:
@@ -586,7 +582,7 @@ def combine(scores: list[tuple[float, ...]], method: str) -> tuple[float, ...]:
     if len(scores) == 1:
         return tuple(log_p[0].tolist())
     if method == "sum_logprobs":
-        return tuple((log_p.sum(0) / len(scores)).tolist())
+        return tuple(log_p.mean(0).tolist())
     if method == "max_confidence":
         return tuple(log_p.max(0).values.tolist())
     mean = log_p.exp().mean(0)
