@@ -94,11 +94,14 @@ def load_adapted(run, tasks) -> dict:
     layout = scoring.load_lm(run).layout
     adapters = {}
     for method in COMPARED:
-        folders = {task: run.path / f"adapted/{method}/{task}" for task in tasks}
-        files = [folder / "adapter_model.safetensors" for folder in folders.values()]
+        by_task = {}
+        for task in tasks:
+            folder = run.path / f"adapted/{method}/{task}"
+            if (folder / "adapter_model.safetensors").is_file():
+                by_task[task] = lora.load_adapter(folder, layout)
         # a comparison of fewer tasks would not be the same one
-        if all(file.is_file() for file in files):
-            adapters[method] = {t: lora.load_adapter(f, layout) for t, f in folders.items()}
+        if len(by_task) == len(tasks):
+            adapters[method] = by_task
     return adapters
 
 
@@ -129,8 +132,9 @@ def gradient_conflict(run, tasks, adapters, folder) -> dict:
     Returns: {point: {module set: pair statistics}}.
     """
     lm = scoring.load_lm(run)
-    support = [data.load_tasks(run)[task].support for task in tasks]
-    about = f"n = {len(support[0])} support examples, seed {run.cfg.seed}"
+    known = data.load_tasks(run)
+    count = len(known[tasks[0]].support)
+    about = f"n = {count} support examples, seed {run.cfg.seed}"
 
     # where gradients are taken: for each point an adapter per task
     last = [collect.last_checkpoint(run, lm, task) for task in run.cfg.data.train_tasks]
@@ -139,8 +143,9 @@ def gradient_conflict(run, tasks, adapters, folder) -> dict:
     found = {}
     for point, at in run.track(list(points.items()), "gradients"):
         gradients = []
-        for task, examples in zip(tasks, support, strict=True):
-            gradients.append(sft_gradient(lm, at[task], examples))
+        for task in tasks:
+            gradient = sft_gradient(lm, at[task], known[task].support)
+            gradients.append(gradient)
 
         # one pass serves every module set: a part is columns of the whole
         found[point] = {}
@@ -152,13 +157,14 @@ def gradient_conflict(run, tasks, adapters, folder) -> dict:
             runtime.write_text(folder / f"{stem}.csv", frame.to_csv())
             title = f"Gradient cosine at {point}, {kind} ({about})"
             draw_matrix(folder / f"{stem}.png", frame, title)
-            found[point][kind] = {**pair_statistics(matrix), "file": f"{stem}.csv"}
+            statistics = pair_statistics(matrix)
+            found[point][kind] = {**statistics, "file": f"{stem}.csv"}
     return found
 
 
 def sft_gradient(lm, adapter, examples) -> Tensor:
     """(D,) float64 mean gradient of the supervised loss over the examples, at an adapter."""
-    total = torch.zeros(lm.layout.size, dtype=torch.float64)
+    total = 0
     for example in examples:
         # one vector behind all of the model's A and B, so that its gradient is one vector
         vector = lora.flatten_adapter(adapter, lm.layout)
@@ -175,13 +181,15 @@ def sft_gradient(lm, adapter, examples) -> Tensor:
 def cosine_matrix(vectors) -> np.ndarray:
     """(n, n) cosine similarities; 0 where a vector is zero."""
     # the least length keeps a zero vector zero
-    unit = torch.nn.functional.normalize(torch.stack(vectors), eps=1e-300)
+    stacked = torch.stack(vectors)
+    unit = torch.nn.functional.normalize(stacked, eps=1e-300)
     return (unit @ unit.T).numpy()
 
 
 def pair_statistics(matrix: np.ndarray) -> dict:
     """Mean, sample standard deviation, least and largest over the pairs above the diagonal."""
-    pairs = pd.Series(matrix[np.triu_indices(len(matrix), 1)])
+    above = np.triu_indices(len(matrix), 1)
+    pairs = pd.Series(matrix[above])
     statistics = pairs.agg(["mean", "std", "min", "max"]).astype(object)
     # one task makes no pair, and one pair has no spread: null in the file
     known = statistics.where(statistics.notna(), None)
@@ -229,7 +237,8 @@ def weight_statistics(layout: Layout, adapter: Adapter) -> dict:
     l2 = math.sqrt(squares)
     hoyer = 0.0  # of an update of zero
     if l2:
-        hoyer = (math.sqrt(n) - l1 / l2) / (math.sqrt(n) - 1)
+        root = math.sqrt(n)
+        hoyer = (root - l1 / l2) / (root - 1)
     return {
         "sparsity": small / n,
         "relative_sparsity": below / n,
@@ -279,7 +288,8 @@ def compare_signatures(run, adapters, folder) -> dict:
         figure, _ = heatmap(frame, top, (8, height), title)
         report.save_png(figure, folder / f"signature-{method}.png")
         draw_lines(folder / f"signature-lines-{method}.png", frame, title)
-        cosines[method] = pair_statistics(cosine_matrix(list(torch.from_numpy(rows))))
+        vectors = [torch.from_numpy(row) for row in rows]
+        cosines[method] = pair_statistics(cosine_matrix(vectors))
     return {"layer": layer, "module": module, "entries": entries, "cosines": cosines}
 
 

@@ -218,7 +218,7 @@ def need_generator(case):
 
     # float16 states of every prompt, a generator per set, weights and moments to resume one
     num_tasks = len({*cfg.data.train_tasks, *case.targets})
-    prompts = num_tasks * cfg.data.num_prompts * 2 * states.numel()
+    prompts = num_tasks * cfg.data.num_prompts * 2 * states[0, 0].numel()
     disk = prompts + (case.sets + 3) * 4 * count
     # every rank of a node holds the checkpoints as targets; one holds the state while it saves it
     checkpoints = len(cfg.data.train_tasks) * cfg.collect.save_last
