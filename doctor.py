@@ -204,7 +204,8 @@ def need_generator(case):
     g = cfg.generator
     count = size_of(case.decoder)
     states = torch.empty(1, *g.flow[0], device="meta")
-    work, kept = count_pass(case.decoder, states)
+    work = count_multiplications(case.decoder, states)
+    kept = count_kept(case.decoder, states)
 
     # float32 weights, gradients and two moments; ranks that train together share the moments out
     sharing = case.run.world if cfg.data_parallel else 1
@@ -239,7 +240,7 @@ def need_align(case):
     width = case.model.config.hidden_size
     with torch.device("meta"):
         vae = FusionVAE(size, width, align.latent, align.pos_table, align.residual)
-        _, kept = count_pass(vae, torch.empty(1, size), torch.empty(1, width))
+        kept = count_kept(vae, torch.empty(1, size), torch.empty(1, width))
     # scoring takes its time: a task vector of every generated adapter
     draws = len(cfg.data.train_tasks) * align.draws
     need = lm_need(case, scored=case.sets * draws * align.prompts)
@@ -354,7 +355,7 @@ def time_layer(run, model) -> tuple:
             trainer.step(1e-4)
 
         seconds = timed(run, step)
-        _, kept = count_pass(layer, batch)
+        kept = count_kept(layer, batch)
     return seconds / len(batch), kept / batch.numel()
 
 
@@ -376,7 +377,7 @@ def time_decoder(run, flow) -> float:
         if seconds > 0.3:
             break
     # a GPU's kernels pad channels: the multiplications are those of the shapes
-    work, _ = count_pass(decoder.to("meta"), states.to("meta"))
+    work = count_multiplications(decoder.to("meta"), states.to("meta"))
     return seconds / work
 
 
@@ -392,8 +393,16 @@ def timed(run, step) -> float:
     return min(taken)
 
 
-def count_pass(network: nn.Module, *inputs) -> tuple:
-    """(multiplications, bytes kept for the backward pass) of a forward pass, as torch counts."""
+def count_multiplications(network: nn.Module, *inputs) -> int:
+    """Multiplications of a forward pass, as torch counts them."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        network(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def count_kept(network: nn.Module, *inputs) -> int:
+    """Bytes that a forward pass keeps for the backward pass, beside the weights."""
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept = {}
 
@@ -403,11 +412,10 @@ def count_pass(network: nn.Module, *inputs) -> tuple:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    counter = FlopCounterMode(display=False)
-    with counter, saved_tensors_hooks(note, lambda tensor: tensor):
+    with saved_tensors_hooks(note, lambda tensor: tensor):
         out = network(*inputs)
     del out  # held until here: a freed storage would be counted as the next one
-    return counter.get_total_flops() // 2, sum(kept.values())
+    return sum(kept.values())
 
 
 def size_of(network: nn.Module) -> int:
