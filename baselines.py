@@ -34,7 +34,6 @@ import runtime
 import scoring
 import strategies
 from config import UserError
-from data import Task
 from lora import Adapter, AdapterTrainer, Layout
 from policy import Rewards
 from runtime import Run
@@ -53,9 +52,7 @@ def train_baselines(run: Run) -> dict:
     Writes baselines/<method>/<left_out>/ and adapted/<method>/<task>/, both PEFT folders.
     """
     cfg = run.cfg
-    tasks = data.load_tasks(run)
-    wanted = [tasks[name] for name in cfg.data.targets or tasks]
-    wanted.sort(key=policy.support_length, reverse=True)
+    wanted = policy.targets_by_cost(run)
     chosen = [m for m in methods.BASELINES if m in cfg.evaluate.methods]
 
     # `maml_matched` is another fine-tuning of MAML's start, which it needs too
@@ -121,23 +118,12 @@ class Draws:
         return [rows[i::batches] for i in range(batches)]
 
 
-@dataclass
-class Trained:
-    """What a meta-training made.
+def _meta_train(run, method, left_out):
+    """Train one start, and keep its loss curve and its budget beside it.
 
-    Attributes: losses: one per step. diverged_at: the step whose loss or gradient was not finite;
-        `start` is then the adapter before it. spread: row 1 of ABMLL's posterior.
+    A training returns the start, row 1 of ABMLL's posterior or None, a loss per step, and the step
+    whose loss or gradient was not finite, or None. The start is then the adapter before that step.
     """
-
-    start: Adapter
-    losses: list[float]
-    diverged_at: int | None = None
-    spread: Adapter | None = None
-
-
-def _meta_train(run: Run, method: str, left_out: str) -> None:
-    """Train one start, and keep its loss curve and its budget beside it."""
-    cfg = run.cfg
     began = time.monotonic()
     unit = f"baselines/{method}/{left_out}"
     lm = scoring.load_lm(run)
@@ -149,15 +135,13 @@ def _meta_train(run: Run, method: str, left_out: str) -> None:
         "maml": _train_maml,
         "abmll": _train_abmll,
     }
-    trained = trainings[method](run, draws)
+    start, spread, losses, diverged_at = trainings[method](run, draws)
 
     # a diverged training is kept as it was before the bad step, and its record says so
-    losses = trained.losses
-    labels = sum(len(split) for split in draws.tasks.values())
     folder = run.path / unit
-    lora.save_adapter(folder, trained.start, lm.layout, cfg.model.name, cfg.model.revision)
-    if trained.spread:
-        runtime.save_tensors(folder / "spread.safetensors", trained.spread)
+    lora.save_adapter(folder, start, lm.layout, run.cfg.model)
+    if spread:
+        runtime.save_tensors(folder / "spread.safetensors", spread)
     runtime.write_json(folder / "losses.json", [round(loss, 5) for loss in losses])
     run.finish(
         unit,
@@ -166,18 +150,16 @@ def _meta_train(run: Run, method: str, left_out: str) -> None:
         steps=len(losses),
         tokens=draws.tokens,
         backwards=lm.backwards - backwards,
-        labels=labels,
-        diverged_at=trained.diverged_at,
+        labels=sum(len(split) for split in draws.tasks.values()),
+        diverged_at=diverged_at,
     )
-    if trained.diverged_at is None:
-        said = f"loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}"
-    else:
-        said = f"diverged at step {trained.diverged_at + 1}"
-    seconds = time.monotonic() - began
-    run.log(f"{method} without {left_out}: {said} in {seconds:.0f} s", True)
+    said = f"loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}"
+    if diverged_at is not None:
+        said = f"diverged at step {diverged_at + 1}"
+    run.log(f"{method} without {left_out}: {said}", True)
 
 
-def _train_union(run: Run, draws: Draws) -> Trained:
+def _train_union(run, draws):
     """One adapter on the shuffled union of the tasks.
 
     The schedule is `collect`'s, longer by the number of tasks (or by `step_share` of that).
@@ -202,10 +184,10 @@ def _train_union(run: Run, draws: Draws) -> Trained:
                 rows += draws.rows(draws.task(), 1)
             loss = trainer.backward(scoring.loss_in_parts(lm, rows, scoring.lm_loss))
             if not math.isfinite(loss):
-                return Trained(trainer.adapter(), losses, diverged_at=step)
+                return trainer.adapter(), None, losses, step
             trainer.step(collect.learning_rate(settings, step, first))
             losses.append(loss)
-    return Trained(trainer.adapter(), losses)
+    return trainer.adapter(), None, losses, None
 
 
 @dataclass(frozen=True)
@@ -287,7 +269,7 @@ def vector_loss(lm: LM, rows: list[Row]) -> Callable[[Tensor], Tensor]:
     Double backward needs plain attention: fused kernels have none.
     """
 
-    def loss(vector: Tensor) -> Tensor:
+    def loss(vector):
         # views, so that the loss is a function of the vector
         adapter = lora.unflatten_adapter(vector, lm.layout)
         lora.swap_adapter(lm.model, lm.layout, adapter)
@@ -297,12 +279,12 @@ def vector_loss(lm: LM, rows: list[Row]) -> Callable[[Tensor], Tensor]:
     return loss
 
 
-def _clip(grad: Tensor) -> Tensor:
+def _clip(grad):
     factor = lora.CLIP / (grad.norm() + 1e-6)
     return grad * factor.clamp(max=1.0)
 
 
-def _train_maml(run: Run, draws: Draws) -> Trained:
+def _train_maml(run, draws):
     """MAML-en-LLM: n tasks per outer step, k inner steps each, one AdamW state for both levels."""
     settings = run.cfg.baselines.maml
     lm = draws.lm
@@ -329,7 +311,7 @@ def _train_maml(run: Run, draws: Draws) -> Trained:
             WEIGHT_DECAY,
             order=2,
         )
-        if not math.isfinite(loss) or not torch.isfinite(grad).all():
+        if not math.isfinite(loss + grad.norm()):
             diverged_at = step
             break
 
@@ -339,23 +321,24 @@ def _train_maml(run: Run, draws: Draws) -> Trained:
         losses.append(loss)
     lora.clear_adapters(lm.model)
     start = lora.unflatten_adapter(theta.cpu(), lm.layout)
-    return Trained(start, losses, diverged_at)
+    return start, None, losses, diverged_at
 
 
 def posterior_moments(
     posterior: Tensor,
     layout: Layout,
-    space: str,
-    log_floor: float,
+    settings,
 ) -> list[tuple[Tensor, Tensor]]:
     """(mean, log sd) of what a (2, D) posterior is a diagonal Gaussian over.
 
     factor: one pair of (D,), the entries of A and B; row 1 is their log sd.
     product: a pair of (d_out, d_in) per module, the entries of dW. Row 1 holds a second pair of
-        factors, sd = |(alpha/r) B A| + e^log_floor: ABMLL's structured spread. The absolute value
+        factors, sd = |(alpha/r) B A| + e^init_log_sd: ABMLL's structured spread. The absolute value
         keeps it positive.
+
+    Args: settings: the section of ABMLL, here and below.
     """
-    if space == "factor":
+    if settings.space == "factor":
         return [(posterior[0], posterior[1])]
     mean = lora.unflatten_adapter(posterior[0], layout)
     spread = lora.unflatten_adapter(posterior[1], layout)
@@ -364,7 +347,7 @@ def posterior_moments(
     for a, _, b, _ in layout.keys():
         update = layout.scale * mean[b] @ mean[a]
         sd = (layout.scale * spread[b] @ spread[a]).abs()
-        log_sd = (sd + math.exp(log_floor)).log()
+        log_sd = (sd + math.exp(settings.init_log_sd)).log()
         moments.append((update, log_sd))
     return moments
 
@@ -372,8 +355,7 @@ def posterior_moments(
 def draw_adapter(
     posterior: Tensor,
     layout: Layout,
-    space: str,
-    log_floor: float,
+    settings,
     rng: torch.Generator,
 ) -> Adapter:
     """One reparameterised draw: gradients flow through it to the posterior.
@@ -381,28 +363,25 @@ def draw_adapter(
     In product space it is of full rank: the mean's A and B, and noise as a dense update.
     """
 
-    def noise(log_sd: Tensor) -> Tensor:
+    def noise(log_sd):
         # drawn where the generator lives: `evaluate` draws on the CPU, alike on every machine
         unit = torch.randn(log_sd.shape, generator=rng, device=rng.device)
         return log_sd.exp() * unit.to(log_sd.device)
 
-    moments = posterior_moments(posterior, layout, space, log_floor)
-    if space == "factor":
+    moments = posterior_moments(posterior, layout, settings)
+    if settings.space == "factor":
         mean, log_sd = moments[0]
         return lora.unflatten_adapter(mean + noise(log_sd), layout)
     adapter = lora.unflatten_adapter(posterior[0], layout)
-    for module, (_, log_sd) in zip(layout.modules, moments, strict=True):
-        path = module[0]
+    for (path, *_), (_, log_sd) in zip(layout.modules, moments, strict=True):
         adapter[lora.dense_key(path)] = noise(log_sd)
     return adapter
 
 
-def split_posterior(posterior: Tensor, layout: Layout) -> tuple[Adapter, Adapter]:
+def split_posterior(posterior: Tensor, layout: Layout) -> list[Adapter]:
     """The two rows of a (2, D) posterior in the shape of adapters, for a folder."""
     rows = posterior.detach().cpu()
-    mean = lora.unflatten_adapter(rows[0], layout)
-    spread = lora.unflatten_adapter(rows[1], layout)
-    return mean, spread
+    return [lora.unflatten_adapter(row, layout) for row in rows]
 
 
 def load_posterior(folder: Path, layout: Layout) -> Tensor:
@@ -434,33 +413,19 @@ def negative_log_prior(mean: Tensor, log_sd: Tensor) -> Tensor:
     return 0.5 * (mean**2).sum() + 0.01 * precision.sum()
 
 
-def posterior_kl(
-    lm: LM,
-    phi: Tensor,
-    prior: Tensor,
-    settings,
-) -> Tensor:
-    """KL between two (2, D) posteriors, over the entries that their space is about."""
-    space = (lm.layout, settings.space, settings.init_log_sd)
-    here = posterior_moments(phi, *space)
-    there = posterior_moments(prior, *space)
+def _objective(lm, phi, prior, rows, settings, rng):
+    """E[NLL] + beta KL(phi || prior) of rows, and the NLL alone: the loss at one draw from phi."""
+    adapter = draw_adapter(phi, lm.layout, settings, rng)
+    lora.swap_adapter(lm.model, lm.layout, adapter)
+    nll = scoring.lm_loss(lm, rows)
+
+    # over the entries that the space is about
+    here = posterior_moments(phi, lm.layout, settings)
+    there = posterior_moments(prior, lm.layout, settings)
     kl = 0
     for q, p in zip(here, there, strict=True):
         kl = kl + gaussian_kl(*q, *p)
-    return kl
-
-
-def expected_nll(
-    lm: LM,
-    phi: Tensor,
-    rows: list[Row],
-    settings,
-    rng: torch.Generator,
-) -> Tensor:
-    """The loss at one draw from phi: a Monte-Carlo estimate of its mean."""
-    adapter = draw_adapter(phi, lm.layout, settings.space, settings.init_log_sd, rng)
-    lora.swap_adapter(lm.model, lm.layout, adapter)
-    return scoring.lm_loss(lm, rows)
+    return nll + settings.beta * kl, nll
 
 
 def infer_posterior(
@@ -475,8 +440,7 @@ def infer_posterior(
     for rows in batches:
         # first order: where phi came from is forgotten
         phi = phi.detach().requires_grad_()
-        nll = expected_nll(lm, phi, rows, settings, rng)
-        loss = nll + settings.beta * posterior_kl(lm, phi, prior, settings)
+        loss, _ = _objective(lm, phi, prior, rows, settings, rng)
         (grad,) = torch.autograd.grad(loss, phi)
         phi = phi - settings.inner_lr * _clip(grad)
     return phi.detach()
@@ -506,16 +470,14 @@ def initial_posterior(lm: LM, settings, seed: int) -> Tensor:
     return torch.stack([mean, lora.flatten_adapter(spread, layout)])
 
 
-def _train_abmll(run: Run, draws: Draws) -> Trained:
+def _train_abmll(run, draws):
     """Amortised Bayesian meta-learning: theta is the prior of every task's posterior.
 
     Both are diagonal Gaussians over the entries of A and B, or of dW (`space`). First order: no
     gradient flows through the inference of a posterior.
     """
     settings = run.cfg.baselines.abmll
-    beta = settings.beta
     lm = draws.lm
-    space = (lm.layout, settings.space, settings.init_log_sd)
     seed = runtime.seed_for(run.cfg.seed, "abmll", *draws.tasks)
     rng = torch.Generator(run.device).manual_seed(seed)
     theta = initial_posterior(lm, settings, run.cfg.seed)
@@ -534,42 +496,39 @@ def _train_abmll(run: Run, draws: Draws) -> Trained:
             # what the posterior is worth on other rows of the task
             phi.requires_grad_()
             prior = theta.detach().clone().requires_grad_()
-            nll = expected_nll(lm, phi, query, settings, rng)
-            loss = nll + beta * posterior_kl(lm, phi, prior, settings)
-            for moments in posterior_moments(prior, *space):
-                loss = loss + beta * negative_log_prior(*moments)
+            loss, nll = _objective(lm, phi, prior, query, settings, rng)
+            for moments in posterior_moments(prior, lm.layout, settings):
+                loss = loss + settings.beta * negative_log_prior(*moments)
 
             # phi began at theta, so first order its gradient is theta's too
             grads = torch.autograd.grad(loss, (phi, prior))
             total += sum(grads)
             value += nll.detach()
-        value = float(value)  # the step's one wait for the device
-        if not math.isfinite(value) or not torch.isfinite(total).all():
+        if not math.isfinite(value + total.norm()):
             diverged_at = step
             break
 
         # outer step: the mean gradient over the tasks, clipped as everywhere
         theta.grad = _clip(total / settings.tasks_per_step)
         optimizer.step()
-        losses.append(value / settings.tasks_per_step)
+        losses.append(float(value) / settings.tasks_per_step)
     lora.clear_adapters(lm.model)
-    start, spread = split_posterior(theta, lm.layout)
-    return Trained(start, losses, diverged_at, spread)
+    return *split_posterior(theta, lm.layout), losses, diverged_at
 
 
-def start_folder(run: Run, method: str, task: Task) -> Path:
+def _start_folder(run, method, task):
     """Where a method's meta-trained start for a target lies: trained without the target."""
     left_out = data.left_out_for(run.cfg, task.name)
     return run.path / f"baselines/{method}/{left_out}"
 
 
-def _adapt_posterior(run: Run, task: Task) -> None:
+def _adapt_posterior(run, task):
     """ABMLL on a target: the K steps of its meta-training, on the support set."""
     began = time.monotonic()
     settings = run.cfg.baselines.abmll
     lm = scoring.load_lm(run)
     # the learnt theta is the target's prior
-    prior = load_posterior(start_folder(run, "abmll", task), lm.layout)
+    prior = load_posterior(_start_folder(run, "abmll", task), lm.layout)
     seed = runtime.seed_for(run.cfg.seed, "abmll", task.name)
     rng = torch.Generator(run.device).manual_seed(seed)
     rows = [scoring.make_row(lm, example) for example in task.support]
@@ -582,8 +541,11 @@ def _adapt_posterior(run: Run, task: Task) -> None:
     mean, spread = split_posterior(posterior, lm.layout)
     folder = run.path / f"adapted/abmll/{task.name}"
     runtime.save_tensors(folder / "spread.safetensors", spread)
-    facts = {"n_support": len(rows), "inner_steps": len(batches)}
-    policy.keep_adapted(run, "abmll", task, mean, facts, began, f"{len(batches)} steps")
+    facts = {
+        "n_support": len(rows),
+        "inner_steps": len(batches),
+    }
+    policy.keep_adapted(run, "abmll", task, mean, facts, began)
 
 
 def candidate_sft(
@@ -597,7 +559,7 @@ def candidate_sft(
     with `share` 0 from the plain initialisation.
     Raises: UserError: nothing was proposed yet.
     """
-    settings = [sft.model_dump() for sft in run.cfg.baselines.sft]
+    settings = [{"family": "SFT", **sft.model_dump()} for sft in run.cfg.baselines.sft]
     if not settings:
         source = f"adapted/degaml_plus/{task}"
         if not run.finished(source, "adapt", "degaml_plus", redo=False):
@@ -605,21 +567,19 @@ def candidate_sft(
                 f"{run.path / source}: not adapted yet, and the SFT settings of the baselines are "
                 "those proposed there; run stage=adapt first, or give baselines.sft"
             )
-        for episode in runtime.read_jsonl(run.path / source / "episodes.jsonl"):
-            fields = episode["strategy"]
-            if fields.get("family") == "SFT":
-                settings.append(fields)
+        episodes = runtime.read_jsonl(run.path / source / "episodes.jsonl")
+        settings = [episode["strategy"] for episode in episodes]
 
     found = []
     for fields in settings:
-        fields = {"family": "SFT", **fields, "init_scale": share}
-        found.append(Strategy.from_dict(fields))
+        if fields.get("family") == "SFT":
+            found.append(Strategy.from_dict({**fields, "init_scale": share}))
     # proposals that differed in their start alone are one setting here
     distinct = dict.fromkeys(found)
     return sorted(distinct, key=policy.training_length, reverse=True)
 
 
-def _adapt_start(run: Run, method: str, task: Task) -> None:
+def _adapt_start(run, method, task):
     """SFT from a baseline's start, its setting chosen by cross-validation on the support set."""
     cfg = run.cfg
     began = time.monotonic()
@@ -631,7 +591,7 @@ def _adapt_start(run: Run, method: str, task: Task) -> None:
         name = f"{task.name}.no_meta"
     else:
         share = 1.0
-        start = lora.load_adapter(start_folder(run, method, task), lm.layout)
+        start = lora.load_adapter(_start_folder(run, method, task), lm.layout)
         # the folder of the rewards knows nothing of cfg.baselines; the file's name must
         name = f"{task.name}.{method}-{lora.adapter_hash(start)[:8]}"
     target = Target(task.name, lm, start, cfg.strategies, cfg.seed)
@@ -650,16 +610,13 @@ def _adapt_start(run: Run, method: str, task: Task) -> None:
     refined = strategies.execute_finite(target, strategy, support)
     facts = {
         "strategy": strategy.as_dict(),
-        "wins": result["wins"],
-        "losses": result["losses"],
         "n_support": len(support),
-        "gold_logp_gain": result["gold_logp_gain"],
+        **result,
     }
-    said = f"{strategy} (+{result['wins']} -{result['losses']} of {len(support)})"
-    policy.keep_adapted(run, method, task, refined.adapters[0], facts, began, said)
+    policy.keep_adapted(run, method, task, refined.adapters[0], facts, began)
 
 
-def _adapt_matched(run: Run, task: Task) -> None:
+def _adapt_matched(run, task):
     """MAML's start, moved as far as the generated adapter lies from the mean adapter.
 
     Ten steps at 1e-5 leave every task's adapter where the start was. This separates what coupled
@@ -676,7 +633,7 @@ def _adapt_matched(run: Run, task: Task) -> None:
     mean = collect.mean_adapter(run, lm, task.name)
     goal = _distance(generated, mean, lm.layout)
 
-    start = lora.load_adapter(start_folder(run, "maml", task), lm.layout)
+    start = lora.load_adapter(_start_folder(run, "maml", task), lm.layout)
     target = Target(task.name, lm, start, cfg.strategies, cfg.seed)
     candidates = candidate_sft(run, task.name)
     if not candidates:
@@ -701,10 +658,9 @@ def _adapt_matched(run: Run, task: Task) -> None:
         "update_norm": moved,
         "matched_to": goal,
     }
-    said = f"moved {moved:.3g}, generated adapter {goal:.3g} from the mean"
-    policy.keep_adapted(run, "maml_matched", task, refined.adapters[0], facts, began, said)
+    policy.keep_adapted(run, "maml_matched", task, refined.adapters[0], facts, began)
 
 
-def _distance(a, b, layout: Layout) -> float:
+def _distance(a, b, layout):
     difference = lora.flatten_adapter(a, layout) - lora.flatten_adapter(b, layout)
     return float(difference.norm())

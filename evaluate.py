@@ -170,10 +170,7 @@ def _posterior_draws(run, folder):
     rng = torch.Generator().manual_seed(seed)
     adapters = []
     for _ in range(settings.test_samples):
-        adapter = baselines.draw_adapter(
-            posterior, layout, settings.space, settings.init_log_sd, rng
-        )
-        adapters.append(adapter)
+        adapters.append(baselines.draw_adapter(posterior, layout, settings, rng))
     return Refined(adapters, "mean_probability")
 
 

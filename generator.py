@@ -749,10 +749,3 @@ def generate_adapter(
         out = generator.decoder(condition.float().to(run.device))
     tokens = generator.code.decode(out[0].float().cpu())
     return from_tokens(tokens, generator.code.layout), index
-
-
-def save_generated(folder: Path, adapter: Adapter, run: Run) -> None:
-    """A generated adapter as a PEFT folder."""
-    layout = scoring.load_lm(run).layout
-    model = run.cfg.model
-    lora.save_adapter(folder, adapter, layout, model.name, model.revision)

@@ -348,10 +348,11 @@ def rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> floa
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def save_adapter(
-    folder: Path, adapter: Adapter, layout: Layout, base_name: str, revision: str = "main"
-) -> None:
-    """A PEFT folder: adapter_model.safetensors and adapter_config.json."""
+def save_adapter(folder: Path, adapter: Adapter, layout: Layout, model_config) -> None:
+    """A PEFT folder: adapter_model.safetensors and adapter_config.json.
+
+    Args: model_config: the section `model` of the configuration, which names the base model.
+    """
     from peft import LoraConfig  # slow to import
 
     runtime.save_tensors(folder / "adapter_model.safetensors", adapter, {"format": "pt"})
@@ -359,8 +360,8 @@ def save_adapter(
     modules = sorted({_last_name(path) for path, *_ in layout.modules})
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
-        revision=revision,
+        base_model_name_or_path=model_config.name,
+        revision=model_config.revision,
         r=layout.rank,
         lora_alpha=layout.alpha,
         target_modules=modules,

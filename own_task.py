@@ -186,7 +186,7 @@ def _save_adapters(cfg, folder, refined, lm):
     if len(adapters) > 1:
         places |= zip(_places(folder, len(adapters)), adapters, strict=True)
     for place, adapter in places.items():
-        lora.save_adapter(place, adapter, lm.layout, cfg.model.name, cfg.model.revision)
+        lora.save_adapter(place, adapter, lm.layout, cfg.model)
     if refined.router is not None:
         embeddings = {str(i): batch for i, batch in enumerate(refined.router.batches)}
         runtime.save_tensors(folder / "routing.safetensors", embeddings)

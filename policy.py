@@ -183,7 +183,7 @@ def _grammar_tokenizer(tokenizer, vocabulary):
     return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary)
 
 
-def _sample(logits, legal, policy_config, rng) -> list[int]:
+def _sample(logits, legal, policy_config, rng):
     """One token per sample, among the legal ones, by temperature, top-k and top-p (TEMPO, G.5).
 
     Args:
@@ -219,9 +219,8 @@ def plan_families(
     plan = []
     for family in families:
         plan += [[family]] * minimum
-    # with few samples the first families go first
-    plan = plan[:count]
-    return plan + [families] * (count - len(plan))
+    plan += [families] * count
+    return plan[:count]  # with few samples the first families go first
 
 
 def make_target(
@@ -303,7 +302,7 @@ class Rewards:
 
         # files keep what was measured; wins and losses depend on the start and are counted here
         row = rows[str(strategy)]
-        cost = {k: v for k, v in row.items() if k not in ("strategy", "correct", "gold_logp")}
+        cost = {key: row.get(key, 0) for key in ("seconds", "forwards", "backwards")}
         return scoring.compare(row, self.reference) | cost
 
     def of_all(
@@ -330,6 +329,8 @@ class Rewards:
         began = time.monotonic()
         forwards = lm.forwards
         backwards = lm.backwards
+        metric = self.run.cfg.evaluate.metric
+        judged = {}
         try:
             if strategy.family == "SFT":
                 scores = self._cross_validate(strategy, at_steps)
@@ -338,23 +339,20 @@ class Rewards:
                 refined = strategies.execute(target, strategy)
                 found = strategies.score_refined(lm, refined, self.support, target.cache)
                 scores = {strategy: found}
+            for trained, found in scores.items():
+                judged[str(trained)] = scoring.judge(found, self.support, metric)
         except FloatingPointError:  # a training that diverged lost every example
-            lost = [0] * len(self.support)
-            unlikely = [-100.0] * len(self.support)
-            return {str(strategy): {"correct": lost, "gold_logp": unlikely, "diverged": True}}
+            size = len(self.support)
+            judged[str(strategy)] = {"correct": [0] * size, "gold_logp": [-100.0] * size}
 
         cost = {
             "seconds": round(time.monotonic() - began, 2),
             "forwards": lm.forwards - forwards,
             "backwards": lm.backwards - backwards,
         }
-        metric = self.run.cfg.evaluate.metric
-        results = {}
-        for trained, found in scores.items():
-            results[str(trained)] = scoring.judge(found, self.support, metric) | cost
-        return results
+        return {key: found | cost for key, found in judged.items()}
 
-    def _cross_validate(self, strategy: Strategy, at_steps) -> dict:
+    def _cross_validate(self, strategy, at_steps):
         """{Strategy: scores} by length. Nothing is scored by an adapter that was fitted on it.
 
         One trajectory per fold yields every number of steps in `at_steps` up to the strategy's own.
@@ -397,15 +395,15 @@ def reward_of(result: dict, policy_config) -> int:
 
 
 def choose(results: dict[Strategy, dict], policy_config) -> tuple[Strategy, dict]:
-    """The final choice, and its result. The generated adapter is kept unless a strategy passes.
+    """The final choice, and its {wins, losses, gold_logp_gain}.
 
-    To pass it must win at least `select_margin` (SFT: `sft_margin`) more examples than it loses,
-    and raise the mean gold log-probability. On 20 examples chance alone gives either too easily.
+    The generated adapter is kept unless a strategy passes. To pass it must win at least
+    `select_margin` (SFT: `sft_margin`) more examples than it loses, and raise the mean gold
+    log-probability. On 20 examples chance alone gives either too easily.
     Of those that pass: most net wins (`select_by: wins`), or the highest mean gold log-probability
     (`gold_logp`, which says more per example than right or wrong does); ties by the other.
     """
-    best = strategies.KEEP
-    best_rank = None
+    ranks = {}
     for strategy, result in results.items():
         net = result["wins"] - result["losses"]
         gain = result["gold_logp_gain"]
@@ -413,14 +411,15 @@ def choose(results: dict[Strategy, dict], policy_config) -> tuple[Strategy, dict
         margin = policy_config.select_margin
         if strategy.family == "SFT":
             margin = policy_config.sft_margin
-        if net < margin or gain <= 0:
-            continue
-        # the first of equals stays
-        rank = (net, gain) if policy_config.select_by == "wins" else (gain, net)
-        if best_rank is None or rank > best_rank:
-            best = strategy
-            best_rank = rank
-    return best, results.get(best, NO_GAIN)
+        if net >= margin and gain > 0:
+            ranks[strategy] = (net, gain)
+            if policy_config.select_by == "gold_logp":
+                ranks[strategy] = (gain, net)
+
+    # the first of equals
+    best = max(ranks, key=ranks.get, default=strategies.KEEP)
+    result = results.get(best, NO_GAIN)
+    return best, {key: result[key] for key in NO_GAIN}
 
 
 def with_plain_twins(proposed: list[Strategy]) -> list[Strategy]:
@@ -445,11 +444,17 @@ def policy_layout(run: Run) -> Layout:
 def train_policy(
     run: Run,
     samples: dict[str, list[str]],
-    seed: int,
+    name: str,
+    method: str,
+    iteration: int,
 ) -> Adapter | None:
     """One Improve step of ReST-EM: a fresh adapter, trained on the rewarded proposals.
 
-    Args: samples: the proposals of each prompt. Returns: None if there are none.
+    Args:
+        samples: the proposals of each prompt.
+        name: the task, or the left-out set, whose policy this is.
+    Returns: None if there is no proposal.
+    Raises: UserError: a loss that is not finite.
     Source: TEMPO, G.5. It restarts from the base, and its loss is on the proposals only.
     """
     if not any(samples.values()):
@@ -457,6 +462,7 @@ def train_policy(
     lm = scoring.load_lm(run)
     layout = policy_layout(run)
     policy_config = run.cfg.policy
+    seed = runtime.seed_for(run.cfg.seed, data.seed_name(name), method, iteration)
     rows = _improve_rows(lm, samples, policy_config, runtime.rng_for(seed, "policy"))
     # a fresh adapter, not the last policy: errors of one iteration do not add up
     fresh = lora.init_adapter(layout, runtime.seed_for(seed, "policy"))
@@ -469,12 +475,15 @@ def train_policy(
             per_token = log_p / torch.tensor(lengths, device=log_p.device)
             loss = trainer.backward(-per_token.mean())
             if not math.isfinite(loss):
-                raise FloatingPointError(f"policy, step {step + 1}")
+                raise UserError(
+                    f"policy {name}/{method}: the loss is not finite at step {step + 1} of "
+                    f"iteration {iteration + 1}; lower policy.lr"
+                )
             trainer.step(lora.rate(step, len(rows), policy_config.lr, 0, "cosine"))
     return trainer.adapter()
 
 
-def _improve_rows(lm, samples, policy_config, rng) -> list[Row]:
+def _improve_rows(lm, samples, policy_config, rng):
     """One row per update: a prompt with up to `batch_size` of its proposals as branches.
 
     So the prompt, far longer than a proposal, is computed once per update.
@@ -522,12 +531,7 @@ class Case:
     prompt: str
 
 
-def open_case(
-    run: Run,
-    task: Task,
-    method: str,
-    left_out: str | None = None,
-) -> Case:
+def _open_case(run, task, method, left_out=None):
     """Draw the starting adapter, score it on the support set, and write the prompt.
 
     Args: left_out: whose generator draws it, where that is not the task's own.
@@ -557,9 +561,7 @@ def open_case(
     return Case(task, rewards, families, prompt)
 
 
-def run_episodes(
-    run: Run, case: Case, policy_adapter: Adapter | None, iteration: int, label: str
-) -> list[dict]:
+def _run_episodes(run, case, policy_adapter, iteration, label):
     """One round: sample proposals, carry each out, reward it. One record per proposal.
 
     Args: label: names the search, in seeds and in the log.
@@ -583,16 +585,16 @@ def run_episodes(
     valid = [strategy for strategy in proposed if strategy is not None]
     results = case.rewards.of_all(valid, f"{label} {name} iteration {iteration + 1}")
 
-    # reward
+    # reward: what is no strategy earns nothing
     episodes = []
     for index, strategy in enumerate(proposed):
-        episode = {"iteration": iteration, "index": index, "text": texts[index]}
-        if strategy is None:  # what is no strategy earns nothing
-            episode |= {"strategy": {}, "valid": False, "reward": 0, **NO_GAIN}
-        else:
+        valid = strategy is not None
+        episode = {"iteration": iteration, "index": index, "text": texts[index], "valid": valid}
+        episode |= {"strategy": {}, "reward": 0, **NO_GAIN}
+        if valid:
             result = results[strategy]
-            episode |= {"strategy": strategy.as_dict(), "valid": True}
-            episode |= {"reward": reward_of(result, cfg.policy), **result}
+            episode |= {"strategy": strategy.as_dict(), **result}
+            episode["reward"] = reward_of(result, cfg.policy)
             episode["cached"] = strategy in proposed[:index]
         episodes.append(episode)
 
@@ -606,7 +608,7 @@ def run_episodes(
     return episodes
 
 
-def _parse(text, bounds, families) -> Strategy | None:
+def _parse(text, bounds, families):
     """None: a grammar promises neither a value in bounds nor an end before max_new_tokens."""
     try:
         return strategies.parse_strategy(text, bounds, families)
@@ -614,7 +616,7 @@ def _parse(text, bounds, families) -> Strategy | None:
         return None
 
 
-def _round_schemas(cfg, families, explore) -> list[dict]:
+def _round_schemas(cfg, families, explore):
     """The grammar of each sample of a round."""
     settings = cfg.policy
     schemas = []
@@ -627,7 +629,7 @@ def _round_schemas(cfg, families, explore) -> list[dict]:
     return schemas
 
 
-def proposing_methods(cfg) -> list[str]:
+def _proposing(cfg):
     """The configured methods that have a policy."""
     return [method for method in methods.PROPOSING if method in cfg.evaluate.methods]
 
@@ -642,56 +644,75 @@ def train_policies(run: Run) -> dict:
     # targets out of domain share one left-out set, and so one policy
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     left_out_sets = sorted({data.left_out_for(cfg, target) for target in targets})
-    units = list(itertools.product(left_out_sets, proposing_methods(cfg)))
+    units = list(itertools.product(left_out_sets, _proposing(cfg)))
     for left_out, method in run.deal(units):
         if not run.finished(f"policy/{left_out}/{method}", "policy", method):
             _meta_train(run, left_out, method)
     return {}
 
 
-def _meta_train(run: Run, left_out: str, method: str) -> None:
+def _meta_train(run, left_out, method):
     """DeGAML, Algorithm 2, lines 6-17.
 
     Rewards come from the training tasks' support sets. Gradients reach the policy alone.
     """
-    cfg = run.cfg
     began = time.monotonic()
     unit = f"policy/{left_out}/{method}"
 
     # the left-out task is none of the cases, and the generator that draws for them never saw it
     tasks = data.load_tasks(run)
     cases = []
-    for name in data.training_tasks(cfg, left_out):
-        cases.append(open_case(run, tasks[name], method, left_out))
-
-    seed_name = data.seed_name(left_out)
-    label = f"{method}-without-{seed_name}"
-    policy_adapter = None  # the base model
-    episodes = []
-    for iteration in range(cfg.policy.iterations):
-        # every task's proposals come from the same policy
-        samples = {}
-        for case in cases:
-            new = run_episodes(run, case, policy_adapter, iteration, label)
-            episodes += [{"task": case.task.name, **episode} for episode in new]
-            samples[case.prompt] = rewarded(new)
-
-        # with nothing rewarded there is nothing to learn, and the policy stays
-        seed = runtime.seed_for(cfg.seed, seed_name, method, iteration)
-        policy_adapter = train_policy(run, samples, seed) or policy_adapter
+    for name in data.training_tasks(run.cfg, left_out):
+        cases.append(_open_case(run, tasks[name], method, left_out))
+    label = f"{method}-without-{data.seed_name(left_out)}"
+    episodes, policy_adapter = _improve(run, cases, left_out, method, label)
 
     # the base model as policy is an adapter with B = 0
     layout = policy_layout(run)
     kept = policy_adapter or lora.init_adapter(layout, 0)
-    folder = run.path / unit
-    lora.save_adapter(folder, kept, layout, cfg.model.name, cfg.model.revision)
-    runtime.write_jsonl(folder / "episodes.jsonl", episodes)
+    lora.save_adapter(run.path / unit, kept, layout, run.cfg.model)
+    runtime.write_jsonl(run.path / unit / "episodes.jsonl", episodes)
     run.finish(unit, "policy", began, method)
 
 
-def support_length(task: Task) -> int:
-    """What a target costs, in characters: ranks take the longest first."""
-    return sum(len(example.prompt) for example in task.support)
+def _improve(run, cases, name, method, label):
+    """ReST-EM: every iteration proposes for all cases, and trains on what was rewarded.
+
+    Args: name, method, label: see `train_policy` and `_run_episodes`.
+    Returns: the episodes, and the policy's adapter; None is the base model.
+    """
+    settings = run.cfg.policy
+    policy_adapter = None
+    episodes = []
+    for iteration in range(settings.iterations):
+        # every task's proposals come from the same policy
+        samples = {}
+        for case in cases:
+            new = _run_episodes(run, case, policy_adapter, iteration, label)
+            samples[case.prompt] = rewarded(new)
+            # a policy that several tasks share keeps its episodes in one file
+            if settings.mode == "meta":
+                new = [{"task": case.task.name, **episode} for episode in new]
+            episodes += new
+
+        # per task, nobody would sample from a policy that the last iteration trained
+        if settings.mode == "per_task" and iteration + 1 == settings.iterations:
+            break
+        # with nothing rewarded there is nothing to learn, and the policy stays
+        trained = train_policy(run, samples, name, method, iteration)
+        policy_adapter = trained or policy_adapter
+    return episodes, policy_adapter
+
+
+def targets_by_cost(run: Run) -> list[Task]:
+    """The targets of the run, the longest support set first, as ranks take them."""
+
+    def length(task):
+        return sum(len(example.prompt) for example in task.support)
+
+    tasks = data.load_tasks(run)
+    wanted = [tasks[name] for name in run.cfg.data.targets or tasks]
+    return sorted(wanted, key=length, reverse=True)
 
 
 def adapt_targets(run: Run) -> dict:
@@ -701,42 +722,37 @@ def adapt_targets(run: Run) -> dict:
     """
     cfg = run.cfg
     strategies.check_grid(cfg.strategies)
-    tasks = data.load_tasks(run)
-    wanted = [tasks[name] for name in cfg.data.targets or tasks]
+    wanted = targets_by_cost(run)
     unrefined = ["generator"]
     if "aligned" in cfg.evaluate.methods:
         unrefined.append("aligned")
     # a task stays on one rank: its methods share what strategies earned
-    for task in run.deal(sorted(wanted, key=support_length, reverse=True)):
-        for method in [*proposing_methods(cfg), *unrefined]:
-            if run.finished(f"adapted/{method}/{task.name}", "adapt", method):
+    for task in run.deal(wanted):
+        for method in [*_proposing(cfg), *unrefined]:
+            unit = f"adapted/{method}/{task.name}"
+            if run.finished(unit, "adapt", method):
                 continue
-            if method in unrefined:
-                _keep_unrefined(run, task, method)
-            else:
+            if method not in unrefined:
                 _adapt_one(run, task, method)
+                continue
+            began = time.monotonic()
+            target = make_target(run, task, aligned=method in methods.ALIGNED)
+            lora.save_adapter(run.path / unit, target.start, target.lm.layout, cfg.model)
+            run.finish(unit, "adapt", began, method)
     # for the report: which examples the numbers are about
     if run.rank == 0:
         data.keep_example_ids(run, wanted)
     return {}
 
 
-def _keep_unrefined(run: Run, task: Task, method: str) -> None:
-    began = time.monotonic()
-    unit = f"adapted/{method}/{task.name}"
-    target = make_target(run, task, aligned=method in methods.ALIGNED)
-    generator.save_generated(run.path / unit, target.start, run)
-    run.finish(unit, "adapt", began, method)
-
-
-def _adapt_one(run: Run, task: Task, method: str) -> None:
+def _adapt_one(run, task, method):
     """Search for a strategy on one target, choose one, and carry it out.
 
     Raises: UserError: no options to compare, a policy that is missing, or a training that diverged.
     """
     cfg = run.cfg
     began = time.monotonic()
-    case = open_case(run, task, method)
+    case = _open_case(run, task, method)
     episodes = _search(run, case, method)
 
     # the choice is among everything that was tried, and the plain twins
@@ -754,16 +770,13 @@ def _adapt_one(run: Run, task: Task, method: str) -> None:
     runtime.write_text(folder / "prompt.txt", case.prompt)
     facts = {
         "strategy": strategy.as_dict(),
-        "wins": result["wins"],
-        "losses": result["losses"],
-        "gold_logp_gain": result["gold_logp_gain"],
+        **result,
         "n_support": len(support),
         "notes": refined.notes,
         "support_accuracy_generated": sum(case.rewards.reference["correct"]) / len(support),
     }
     # of an ensemble only the first adapter is kept: `evaluate` draws the others again
-    said = f"{strategy} (+{result['wins']} -{result['losses']} of {len(support)})"
-    keep_adapted(run, method, task, refined.adapters[0], facts, began, said)
+    keep_adapted(run, method, task, refined.adapters[0], facts, began)
 
 
 def keep_adapted(
@@ -773,44 +786,29 @@ def keep_adapted(
     adapter: Adapter,
     facts: dict,
     began: float,
-    said: str,
 ) -> None:
     """Write adapted/<method>/<task>: a PEFT folder, strategy.json, and the record of the unit."""
     unit = f"adapted/{method}/{task.name}"
-    generator.save_generated(run.path / unit, adapter, run)
+    lora.save_adapter(run.path / unit, adapter, scoring.load_lm(run).layout, run.cfg.model)
     runtime.write_json(run.path / unit / "strategy.json", facts)
     run.finish(unit, "adapt", began, method)
-    seconds = time.monotonic() - began
-    run.log(f"{method} {task.name}: {said} in {seconds:.0f} s", True)
+    run.log(f"{method} {task.name}: {json.dumps(facts)}", True)
 
 
-def _search(run: Run, case: Case, method: str) -> list[dict]:
+def _search(run, case, method):
     """The episodes of one target.
 
     A meta-trained policy proposes once. Else ReST-EM trains one for this task alone, on the
     proposals that its own support set rewards.
     """
-    cfg = run.cfg
     name = case.task.name
-    policy_adapter = None  # the base model
-    iterations = cfg.policy.iterations
-    if cfg.policy.mode == "meta":
-        ready = f"policy/{data.left_out_for(cfg, name)}/{method}"
-        if not run.finished(ready, "policy", method, redo=False):
-            raise UserError(f"{run.path / ready}: not trained yet; run stage=policy")
-        policy_adapter = lora.load_adapter(run.path / ready, policy_layout(run))
-        iterations = 1  # nothing is learnt from the target
-
-    episodes = []
-    for iteration in range(iterations):
-        new = run_episodes(run, case, policy_adapter, iteration, method)
-        episodes += new
-        # after the last iteration nobody would sample from another policy
-        if iteration + 1 < iterations:
-            samples = {case.prompt: rewarded(new)}
-            seed = runtime.seed_for(cfg.seed, name, method, iteration)
-            policy_adapter = train_policy(run, samples, seed) or policy_adapter
-    return episodes
+    if run.cfg.policy.mode == "per_task":
+        return _improve(run, [case], name, method, method)[0]
+    ready = f"policy/{data.left_out_for(run.cfg, name)}/{method}"
+    if not run.finished(ready, "policy", method, redo=False):
+        raise UserError(f"{run.path / ready}: not trained yet; run stage=policy")
+    policy_adapter = lora.load_adapter(run.path / ready, policy_layout(run))
+    return _run_episodes(run, case, policy_adapter, 0, method)
 
 
 def write_contexts(run: Run) -> dict:
@@ -820,7 +818,6 @@ def write_contexts(run: Run) -> dict:
     policy.contexts=<that file>.
     """
     lm = scoring.load_lm(run)
-    tokenizer = lm.tokenizer
     found = {}
     for name, task in data.load_tasks(run).items():
         found[name] = task.context
@@ -832,20 +829,12 @@ def write_contexts(run: Run) -> dict:
             answer = example.options[example.gold] if example.options else example.answer
             shown.append(f"{example.text} {answer}")
         prompt = scoring.chat_prompt(
-            tokenizer,
+            lm.tokenizer,
             "You describe benchmark tasks in plain, neutral English.",
             "Examples of a task:\n\n" + "\n\n".join(shown) + "\n\nIn one paragraph, say what the "
             "task asks and which skills it tests. Do not quote the examples.",
         )
-        ids = torch.tensor([scoring.encode(lm, prompt)], device=lm.model.device)
-        output = lm.model.generate(
-            ids,
-            max_new_tokens=120,
-            do_sample=False,
-            repetition_penalty=1.0,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        text = scoring.continue_prompts(lm, [scoring.encode(lm, prompt)], 120)[0]
         found[name] = " ".join(text.split())
         run.log(f"context of {name}: {found[name]}")
     path = run.path / "contexts.yaml"

@@ -682,7 +682,7 @@ def generate_answers(
         for batch in plan_batches(rows, 4 * lm.budget, most):
             lm.forwards += len(batch)
             prompts = [rows[i].context for i in batch]
-            written = _continue(lm, prompts, max_new_tokens)
+            written = continue_prompts(lm, prompts, max_new_tokens)
             for i, answer in zip(batch, written, strict=True):
                 answers[i] = answer
     finally:
@@ -690,7 +690,7 @@ def generate_answers(
     return answers
 
 
-def _continue(lm, prompts, max_new_tokens):
+def continue_prompts(lm, prompts, max_new_tokens) -> list[str]:
     """The greedy continuations of tokenised prompts."""
     pad = lm.tokenizer.pad_token_id
     if pad is None:

@@ -143,7 +143,7 @@ def test_the_stage_writes_what_it_says(tiny_args):
     torch.manual_seed(0)
     for task in ("delta", "epsilon"):
         adapter = nearby_adapter(layout)
-        lora.save_adapter(run.path / f"adapted/maml/{task}", adapter, layout, "x")
+        lora.save_adapter(run.path / f"adapted/maml/{task}", adapter, layout, run.cfg.model)
     analysis.analyze(run)
 
     folder = run.path / "analysis"

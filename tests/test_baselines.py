@@ -333,10 +333,11 @@ def test_product_space_is_a_gaussian_over_dw(tiny_args):
     run = make_run(tiny_args, space, "baselines.abmll.init_log_sd=-3")
     lm = scoring.load_lm(run)
     layout = lm.layout
-    posterior = baselines.initial_posterior(lm, run.cfg.baselines.abmll, 1)
+    settings = run.cfg.baselines.abmll
+    posterior = baselines.initial_posterior(lm, settings, 1)
     rng = torch.Generator().manual_seed(5)
     posterior += 0.05 * torch.randn(posterior.shape, generator=rng)
-    mean, log_sd = baselines.posterior_moments(posterior, layout, "product", -3)[0]
+    mean, log_sd = baselines.posterior_moments(posterior, layout, settings)[0]
     assert float(log_sd.min()) >= -3
     assert float(log_sd.max()) > -3 + 0.1
 
@@ -346,7 +347,7 @@ def test_product_space_is_a_gaussian_over_dw(tiny_args):
     a, _, b, _ = next(layout.keys())
     updates = []
     for _ in range(400):
-        drawn = baselines.draw_adapter(posterior, layout, "product", -3, rng)
+        drawn = baselines.draw_adapter(posterior, layout, settings, rng)
         dense = drawn[lora.dense_key(path)]
         updates.append(layout.scale * drawn[b] @ drawn[a] + dense)
     updates = torch.stack(updates)
@@ -420,7 +421,7 @@ def assert_predicted_by_mean_probability(run: Run) -> None:
     rng = torch.Generator().manual_seed(runtime.seed_for(run.cfg.seed, "posterior"))
     each = []
     for _ in range(5):
-        drawn = baselines.draw_adapter(posterior, lm.layout, "factor", -7.0, rng)
+        drawn = baselines.draw_adapter(posterior, lm.layout, run.cfg.baselines.abmll, rng)
         each.append(scoring.score_examples(lm, drawn, test))
     picks = []
     for i in range(len(test)):

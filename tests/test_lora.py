@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,11 +217,16 @@ def peft_model(folder):
         return PeftModel.from_pretrained(base, folder).eval()
 
 
+def model_config(name) -> SimpleNamespace:
+    """What a PEFT folder says of the section `model`."""
+    return SimpleNamespace(name=str(name), revision="main")
+
+
 @pytest.fixture
 def saved(tiny_lm, tiny_model_dir, tmp_path):
     """A random adapter, and the folder it is saved in."""
     adapter = random_adapter(tiny_lm.layout)
-    lora.save_adapter(tmp_path / "a", adapter, tiny_lm.layout, str(tiny_model_dir))
+    lora.save_adapter(tmp_path / "a", adapter, tiny_lm.layout, model_config(tiny_model_dir))
     return adapter, tmp_path / "a"
 
 
@@ -259,7 +265,7 @@ def test_peft_complains_about_a_missing_key(tiny_lm, tiny_model_dir, tmp_path):
     """The check above would notice: a key left out is a warning of PEFT's."""
     adapter = random_adapter(tiny_lm.layout)
     adapter.popitem()
-    lora.save_adapter(tmp_path / "a", adapter, tiny_lm.layout, str(tiny_model_dir))
+    lora.save_adapter(tmp_path / "a", adapter, tiny_lm.layout, model_config(tiny_model_dir))
     with pytest.raises(UserWarning, match="missing"):
         peft_model(tmp_path / "a")
 
@@ -278,7 +284,7 @@ def test_adapter_of_another_shape_is_refused(tiny_lm, tmp_path):
     part = Layout(layout.modules[:3], 4, 8, 16)
     scale = Layout(layout.modules, 4, 4, 16)
     for name, other in (("rank", rank), ("part", part), ("scale", scale)):
-        lora.save_adapter(tmp_path / name, random_adapter(other), other, "x")
+        lora.save_adapter(tmp_path / name, random_adapter(other), other, model_config("x"))
     (tmp_path / "none").mkdir()
     refused = [
         ("rank", layout, r"rank/adapter_model\.safetensors: .*lora_A.* is \(2, 64\), .*\(4, 64\)"),
