@@ -153,8 +153,9 @@ def _meta_train(run, method, left_out):
         labels=sum(len(split) for split in draws.tasks.values()),
         diverged_at=diverged_at,
     )
-    said = f"loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}"
-    if diverged_at is not None:
+    if diverged_at is None:
+        said = f"loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}"
+    else:
         said = f"diverged at step {diverged_at + 1}"
     run.log(f"{method} without {left_out}: {said}", True)
 

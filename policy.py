@@ -588,12 +588,11 @@ def _run_episodes(run, case, policy_adapter, iteration, label):
     # reward: what is no strategy earns nothing
     episodes = []
     for index, strategy in enumerate(proposed):
-        valid = strategy is not None
-        episode = {"iteration": iteration, "index": index, "text": texts[index], "valid": valid}
-        episode |= {"strategy": {}, "reward": 0, **NO_GAIN}
-        if valid:
+        episode = {"iteration": iteration, "index": index, "text": texts[index]}
+        episode |= {"strategy": {}, "valid": False, "reward": 0, **NO_GAIN}
+        if strategy in results:
             result = results[strategy]
-            episode |= {"strategy": strategy.as_dict(), **result}
+            episode |= {"strategy": strategy.as_dict(), "valid": True, **result}
             episode["reward"] = reward_of(result, cfg.policy)
             episode["cached"] = strategy in proposed[:index]
         episodes.append(episode)
