@@ -319,7 +319,7 @@ def stage_ablation(run: Run) -> dict:
     """Experiment 4: average accuracies of base, S1, S1 + S2 and S1 + S2 + S3, as scored."""
     tasks = results.load_tasks(run.path)
     frame = results.load_frame(run.path, tasks)
-    averages = results.average_over_tasks(frame, tasks, run.cfg.evaluate.metric)
+    averages = results.summarise(frame, tasks, run.cfg.evaluate.metric)["averages"]
     found = {}
     for domain, by_method in averages.items():
         found[domain] = {}
@@ -425,9 +425,9 @@ def show(cell) -> str:
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
-    rule = ["---"] * frame.shape[1]
-    lines = [frame.columns, rule, *frame.map(show).values]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    """The report's table of a frame whose first column names the rows."""
+    texts = frame.map(show)
+    return report.markdown_table(report.make_table("", list(texts), texts.values).frame)
 
 
 def heatmap(frame, limit, size, title):

@@ -48,10 +48,10 @@ QUESTIONS = {
 
 # The sections of the report, each with what to know before reading it.
 HOW_TO_READ = {
-    "Questions": "Differences are paired by example. A gain or a loss has at least two standard "
-    "errors; less is not established. About one comparison in twenty passes by chance.",
     "Results": "Accuracy in % ± standard error, by the primary metric. {stand_ins}",
-    "Paired differences": "Percentage points ± standard error, mean over tasks.",
+    "Paired differences": "Percentage points ± standard error, paired by example, mean over tasks. "
+    "A gain or a loss has at least two standard errors; less is not established. About one "
+    "comparison in twenty passes by chance.",
     "Every metric": "Averages over tasks in %. ECE: expected calibration error, over 10 bins of "
     "the likeliest option's probability under a softmax over the options' summed log-likelihoods.",
     "Strategies": "Won and lost: support examples that the kept strategy turned right or wrong. "
@@ -61,6 +61,11 @@ HOW_TO_READ = {
     "Cost": "Core-seconds, summed over units and ranks. Meta-training counts every left-out set; "
     "methods with the same start share theirs. Labels: support examples seen per target.",
     "Data and provenance": "Numbers of examples per task, and how the run was made. {stand_ins}",
+}
+# Transductive use of the test inputs has to be visible to whoever reads the numbers.
+PROMPTS_FROM = {
+    "test": "the test split's unlabelled inputs (transductive, as in the papers)",
+    "train": "the train split (inductive)",
 }
 # The stages that log a training loss.
 LOSS_UNITS = {
@@ -178,15 +183,15 @@ def render(result: dict, folder: Path) -> dict[str, list]:
         name = f"seed {run['seed']}"
         tables.append(difference_table(run["contrasts"], result["metric"], name))
 
+    seconds = [[stage, f"{spent:,.1f}"] for stage, spent in result["seconds"].items()]
     sections = {
-        "Questions": [question_table(result)],
         "Results": [*accuracy_tables(result), draw_gains(result, folder)],
         "Paired differences": tables,
         "Every metric": [average_table(result)],
         "Strategies": [kept_table(result), draw_search(result, folder)],
         "Training": [draw_losses(result, folder)],
-        "Cost": [budget_table(result), time_table(result)],
-        "Data and provenance": [task_table(result), provenance_table(result)],
+        "Cost": [budget_table(result), make_table("By stage", ["Stage", "Seconds"], seconds)],
+        "Data and provenance": source_tables(result),
     }
     runtime.write_text(folder / "report.md", markdown_text(result, sections))
     return sections
@@ -200,18 +205,16 @@ def label(method: str) -> str:
 def task_label(result: dict, task: str) -> str:
     """The title where it is short enough, with † where other data stands in."""
     about = result["tasks"][task]
-    title = about.get("title") or task
     # A long title would push the other columns off the screen.
-    if len(title) > 16:
-        title = task
-    return f"{title}†" if about.get("stand_in_for") else title
+    title = about["title"] if len(about["title"]) <= 16 else task
+    return f"{title}†" if about["stand_in_for"] else title
 
 
 def stand_in_note(result: dict) -> str:
     """The footnote wherever tasks are named whose data stands in for another's."""
     parts = []
     for task, about in result["tasks"].items():
-        if about.get("stand_in_for"):
+        if about["stand_in_for"]:
             name = task_label(result, task).rstrip("†")
             parts.append(f"{name} is {about['source']}, standing in for {about['stand_in_for']}")
     return f"† {'; '.join(parts)}." if parts else ""
@@ -247,25 +250,23 @@ def percent(entry: dict | None, total: int, metric: str = "") -> str:
     """An accuracy in percent ± standard error, by the primary metric or by another (`_raw`)."""
     if entry is None or f"acc{metric}" not in entry:
         return NOT_RUN
-    text = f"{100 * entry[f'acc{metric}']:.1f} ± {error(entry[f'se{metric}'], 1)}"
+    text = f"{in_percent(entry[f'acc{metric}'], 1)} ± {in_percent(entry[f'se{metric}'], 1)}"
     # A method scored on a part of the examples or tasks must not pass for all of them.
     count = entry.get("n", entry.get("tasks"))
     return text if count == total else f"{text} [{count} of {total}]"
 
 
-def error(se: float | None, digits: int) -> str:
-    """A standard error in percent; a single example has none."""
-    return "n/a" if se is None else f"{100 * se:.{digits}f}"
-
-
-def points(entry: dict) -> str:
-    """A difference in percentage points ± standard error."""
-    return f"{100 * entry['diff']:+.2f} ± {error(entry['se'], 2)}"
+def in_percent(value: float | None, digits: int, sign: str = "") -> str:
+    """A fraction in percent. A single example has no standard error."""
+    return "n/a" if value is None else f"{100 * value:{sign}.{digits}f}"
 
 
 def difference(entry: dict | None) -> str:
-    """A difference and, in words, whether it is established."""
-    return NOT_RUN if entry is None else f"{points(entry)} ({verdict(entry)})"
+    """A difference in percentage points and, in words, whether it is established."""
+    if entry is None:
+        return NOT_RUN
+    points = in_percent(entry["diff"], 2, "+")
+    return f"{points} ± {in_percent(entry['se'], 2)} ({verdict(entry)})"
 
 
 def verdict(entry: dict) -> str:
@@ -275,7 +276,7 @@ def verdict(entry: dict) -> str:
     if se is None:
         return "no standard error"
     # Not one example differs: the same adapter was kept, say.
-    if diff == 0 and se == 0:
+    if diff == se == 0:
         return "no difference"
     if abs(diff) < 2 * se:
         return "not established, negative" if diff < 0 else "not established"
@@ -302,6 +303,14 @@ def findings(result: dict) -> list[str]:
         if ahead:
             lines.append(f"{name}, baselines ahead of DeGAML: {', '.join(ahead)}.")
 
+    # The other metrics, as a check, are among the paired differences.
+    shown, seeds = shown_seeds(result)
+    lines.append(f"Paired differences in points, {result['metric']}, {seeds}:")
+    for question, pair in QUESTIONS.items():
+        found = results.find_contrast(shown["contrasts"], pair, result["metric"]) or {}
+        answers = [f"{name} {difference(found.get(key))}" for key, name in DOMAINS.items()]
+        lines.append(f"{question} {', '.join(answers)}.")
+
     if stand_in_note(result):
         lines.append(f"Averages include stand-ins. {stand_in_note(result)}")
     # An average over fewer tasks is not the papers' average.
@@ -309,24 +318,6 @@ def findings(result: dict) -> list[str]:
     if left_out:
         lines.append(f"Tasks of the papers that this run leaves out: {', '.join(left_out)}.")
     return lines
-
-
-def question_table(result: dict) -> Table:
-    """The questions with their answers, and the same by another metric as a check."""
-    metric = result["metric"]
-    other = "raw" if metric == "norm" else "norm"
-    shown, seeds = shown_seeds(result)
-    rows = []
-    for question, pair in QUESTIONS.items():
-        row = [question]
-        for name in (metric, other):
-            found = results.find_contrast(shown["contrasts"], pair, name) or {}
-            row += [difference(found.get(domain)) for domain in DOMAINS]
-        rows.append(row)
-    header = ["Question"]
-    for name in (metric, other):
-        header += [f"{domain}, {name}" for domain in DOMAINS.values()]
-    return make_table(f"Answers in percentage points, {seeds}", header, rows)
 
 
 def make_table(title: str, header: list[str], rows: list[list]) -> Table:
@@ -351,19 +342,17 @@ def accuracy_tables(result: dict) -> list[Table]:
         # One row per method, its average last.
         rows = []
         for method in shown:
-            row = [label(method)]
-            for task in tasks:
-                row.append(percent(task["methods"].get(method), task["n_test"]))
-            row.append(percent(result["averages"][domain].get(method), len(names)))
-            rows.append(row)
+            cells = [percent(task["methods"].get(method), task["n_test"]) for task in tasks]
+            average = percent(result["averages"][domain].get(method), len(tasks))
+            rows.append([label(method), *cells, average])
         # An accuracy means something only beside what guessing gives.
         for guess, key in (("Chance", "chance"), ("Most frequent option", "majority")):
-            rates = [100 * task[key] for task in tasks]
+            rates = [task[key] for task in tasks]
             rates.append(sum(rates) / len(rates))
-            rows.append([guess, *(f"{rate:.1f}" for rate in rates)])
+            rows.append([guess, *(in_percent(rate, 1) for rate in rates)])
 
-        header = [f"{name} tasks", *(task_label(result, task) for task in names)]
-        header.append(f"Avg ({task_count(names)})")
+        labels = [task_label(result, task) for task in names]
+        header = [f"{name} tasks", *labels, f"Avg ({task_count(names)})"]
         table = make_table(f"{name} accuracy", header, rows)
         # The papers average six tasks, whatever this run has.
         if result["paper"] in PAPER:
@@ -395,19 +384,19 @@ def difference_table(contrasts: list[dict], metric: str, seeds: str) -> Table:
 
 def average_table(result: dict) -> Table:
     """Averages over tasks by every metric, and the calibration error."""
-    # A column at a time, as many per domain as there are metrics.
+    metrics = scored_metrics(result)
     header = ["Method"]
-    rows = [[label(method)] for method in shown_methods(result)]
-    for domain, averages in result["averages"].items():
-        total = len(results.in_domain(result["tasks"], domain))
-        entries = [averages.get(method) for method in shown_methods(result)]
-        for metric in scored_metrics(result):
-            header.append(f"{DOMAINS[domain]}, {metric}")
-            for row, entry in zip(rows, entries, strict=True):
-                row.append(percent(entry, total, f"_{metric}"))
-        header.append(f"{DOMAINS[domain]}, ECE")
-        for row, entry in zip(rows, entries, strict=True):
-            row.append(error(entry["ece"], 1) if entry else NOT_RUN)
+    for name in DOMAINS.values():
+        header += [f"{name}, {column}" for column in (*metrics, "ECE")]
+    rows = []
+    for method in shown_methods(result):
+        row = [label(method)]
+        for domain, averages in result["averages"].items():
+            entry = averages.get(method)
+            total = len(results.in_domain(result["tasks"], domain))
+            row += [percent(entry, total, f"_{metric}") for metric in metrics]
+            row.append(in_percent(entry["ece"], 1) if entry else NOT_RUN)
+        rows.append(row)
     return make_table("Averages over tasks", header, rows)
 
 
@@ -441,53 +430,37 @@ def budget_table(result: dict) -> Table:
     """What each method spent, so that accuracies can be read against cost."""
     rows = []
     for method, spent in result["budget"].items():
-        per_target = spent["seconds_adapt"] / spent["targets"]
-        row = [label(method), f"{spent['seconds_meta']:,.0f}", f"{per_target:,.1f}"]
-        row.append(str(spent["labels"] or "none"))
+        meta = f"{spent['seconds_meta']:,.0f}"
+        per_target = f"{spent['seconds_adapt'] / spent['targets']:,.1f}"
         # A diverged baseline is no fair opponent; the reader must know.
         failed = [f"without {left_out}" for left_out in spent["diverged"]]
-        rows.append([*row, ", ".join(failed) or "no"])
+        labels = spent["labels"] or "none"
+        rows.append([label(method), meta, per_target, labels, ", ".join(failed) or "no"])
     header = ["Method", "Meta-training", "Adaptation per target", "Labels", "Diverged"]
     return make_table("By method", header, rows)
 
 
-def time_table(result: dict) -> Table:
-    """Seconds per stage."""
-    rows = [[stage, f"{seconds:,.1f}"] for stage, seconds in result["seconds"].items()]
-    return make_table("By stage", ["Stage", "Seconds"], rows)
-
-
-def task_table(result: dict) -> Table:
-    """Where each task's data comes from and how it was split."""
+def source_tables(result: dict) -> list[Table]:
+    """Where each task's data comes from and how it was split; how the run was made."""
+    splits = ("train", "support", "prompts", "test")
     rows = []
     for task, about in result["tasks"].items():
-        row = [task_label(result, task), DOMAINS[about["domain"]], about["source"]]
-        for split in ("train", "support", "prompts", "test"):
-            row.append(str(about[f"n_{split}"]))
-        rows.append(row)
-    header = ["Task", "Domain", "Source", "Train", "Support", "Prompts", "Test"]
-    return make_table("Tasks", header, rows)
+        sizes = [about[f"n_{split}"] for split in splits]
+        rows.append([task_label(result, task), DOMAINS[about["domain"]], about["source"], *sizes])
+    header = ["Task", "Domain", "Source", *map(str.capitalize, splits)]
+    tasks = make_table("Tasks", header, rows)
 
-
-def provenance_table(result: dict) -> Table:
-    """How the run was made."""
     about = result["provenance"]
-    # Transductive use of the test inputs has to be visible to whoever reads the numbers.
-    origins = {
-        "test": "the test split's unlabelled inputs (transductive, as in the papers)",
-        "train": "the train split (inductive)",
-    }
     entries = {
         "model": result["model"],
         "seed": result["seed"],
         "configuration": result["config"],
         "run folder": about["run"],
         "command": about["command"] or "not recorded",
-        "prompts drawn from": "; ".join(origins[origin] for origin in about["prompts_from"]),
+        "prompts drawn from": "; ".join(PROMPTS_FROM[origin] for origin in about["prompts_from"]),
         **about["env"],
     }
-    rows = [[key, str(value)] for key, value in entries.items()]
-    return make_table("Provenance", ["Key", "Value"], rows)
+    return [tasks, make_table("Provenance", ["Key", "Value"], list(entries.items()))]
 
 
 def console_text(result: dict) -> str:
@@ -502,18 +475,23 @@ def console_text(result: dict) -> str:
     shown, seeds = shown_seeds(result)
     frame = difference_table(shown["contrasts"], metric, seeds).frame
     # Flush left, so that the signs stand below each other.
-    lines += [*aligned(frame, left=True), stand_in_note(result)]
+    lines += [*aligned(frame, str.ljust), stand_in_note(result)]
     return "\n".join(lines).rstrip()
 
 
-def aligned(frame: DataFrame, left: bool = False) -> list[str]:
-    """The lines of a table, with a rule under the heading. Cells are flush right, or left."""
-    # The headings as a row of their own: pandas would not align them with the cells.
-    rows = DataFrame([list(frame.columns), *frame.to_numpy()])
-    rows.index = [frame.columns.name, *frame.index]
-    if left:
-        rows = rows.apply(lambda column: column.str.ljust(column.str.len().max()))
-    lines = [line.rstrip() for line in rows.to_string(header=False).splitlines()]
+def cells_of(frame: DataFrame) -> list[list[str]]:
+    """The rows of a table: the heading, then the cells, the index first."""
+    return [[frame.columns.name, *frame.columns], *frame.reset_index().to_numpy().tolist()]
+
+
+def aligned(frame: DataFrame, flush=str.rjust) -> list[str]:
+    """The lines of a table, with a rule under the heading. `flush` pads all but the index."""
+    columns = []
+    for column in zip(*cells_of(frame), strict=True):
+        width = max(len(cell) for cell in column)
+        pad = flush if columns else str.ljust
+        columns.append([pad(cell, width) for cell in column])
+    lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
     width = max(len(line) for line in lines)
     return [lines[0], "-" * width, *lines[1:]]
 
@@ -541,12 +519,11 @@ def markdown_text(result: dict, sections: dict[str, list]) -> str:
 
 def markdown_table(frame: DataFrame) -> str:
     """A frame as a Markdown table, its index first under `frame.columns.name`."""
-    rows = [[frame.columns.name, *frame.columns], ["---"] * (1 + frame.shape[1])]
-    rows += frame.reset_index().to_numpy().tolist()
+    heading, *rows = cells_of(frame)
     lines = []
-    for row in rows:
+    for row in [heading, ["---"] * len(heading), *rows]:
         # A pipe or a line break inside a cell would end the cell.
-        cells = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
+        cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -573,7 +550,7 @@ def read_losses(run_path: Path) -> DataFrame:
         except ValueError:
             continue  # a killed process leaves a broken line
         # Other rows hold rewards.
-        if row.get("loss") is not None:
+        if row["stage"] in LOSS_UNITS and row.get("loss") is not None:
             rows.append([row["stage"], row["unit"], row["step"], row["loss"]])
     losses = DataFrame(rows, columns=["stage", "unit", "step", "loss"])
     # A resumed stage logs some steps again. The last value is the one that was kept.
@@ -589,15 +566,10 @@ def draw_gains(result: dict, folder: Path) -> Figure:
         for method, entry in averages.items():
             if entry["vs_base"]:
                 rows.append({"domain": domain, "method": method, **entry["vs_base"]})
-    title = "Difference to the base model"
-    if not rows:
-        return Figure(title, "Not drawn: no method was scored beside the base model.")
 
-    frame = DataFrame(rows)
-    figure, panels = stacked(frame, "domain", len)
-    for axis, domain, panel in panels:
+    def paint(axis, domain, panel):
         # The colours are the methods' own, as everywhere.
-        names = [label(method) for method in panel["method"]]
+        names = panel["method"].map(label)
         colors = [methods.METHODS[method].color for method in panel["method"]]
         gains = 100 * panel["diff"]
         reach = 196 * panel["se"]
@@ -609,10 +581,13 @@ def draw_gains(result: dict, folder: Path) -> Figure:
         tasks = results.in_domain(result["tasks"], domain)
         axis.set_title(f"{DOMAINS[domain]}, {task_count(tasks)}", loc="left")
         axis.set_xlabel("percentage points, 95% interval")
-    caption = (
-        f"Paired by example, mean over tasks ± 1.96 standard errors; {sample(result)}, {seeds}."
-    )
-    return save_figure(figure, frame, folder / "figures/gains.png", title, caption)
+
+    png = draw_panels(DataFrame(rows), "domain", len, paint, folder / "figures/gains.png")
+    caption = "Not drawn: no method was scored beside the base model."
+    if png:
+        how = "Paired by example, mean over tasks ± 1.96 standard errors"
+        caption = f"{how}; {sample(result)}, {seeds}."
+    return Figure("Difference to the base model", caption, png)
 
 
 def draw_search(result: dict, folder: Path) -> Figure:
@@ -622,13 +597,11 @@ def draw_search(result: dict, folder: Path) -> Figure:
         for task, summary in tasks.items():
             for family, counts in summary["by_family"].items():
                 rows.append({"method": method, "task": task, "family": family, **counts})
-    title = "Strategies proposed and rewarded"
-    if not rows:
-        return Figure(title, "Not drawn: no strategy was proposed.")
 
-    frame = DataFrame(rows)
-    figure, panels = stacked(frame, "method", lambda panel: panel["family"].nunique())
-    for axis, method, panel in panels:
+    def height(panel):
+        return panel["family"].nunique()
+
+    def paint(axis, method, panel):
         # The rewarded lie inside the proposed, always in the same order of families.
         sums = panel.groupby("family")[["proposed", "rewarded"]].sum()
         sums = sums.reindex([*methods.WITH_LABELS, "invalid"]).dropna()
@@ -638,22 +611,22 @@ def draw_search(result: dict, folder: Path) -> Figure:
         axis.invert_yaxis()
         axis.set_xlabel("number of strategies: proposed (pale), rewarded (solid)")
         axis.set_title(f"{label(method)}, {task_count(panel['task'].unique())}", loc="left")
-    caption = f"Sums over tasks; a reward means better on the support set; seed {result['seed']}."
-    return save_figure(figure, frame, folder / "figures/strategies.png", title, caption)
+
+    png = draw_panels(DataFrame(rows), "method", height, paint, folder / "figures/strategies.png")
+    caption = "Not drawn: no strategy was proposed."
+    if png:
+        caption = "Sums over tasks; a reward means better on the support set; "
+        caption += f"seed {result['seed']}."
+    return Figure("Strategies proposed and rewarded", caption, png)
 
 
 def draw_losses(result: dict, folder: Path) -> Figure:
     """Training losses of the stages, from figures/losses.csv."""
     path = folder / "figures/losses.csv"
-    losses = pd.read_csv(path) if path.exists() else DataFrame({"stage": []})
-    losses = losses[losses["stage"].isin(LOSS_UNITS)]
-    title = "Training loss"
-    if losses.empty:
-        return Figure(title, "Not drawn: no training loss is stored.")
-
+    losses = pd.read_csv(path) if path.exists() else DataFrame()
     colors = list(dict.fromkeys(method.color for method in methods.TABLE))
-    figure, panels = stacked(losses, "stage", lambda panel: 8)
-    for axis, stage, panel in panels:
+
+    def paint(axis, stage, panel):
         axis.set_prop_cycle(color=colors)
         for unit, curve in panel.groupby("unit"):
             axis.plot(curve["step"], curve["loss"], lw=1.2, label=unit)
@@ -663,8 +636,12 @@ def draw_losses(result: dict, folder: Path) -> Figure:
         axis.set(xlabel="training step", ylabel=LOSS_UNITS[stage])
         # Above the curves, which may lie anywhere.
         axis.legend(title=stage, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, alignment="left")
-    caption = f"As logged, one line per task or left-out task; seed {result['seed']}."
-    return save_figure(figure, losses, path.with_suffix(".png"), title, caption)
+
+    png = draw_panels(losses, "stage", lambda panel: 8, paint, path.with_suffix(".png"))
+    caption = "Not drawn: no training loss is stored."
+    if png:
+        caption = f"As logged, one line per task or left-out task; seed {result['seed']}."
+    return Figure("Training loss", caption, png)
 
 
 STYLE = {
@@ -680,31 +657,25 @@ STYLE = {
 }
 
 
-def stacked(frame: DataFrame, by: str, height) -> tuple:
-    """A figure with a panel per value of a column, below each other; `height` in lines of text.
+def draw_panels(frame: DataFrame, by: str, height, paint, path: Path) -> Path | None:
+    """Write a picture with a panel per value of a column, and beside it its numbers.
 
-    It is narrow, so that its letters can be read on a telephone.
-    Returns: the figure and [(axis, value, rows), ...].
+    paint(axis, value, rows) draws a panel; height(rows) is its height in lines of text.
+    Returns: the picture's path; None where there is nothing to draw.
     """
+    if frame.empty:
+        return None
     plt.rcParams.update(STYLE)
-    # groupby yields pairs only once.
-    values = []
-    groups = []
-    for value, rows in frame.groupby(by, sort=False):
-        values.append(value)
-        groups.append(rows)
-    heights = [0.7 + 0.2 * height(rows) for rows in groups]
-    figure, axes = plt.subplots(
-        len(groups), squeeze=False, figsize=(4.6, sum(heights)), height_ratios=heights
-    )
-    return figure, list(zip(axes[:, 0], values, groups, strict=True))
-
-
-def save_figure(figure, frame: DataFrame, path: Path, title: str, caption: str) -> Figure:
-    """Write the picture and, beside it, its numbers."""
+    groups = list(frame.groupby(by, sort=False))
+    heights = [0.7 + 0.2 * height(rows) for _, rows in groups]
+    # Narrow, so that its letters can be read on a telephone.
+    size = (4.6, sum(heights))
+    figure, axes = plt.subplots(len(groups), squeeze=False, figsize=size, height_ratios=heights)
+    for axis, (value, rows) in zip(axes.flat, groups, strict=True):
+        paint(axis, value, rows)
     write_csv(frame, path.with_suffix(".csv"))
     save_png(figure, path)
-    return Figure(title, caption, path)
+    return path
 
 
 def write_csv(frame: DataFrame, path: Path) -> None:
@@ -730,18 +701,18 @@ def changed_answers(run_path: Path, result: dict) -> list[dict]:
     correct = results.FIELDS[result["metric"]]
     found = []
     for task, about in result["tasks"].items():
-        run = [method for method in ADAPTED if method in about["methods"]]
-        if not run or "base" not in about["methods"]:
+        adapted = [method for method in ADAPTED if method in about["methods"]]
+        if not adapted or "base" not in about["methods"]:
             continue
         # Side by side, one row per example that both have.
-        base = DataFrame(runtime.read_jsonl(run_path / f"scores/base/{task}.jsonl"))
-        adapted = DataFrame(runtime.read_jsonl(run_path / f"scores/{run[0]}/{task}.jsonl"))
-        rows = base.merge(adapted, on="id", suffixes=("", "_after"))
+        before = DataFrame(runtime.read_jsonl(run_path / f"scores/base/{task}.jsonl"))
+        after = DataFrame(runtime.read_jsonl(run_path / f"scores/{adapted[0]}/{task}.jsonl"))
+        rows = before.merge(after, on="id", suffixes=("", "_after"))
         # A fraction where several adapters of one method are averaged.
         change = rows[f"{correct}_after"] - rows[correct]
         entry = {
             "task": task_label(result, task),
-            "method": label(run[0]),
+            "method": label(adapted[0]),
             "total": len(rows),
             "won": (change > 0).sum(),
             "lost": (change < 0).sum(),

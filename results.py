@@ -109,10 +109,8 @@ def build_results(run_path: Path, cfg: Config) -> dict:
         "provenance": read_provenance(run_path, tasks),
     }
     for task, about in tasks.items():
-        entry = dict(about)
         # The lists of example ids are long, and tasks.json has them.
-        entry.pop("support_ids", None)
-        entry.pop("test_ids", None)
+        entry = {key: value for key, value in about.items() if not key.endswith("_ids")}
         entry["methods"] = summary["tasks"][task]
         entry["strategy"] = {}
         for method in methods.PROPOSING:
@@ -257,21 +255,15 @@ def paired(frame: DataFrame, a: str, b: str, task: str, metric: str) -> dict | N
     return pick(statistics, f"{a} - {b}", task, "diff")
 
 
-def average_over_tasks(frame: DataFrame, tasks: dict, metric: str) -> dict:
-    """{domain: {method: entry}}, averaged over the tasks on which a method was run."""
-    return summarise(frame, tasks, metric)["averages"]
-
-
-def calibration_errors(frame: DataFrame, bins: int = 10) -> DataFrame:
+def calibration_errors(frame: DataFrame) -> DataFrame:
     """Expected calibration error, in columns task, method, run, ece.
 
-    |accuracy - confidence| in each equal-width bin of confidence, weighted by the bin's share.
+    |accuracy - confidence| in each of ten equal bins of confidence, weighted by the bin's share.
     Source: Guo et al. 2017, eq. 3.
     """
     scored = frame.dropna(subset="confidence")
     # A confidence of exactly 1 belongs to the last bin.
-    which_bin = (scored["confidence"] * bins).astype(int)
-    which_bin = which_bin.clip(upper=bins - 1)
+    which_bin = (scored["confidence"] * 10).astype(int).clip(upper=9)
     gap = scored["right"] - scored["confidence"]
     rows = scored.assign(bin=which_bin, gap=gap)
 
@@ -299,14 +291,12 @@ def summarise(frame: DataFrame, tasks: dict, metric: str) -> dict:
         statistics[name] = task_statistics(frame, tasks, name, pairs)
     errors = calibration_errors(frame)
 
-    domains = {domain: in_domain(tasks, domain) for domain in DOMAINS}
-    summary = {"tasks": {}, "averages": {}}
-    for task in tasks:
-        summary["tasks"][task] = _entries(statistics, errors, metric, task)
-    for domain, names in domains.items():
-        summary["averages"][domain] = _entries(statistics, errors, metric, names)
-    summary["contrasts"] = _contrasts(statistics, domains, tasks)
-    return summary
+    by_task = {task: _entries(statistics, errors, metric, task) for task in tasks}
+    averages = {}
+    for domain in DOMAINS:
+        averages[domain] = _entries(statistics, errors, metric, in_domain(tasks, domain))
+    contrasts = _contrasts(statistics, tasks)
+    return {"tasks": by_task, "averages": averages, "contrasts": contrasts}
 
 
 def in_domain(tasks: dict, domain: str) -> list[str]:
@@ -346,7 +336,7 @@ def _entries(statistics: dict, errors: DataFrame, metric: str, where) -> dict[st
     return entries
 
 
-def _contrasts(statistics: dict, domains: dict, tasks) -> list[dict]:
+def _contrasts(statistics: dict, tasks: dict) -> list[dict]:
     """The differences of PAIRS by every metric: {"name", "metric", "id", "ood", "tasks"}.
 
     A pair is left out when its methods share no task or were not scored by that metric.
@@ -356,7 +346,8 @@ def _contrasts(statistics: dict, domains: dict, tasks) -> list[dict]:
         for a, b in PAIRS:
             pair = f"{a} - {b}"
             row: dict = {"name": pair, "metric": metric}
-            for domain, names in domains.items():
+            for domain in DOMAINS:
+                names = in_domain(tasks, domain)
                 row[domain] = pick(statistics[metric], pair, names, "diff")
             row["tasks"] = {}
             for task in tasks:
@@ -385,7 +376,7 @@ def pool_seeds(run_path: Path, cfg: Config, tasks: dict) -> dict:
     """
     metric = cfg.evaluate.metric
     frames = {}
-    runs = []
+    runs: list[dict] = []
     for folder in [run_path, *map(Path, cfg.report.seed_runs)]:
         seed = _seed_label(folder, cfg.model.name)
         if seed in frames:
@@ -443,33 +434,27 @@ def _seed_label(folder: Path, model: str):
 
 
 def summarise_searches(run_path: Path, tasks) -> dict[str, dict[str, dict]]:
-    """{method: {task: what its policy proposed there and what was rewarded}}."""
+    """{method: {task: what its policy proposed there and what was rewarded}}.
+
+    The counts are {"proposed", "rewarded", "by_family": {family: the same two}}. An invalid
+    proposal counts as proposed, under the family `invalid`, and not as rewarded.
+    """
     searches: dict = {}
     for method in methods.PROPOSING:
         for task in tasks:
             path = run_path / f"adapted/{method}/{task}/episodes.jsonl"
-            if path.exists():
-                summary = summarise_search(runtime.read_jsonl(path))
-                searches.setdefault(method, {})[task] = summary
+            if not path.exists():
+                continue
+            total = {"proposed": 0, "rewarded": 0}
+            families: dict = {}
+            for episode in runtime.read_jsonl(path):
+                family = episode["strategy"]["family"] if episode["valid"] else "invalid"
+                of_family = families.setdefault(family, {"proposed": 0, "rewarded": 0})
+                for counts in (total, of_family):
+                    counts["proposed"] += 1
+                    counts["rewarded"] += episode["reward"]
+            searches.setdefault(method, {})[task] = {**total, "by_family": families}
     return searches
-
-
-def summarise_search(episodes: list[dict]) -> dict:
-    """Counts of the proposals for one task: {"proposed", "rewarded", "by_family": {family: both}}.
-
-    An invalid proposal counts as proposed, under the family `invalid`, and not as rewarded.
-    """
-    total = {"proposed": 0, "rewarded": 0}
-    families: dict = {}
-    for episode in episodes:
-        family = "invalid"
-        if episode.get("valid", True) and episode.get("strategy"):
-            family = episode["strategy"].get("family", "invalid")
-        of_family = families.setdefault(family, {"proposed": 0, "rewarded": 0})
-        for counts in (total, of_family):
-            counts["proposed"] += 1
-            counts["rewarded"] += int(bool(episode.get("reward")))
-    return {**total, "by_family": families}
 
 
 def read_budget(run_path: Path) -> dict[str, dict]:
@@ -486,7 +471,7 @@ def read_budget(run_path: Path) -> dict[str, dict]:
             continue
         spent = {
             "seconds_meta": 0.0,
-            "seconds_adapt": 0.0,
+            "seconds_adapt": sum(record["seconds"] for record in adapted.values()),
             "targets": len(adapted),
             "labels": None,
             "diverged": {},
@@ -500,8 +485,7 @@ def read_budget(run_path: Path) -> dict[str, dict]:
                     spent["diverged"][folder.name] = record["diverged_at"]
 
         # Every target sees the same number of labels; the label-free methods see none.
-        for folder, record in adapted.items():
-            spent["seconds_adapt"] += record["seconds"]
+        for folder in adapted:
             strategy = _read_if_there(folder / "strategy.json", {})
             spent["labels"] = strategy.get("n_support", spent["labels"])
         budget[method.id] = spent
