@@ -460,8 +460,8 @@ def _train_one(run, left_out, ranks):
 
         over = training.step == g.steps
         if leads and (over or training.step % 10 == 0):
-            row = {"step": training.step, "loss": round(loss, 5), "lr": rate}
-            run.metric(stage="generator", unit=left_out, **row)
+            shown = round(loss, 5)
+            run.metric(stage="generator", unit=left_out, step=training.step, loss=shown, lr=rate)
         if not over and training.step % g.save_every == 0:
             _save_state(run, training)
 
@@ -612,8 +612,7 @@ def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple]:
 def _load_pairs(run, lessons, pairs):
     """(B, N, L, d) conditions and (B, T, …) targets on the device, float32."""
     task, prompts, _ = pairs[0]
-    _, length, width = lessons.states[task].shape
-    shape = (len(pairs), len(prompts), length, width)
+    shape = (len(pairs), len(prompts), *lessons.states[task].shape[1:])
     # One copy from the file into pinned memory, and float16 on the way to the device: a micro-batch
     # is 0.3 GB at the papers' scale.
     on_gpu = run.device == "cuda"

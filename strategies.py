@@ -10,9 +10,8 @@ none     keeps the adapter; never proposed
 The policy proposes JSON. `parse_strategy` checks it and makes a `Strategy`. `execute` carries that
 out on a `Target`, one function per family, and makes a `Refined`, which `score_refined` scores.
 
-A new family is five edits (docs/extend.md has a worked example):
-    config.py       its name in `Family`
-    methods.py      its name in `LABEL_FREE`, so that methods may use it
+A new family is four edits (docs/extend.md has a worked example):
+    methods.py      its name in `LABEL_FREE`, so that it is legal and methods may use it
     strategies.py   its fields and their bounds in `schema`
     strategies.py   its branch in `execute`
     policy.py       what the policy reads about it in `DESCRIPTIONS`
