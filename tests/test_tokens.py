@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import MODULES
 from test_lora import random_adapter, same
-from torch import Tensor
 
 import lora
 from generator import TokenCode, frame_tokens, from_tokens, to_tokens, unframe_tokens
@@ -79,7 +78,7 @@ def test_token_round_trip_is_exact(modules, rank, width):
         from_tokens(tokens[1:], layout)
 
 
-def checkpoints(layout: Layout, count: int = 5) -> Tensor:
+def checkpoints(layout, count=5):
     """(C, T, r, k) tokens as training leaves them: A at its initialisation plus drift, B small."""
     start = lora.init_adapter(layout, 1)
     found = []
