@@ -109,7 +109,8 @@ class Case:
 
     Attributes:
         model, decoder: base model and generator, shapes alone (on torch's meta device).
-        row: seconds of a training step of one layer of the base model, per row.
+        least: seconds of a training step of one layer of the base model on one row.
+        row: seconds of a step on a whole batch, per row.
         kept: bytes that a token of that layer keeps for the backward pass.
         multiply: seconds of a multiplication of the decoder, with its share of the backward pass.
         sets: left-out sets, each with networks of its own.
@@ -119,6 +120,7 @@ class Case:
     model: nn.Module
     layout: Layout
     decoder: nn.Module
+    least: float
     row: float
     kept: float
     multiply: float
@@ -162,8 +164,10 @@ def lm_need(case, steps=0, batch=0, scored=0, adapters=0, all_scored=False) -> N
     shapes = case.model.config
     trained, whole = ROW_TOKENS[cfg.data.format]
     # frozen weights take no gradient: the forward pass is half of a training step
-    rows = steps * batch + scored * whole / trained / 2
-    seconds = rows * case.row * shapes.num_hidden_layers
+    forward = case.row * whole / trained / 2
+    # a GPU takes as long for one row as for several: it waits for the launching of its kernels
+    step = max(case.least, batch * case.row)
+    seconds = (steps * step + scored * forward) * shapes.num_hidden_layers
 
     held = batch * trained
     if case.run.device == "cuda":  # there a batch is taken in parts
@@ -240,13 +244,18 @@ def need_align(case):
     width = case.model.config.hidden_size
     with torch.device("meta"):
         vae = FusionVAE(size, width, align.latent, align.pos_table, align.residual)
-        kept = count_kept(vae, torch.empty(1, size), torch.empty(1, width))
-    # scoring takes its time: a task vector of every generated adapter
+        pair = (torch.empty(1, size), torch.empty(1, width))
+        work = count_multiplications(vae, *pair)
+        kept = count_kept(vae, *pair)
+    # a task vector of every generated adapter
     draws = len(cfg.data.train_tasks) * align.draws
     need = lm_need(case, scored=case.sets * draws * align.prompts)
     # weights, gradients, two moments and the inner step's copy
     need.memory += 20 * size_of(vae) + align.batch_size * kept
     need.disk = case.sets * 4 * size_of(vae)
+    # a support and a query batch each epoch
+    passes = case.sets * align.meta_epochs * 2 * align.batch_size
+    need.seconds += passes * work * case.multiply
     # sources and goals of every pair, and once more while their statistics are taken
     need.host = ranks_of_a_node() * 4 * draws * 4 * size
     return need
@@ -318,17 +327,17 @@ def open_case(run: Run) -> Case:
     flow = [*cfg.generator.flow, list(token_shape(cfg, layout))]
     with torch.device("meta"):
         decoder = HyperConvDecoder(flow, cfg.generator.kernel)
-    row, kept = time_layer(run, model)
+    least, row, kept = time_layer(run, model)
     multiply = time_decoder(run, flow)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     sets = {data.left_out_for(cfg, target) for target in targets}
-    return Case(run, model, layout, decoder, row, kept, multiply, targets, len(sets))
+    return Case(run, model, layout, decoder, least, row, kept, multiply, targets, len(sets))
 
 
 def time_layer(run, model) -> tuple:
     """Train an adapter of one layer of the base model, on random weights.
 
-    Returns: seconds of a row of a step, bytes that a token keeps.
+    Returns: seconds of a step on one row, seconds per row of a whole batch, bytes a token keeps.
     """
     from transformers import AutoModel
 
@@ -343,20 +352,20 @@ def time_layer(run, model) -> tuple:
     layer.to(run.device)
     layout = find_layout(cfg, layer)
     lora.attach_lora(layer, layout)
-    # as many rows as a step has: the first ones cost a GPU nothing
     size = (cfg.collect.batch_size, ROW_TOKENS[cfg.data.format][0])
     batch = torch.ones(size, dtype=torch.long, device=run.device)
 
     with lora.AdapterTrainer(layer, layout, lora.init_adapter(layout, 0)) as trainer:
 
-        def step():
-            states = layer(batch, use_cache=False).last_hidden_state
+        def step(ids):
+            states = layer(ids, use_cache=False).last_hidden_state
             trainer.backward(states.float().square().mean())
             trainer.step(1e-4)
 
-        seconds = timed(run, step)
+        least = timed(run, lambda: step(batch[:1]))
+        whole = timed(run, lambda: step(batch))
         kept = count_kept(layer, batch)
-    return seconds / len(batch), kept / batch.numel()
+    return least, whole / len(batch), kept / batch.numel()
 
 
 def time_decoder(run, flow) -> float:

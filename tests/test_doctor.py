@@ -19,8 +19,8 @@ from runtime import Run
 
 @pytest.fixture
 def untimed(monkeypatch):
-    """Steps as on some GPU, so that nothing is timed here: seconds, bytes; seconds."""
-    monkeypatch.setattr(doctor, "time_layer", lambda run, model: (1e-4, 3e4))
+    """Steps as on some GPU, so that nothing is timed here: seconds (twice), bytes; seconds."""
+    monkeypatch.setattr(doctor, "time_layer", lambda run, model: (1e-3, 1e-4, 3e4))
     monkeypatch.setattr(doctor, "time_decoder", lambda run, flow: 1e-14)
 
 
@@ -148,3 +148,14 @@ def test_an_unknown_model_says_where_shapes_come_from():
     cfg, _ = load_config(["model.name=who/knows"])
     with pytest.raises(UserError, match=r"model\.name=who/knows: .*config\.json.*models\.yaml"):
         doctor.meta_model(cfg)
+
+
+def test_a_step_of_one_row_takes_as_long_as_a_kernel_launch(tmp_path, untimed):
+    """MAML's 50,000 meta-steps on single rows: steps count there, and not rows."""
+    run = open_run(tmp_path, "tempo-qwen2.5-0.5b")
+    case = doctor.open_case(run)
+    layers = case.model.config.num_hidden_layers
+    few = doctor.lm_need(case, steps=100, batch=1).seconds
+    many = doctor.lm_need(case, steps=100, batch=64).seconds
+    assert few == pytest.approx(100 * 1e-3 * layers)
+    assert many == pytest.approx(100 * 64 * 1e-4 * layers)
