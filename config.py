@@ -158,7 +158,7 @@ class Align(_Section):
 
 
 class Strategies(_Section):
-    # the upper limits are those of the papers and of SLOT; a run may only lower them
+    # the upper limits are those of the papers and of SLOT
     max_ttl_steps: Positive
     max_ttl_lr: Rate
     ttl_threshold: Annotated[Float, Field(ge=0)]

@@ -643,6 +643,11 @@ def left_out_for(cfg: Config, target: str) -> str:
     return target if target in cfg.data.train_tasks else "all"
 
 
+def left_out_label(left_out: str) -> str:
+    """How logs and reports name a left-out set."""
+    return "on all tasks" if left_out == "all" else f"without {left_out}"
+
+
 def seed_name(left_out: str) -> str:
     """A left-out set's name in seeds: the committed results were drawn when `all` was `none`."""
     return "none" if left_out == "all" else left_out

@@ -1,4 +1,4 @@
-"""Test examples: the only room that reads their labels.
+"""Test examples: nothing before this room judges by their labels.
 
     python degaml.py stage=evaluate config=configs/smollm2.yaml   -> scores/<method>/<task>.jsonl
 
@@ -38,14 +38,14 @@ def evaluate_methods(run: Run) -> dict:
         data.keep_example_ids(run, targets)
 
     # methods that begin from one generated adapter often share it: one rank scores them together
-    plain = []
+    generated = []
     aligned = []
-    groups = [plain, aligned]
+    groups = [generated, aligned]
     for method in cfg.evaluate.methods:
         if method in methods.ALIGNED:
             aligned.append(method)
         elif method in methods.GENERATED:
-            plain.append(method)
+            generated.append(method)
         else:
             groups.append([method])
 
@@ -91,6 +91,7 @@ def _evaluate_task(run, task, method_ids):
         passes = lm.forwards
         rows = _test_rows(run, task, target, method, memo)
 
+        # beside the unit's folder, which holds its record alone
         folder = run.path / f"scores/{method}"
         seconds = round(time.monotonic() - began, 1)
         cost = {"seconds": seconds, "forwards": lm.forwards - passes}

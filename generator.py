@@ -421,7 +421,7 @@ def _train_one(run, left_out, ranks):
     """Regress checkpoints on prompt batches (DeGAML, eq. 10), by this rank or by all together."""
     g = run.cfg.generator
     began = time.monotonic()
-    label = "generator on all tasks" if left_out == "all" else f"generator without {left_out}"
+    label = f"generator {data.left_out_label(left_out)}"
     tasks = data.training_tasks(run.cfg, left_out)
     code, lessons = _prepare_lessons(run, tasks)
 
@@ -470,6 +470,8 @@ def _train_one(run, left_out, ranks):
         facts = {"tasks": tasks, "recon_mse": training.last}
         facts["parameters"] = sum(weight.numel() for weight in decoder.parameters())
         run.finish(f"generator/{left_out}", "generator", began, ranks=ranks, **facts)
+        # only now: a run killed before its record would train again from the first step
+        (training.folder / "state.safetensors").unlink(missing_ok=True)
         run.log(f"{label}: mse {training.last:.4f} in {training.spent:.0f} s", every_rank=True)
 
 
@@ -592,7 +594,7 @@ def _autocast(run):
 def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple]:
     """(task, prompt indices, checkpoint) of one step: `batch_size` pairs, the tasks in turn.
 
-    Each is drawn from the task's pool of `pairs_per_task` random pairs (DeGAML, E.4).
+    Each is drawn from the task's pool of `pairs_per_task` random pairs (DeGAML, App. C).
     """
     g = cfg.generator
     tasks = list(targets)
@@ -679,12 +681,11 @@ def _resume(run, training):
 
 
 def _save_generator(training, code):
-    """Decoder and constants of the code in one file; the state is of no more use."""
+    """Decoder and constants of the code in one file."""
     tensors = training.decoder.state_dict(prefix="decoder.")
     for name, constant in code.constants.items():
         tensors[f"code.{name}"] = constant
     runtime.save_tensors(training.folder / "generator.safetensors", tensors)
-    (training.folder / "state.safetensors").unlink(missing_ok=True)
 
 
 def _part(tensors, prefix):

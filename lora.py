@@ -23,7 +23,7 @@ from config import UserError
 
 Adapter = dict[str, Tensor]
 PREFIX = "base_model.model."  # PEFT wraps the model twice, and its keys say so
-CLIP = 1.0  # of the gradient's global norm, in every training (both papers)
+CLIP = 1.0  # of the gradient's global norm, in every training but the VAE's (both papers)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ STAGES_OF_START = {
     "aligned": ("collect", "generator", "align", "adapt"),  # generated, then the Fusion VAE
     "mean": ("collect",),  # of the training tasks' adapters
     "collected": ("collect",),  # the task's own training adapter
-    "union": ("baselines",),  # the last three have a meta-training of their own
+    "union": ("baselines",),  # this and the next two have a meta-training of their own
     "maml": ("baselines",),
     "abmll": ("baselines",),
     "maml, matched": ("collect", "generator", "adapt", "baselines"),

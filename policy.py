@@ -13,7 +13,7 @@ Why is SFT cross-validated?  It trains on the support labels. An example that it
 What keeps the generated adapter?  A strategy must win by a margin and also raise the mean gold
     log-probability; if none does, nothing is changed (`choose`).
 What restarts from the base?  The policy's adapter, at every Improve step of ReST-EM
-    (`train_policy`). Proposals are sampled from the latest one.
+    (`improve_policy`). Proposals are sampled from the latest one.
 """
 
 from __future__ import annotations
@@ -441,7 +441,7 @@ def policy_layout(run: Run) -> Layout:
     return layout
 
 
-def train_policy(
+def improve_policy(
     run: Run,
     samples: dict[str, list[str]],
     name: str,
@@ -664,7 +664,7 @@ def _meta_train(run, left_out, method):
     for name in data.training_tasks(run.cfg, left_out):
         cases.append(_open_case(run, tasks[name], method, left_out))
     label = f"{method}-without-{data.seed_name(left_out)}"
-    episodes, policy_adapter = _improve(run, cases, left_out, method, label)
+    episodes, policy_adapter = _run_rest_em(run, cases, left_out, method, label)
 
     # the base model as policy is an adapter with B = 0
     layout = policy_layout(run)
@@ -674,10 +674,10 @@ def _meta_train(run, left_out, method):
     run.finish(unit, "policy", began, method)
 
 
-def _improve(run, cases, name, method, label):
+def _run_rest_em(run, cases, name, method, label):
     """ReST-EM: every iteration proposes for all cases, and trains on what was rewarded.
 
-    Args: name, method, label: see `train_policy` and `_run_episodes`.
+    Args: name, method, label: see `improve_policy` and `_run_episodes`.
     Returns: the episodes, and the policy's adapter; None is the base model.
     """
     settings = run.cfg.policy
@@ -698,7 +698,7 @@ def _improve(run, cases, name, method, label):
         if settings.mode == "per_task" and iteration + 1 == settings.iterations:
             break
         # with nothing rewarded there is nothing to learn, and the policy stays
-        trained = train_policy(run, samples, name, method, iteration)
+        trained = improve_policy(run, samples, name, method, iteration)
         policy_adapter = trained or policy_adapter
     return episodes, policy_adapter
 
@@ -791,7 +791,10 @@ def keep_adapted(
     lora.save_adapter(run.path / unit, adapter, scoring.load_lm(run).layout, run.cfg.model)
     runtime.write_json(run.path / unit / "strategy.json", facts)
     run.finish(unit, "adapt", began, method)
-    run.log(f"{method} {task.name}: {json.dumps(facts)}", True)
+    chosen = json.dumps(facts.get("strategy", {"family": "inner steps"}))
+    counts = f"+{facts['wins']} -{facts['losses']}" if facts.get("wins") is not None else "fixed"
+    took = time.monotonic() - began
+    run.log(f"{method} {task.name}: {chosen} ({counts}) in {took:.0f} s", True)
 
 
 def _search(run, case, method):
@@ -802,7 +805,7 @@ def _search(run, case, method):
     """
     name = case.task.name
     if run.cfg.policy.mode == "per_task":
-        return _improve(run, [case], name, method, method)[0]
+        return _run_rest_em(run, [case], name, method, method)[0]
     ready = f"policy/{data.left_out_for(run.cfg, name)}/{method}"
     if not run.finished(ready, "policy", method, redo=False):
         raise UserError(f"{run.path / ready}: not trained yet; run stage=policy")

@@ -22,6 +22,7 @@ import pandas as pd
 from markupsafe import Markup
 from pandas import DataFrame
 
+import data
 import methods
 import results
 import runtime
@@ -433,7 +434,7 @@ def budget_table(result: dict) -> Table:
         meta = f"{spent['seconds_meta']:,.0f}"
         per_target = f"{spent['seconds_adapt'] / spent['targets']:,.1f}"
         # A diverged baseline is no fair opponent; the reader must know.
-        failed = [f"without {left_out}" for left_out in spent["diverged"]]
+        failed = [data.left_out_label(left_out) for left_out in spent["diverged"]]
         labels = spent["labels"] or "none"
         rows.append([label(method), meta, per_target, labels, ", ".join(failed) or "no"])
     header = ["Method", "Meta-training", "Adaptation per target", "Labels", "Diverged"]

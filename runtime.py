@@ -1,8 +1,8 @@
 """The run folder: units of work and their records, whole files, ranks, seeds and progress.
 
-A unit of work is one task or one left-out set. It is finished when its folder holds DONE.json,
-which is written last. Ranks started by torchrun take units from one shared counter, longest first,
-so that they change how soon a run ends and nothing else.
+A unit of work is one task or one left-out set, of one method. It is finished when its folder holds
+DONE.json, which is written last. Ranks started by torchrun take units from one shared counter,
+longest first, so that they change how soon a run ends and nothing else.
 
 A process may be killed at any moment. A file is written under another name and then renamed, so it
 is there whole or not at all. The same command then continues: it does the unfinished unit again,
@@ -39,19 +39,16 @@ import methods
 from config import Config, UserError
 
 # The keys that a stage's output depends on, by section or by name.
+_BASE = ["model.name", "model.revision"]
+_ADAPTER = [*_BASE, "model.rank", "model.alpha", "model.modules"]
+_EXECUTION = ["strategies.ttl_threshold", "strategies.ttl_lambda", "strategies.mix"]
 _DATA = ["seed", "dtype", "model", "data"]
 _GENERATED = [*_DATA, "collect", "generator"]
 _SEARCHED = [*_GENERATED, "strategies", "policy"]
 DEPENDS = {
     # a token's width does not matter to a checkpoint
-    "collect": [
-        *("seed", "dtype", "data", "collect", "model.name", "model.revision"),
-        *("model.rank", "model.alpha", "model.modules"),
-    ],
-    "prompts": [
-        *("seed", "data", "model.name", "model.revision"),
-        *("generator.encoder", "generator.max_length"),
-    ],
+    "collect": ["seed", "dtype", "data", "collect", *_ADAPTER],
+    "prompts": ["seed", "data", *_BASE, "generator.encoder", "generator.max_length"],
     "generator": _GENERATED,
     "align": [*_GENERATED, "align"],
     "policy": [*_SEARCHED, "evaluate.metric"],
@@ -59,10 +56,7 @@ DEPENDS = {
     "baselines": [*_DATA, "collect", "baselines"],
     "evaluate": [*_SEARCHED, "data.skip_test", "evaluate"],
     # what a strategy makes of a support set, whoever proposed it
-    "rewards": [
-        *(*_GENERATED, "policy.folds", "evaluate.metric"),
-        *("strategies.ttl_threshold", "strategies.ttl_lambda", "strategies.mix"),
-    ],
+    "rewards": [*_GENERATED, *_EXECUTION, "policy.folds", "evaluate.metric"],
 }
 # What a method's adapters and scores depend on besides.
 METHOD_DEPENDS = {

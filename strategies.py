@@ -45,7 +45,7 @@ TTS_METHODS = (*ROUTERS, "max_confidence", "majority_vote", "sum_logprobs")
 # What these make is more than an adapter. It is made again where it is needed, exactly, untrained.
 REPEATED = ("TTS", "Latent")
 
-# Names that the papers also use. Families are looked up in capitals.
+# Other names of families, in capitals: the papers and their code use them too.
 FAMILY_ALIASES = {
     "TTL": "TTT",
     "LORA": "LORA",
@@ -336,7 +336,9 @@ def execute(target: Target, strategy: Strategy, labelled: list[Example] = ()) ->
     if family == "SFT":
         (trained,) = train_on_support(target, strategy, labelled).values()
         return Refined([trained])
-    return Refined([target.start])
+    if strategy == KEEP:
+        return Refined([target.start])
+    raise ValueError(f"family {family} cannot be carried out: `execute` has no branch for it")
 
 
 def execute_finite(target: Target, strategy: Strategy, support: list) -> Refined:

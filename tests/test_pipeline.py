@@ -124,8 +124,8 @@ def test_several_families_were_chosen(full):
     assert len(chosen - {"none"}) >= 2, chosen
 
 
-def test_test_ids_are_disjoint_from_train_and_support(full):
-    """No example scored in the end was a support or training example."""
+def test_test_ids_are_disjoint_from_the_support_set(full):
+    """No example scored in the end was a support example."""
     for name, task in read_json(full / "tasks.json").items():
         scored = {row["id"] for row in read_jsonl(full / f"scores/base/{name}.jsonl")}
         assert scored == set(task["test_ids"])

@@ -388,7 +388,7 @@ def test_policy_gradient_does_not_reach_the_generator(run):
     before = {key: value.clone() for key, value in decoder.state_dict().items()}
     base = {key: value.clone() for key, value in model.state_dict().items()}
     samples = {"Adapt.": ['{"family":"LORA","lambda":0.5}']}
-    assert policy.train_policy(run, samples, "delta", "degaml", 0) is not None
+    assert policy.improve_policy(run, samples, "delta", "degaml", 0) is not None
     rewards.measure(sft(2))
 
     for parameter in decoder.parameters():
@@ -405,8 +405,8 @@ def test_policy_gradient_does_not_reach_the_generator(run):
 
 def test_without_rewarded_samples_there_is_no_policy(run):
     """Nothing to learn from: the base stays the policy."""
-    assert policy.train_policy(run, {}, "delta", "degaml", 0) is None
-    assert policy.train_policy(run, {"Adapt.": []}, "delta", "degaml", 0) is None
+    assert policy.improve_policy(run, {}, "delta", "degaml", 0) is None
+    assert policy.improve_policy(run, {"Adapt.": []}, "delta", "degaml", 0) is None
 
 
 @pytest.mark.parametrize("name", ["delta", "all"])
@@ -415,7 +415,7 @@ def test_a_diverged_policy_names_its_unit_and_the_rate(run, monkeypatch, name):
     monkeypatch.setattr(lora.AdapterTrainer, "backward", lambda *args: float("nan"))
     samples = {"Adapt.": ['{"family":"LORA","lambda":0.5}']}
     with pytest.raises(UserError) as error:
-        policy.train_policy(run, samples, name, "degaml", 1)
+        policy.improve_policy(run, samples, name, "degaml", 1)
     text = str(error.value)
     assert text.startswith(f"policy {name}/degaml: the loss is not finite at step 1 of iteration 2")
     assert "policy.lr" in text
@@ -429,7 +429,7 @@ def test_training_raises_the_probability_of_what_was_rewarded(run):
     texts = ['{"family":"LORA","lambda":0.5}', '{"family":"Latent","slot_steps":2,"slot_lr":0.1}']
     samples = {"Adapt this.": texts}
     run.cfg.policy.epochs = 4
-    learnt = policy.train_policy(run, samples, "delta", "degaml", 0)
+    learnt = policy.improve_policy(run, samples, "delta", "degaml", 0)
     branches = []
     for text in texts:
         branches.append((*lm.tokenizer(text)["input_ids"], lm.tokenizer.eos_token_id))
@@ -444,7 +444,7 @@ def test_training_raises_the_probability_of_what_was_rewarded(run):
         return value
 
     assert bool((log_p(learnt) > log_p(None) + 1.0).all())
-    again = policy.train_policy(run, samples, "delta", "degaml", 0)
+    again = policy.improve_policy(run, samples, "delta", "degaml", 0)
     assert lora.adapter_hash(again) == lora.adapter_hash(learnt)
 
 
