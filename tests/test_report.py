@@ -135,7 +135,7 @@ def test_a_diverged_training_is_named():
     spent = {"seconds_meta": 20.0, "seconds_adapt": 6.0, "targets": 2, "labels": 20}
     budget = {"maml": {**spent, "diverged": {"all": 7}}}
     frame = report.budget_table({"budget": budget}).frame
-    assert frame.loc["MAML-en-LLM"].tolist() == ["20", "3.0", "20", "without all"]
+    assert frame.loc["MAML-en-LLM"].tolist() == ["20", "3.0", "20", "on all tasks"]
 
 
 def test_seeds_are_shown_pooled_and_each(tmp_path):
