@@ -91,11 +91,11 @@ def held_out_table(run: Run) -> list[str]:
         found = results.accuracy(frame, method, cfg.task, metric)
         if found is None:
             continue
-        line = f"  {method:14} {100 * found['mean']:5.1f} ± {report.error(found['se'], 1)} %"
+        line = f"  {method:14} {100 * found['mean']:5.1f} ± {report.in_percent(found['se'], 1)} %"
         for other in ("base", "wrong_prompts"):
             gain = results.paired(frame, method, other, cfg.task, metric)
             if gain:
-                points = f"{100 * gain['diff']:+6.1f} ± {report.error(gain['se'], 1)}"
+                points = f"{100 * gain['diff']:+6.1f} ± {report.in_percent(gain['se'], 1)}"
                 line += f"   {points} vs {other}"
         lines.append(line)
     if not lines:
