@@ -653,12 +653,17 @@ def seed_name(left_out: str) -> str:
     return "none" if left_out == "all" else left_out
 
 
-def keep_example_ids(run: Run, wanted: list[Task]) -> None:
-    """Write tasks.json, which is about the run's own tasks: a user's own leaves it as it is."""
-    if not run.cfg.task:
-        tasks = {task.name: task for task in wanted}
-        described = describe_tasks(tasks, run.cfg.data.prompts_from)
-        runtime.write_json(run.path / "tasks.json", described)
+def keep_example_ids(run: Run) -> None:
+    """Write tasks.json: the targets in the configuration's order, whoever worked on which first.
+
+    It is about the run's own tasks. A user's own task leaves it as it is.
+    """
+    cfg = run.cfg
+    if cfg.task:
+        return
+    tasks = load_tasks(run)
+    targets = {name: tasks[name] for name in cfg.data.targets or tasks}
+    runtime.write_json(run.path / "tasks.json", describe_tasks(targets, cfg.data.prompts_from))
 
 
 def describe_tasks(tasks: dict[str, Task], prompts_from: str) -> dict:

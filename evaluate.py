@@ -35,7 +35,7 @@ def evaluate_methods(run: Run) -> dict:
     tasks = data.load_tasks(run)
     targets = [tasks[name] for name in cfg.data.targets or tasks]
     if run.rank == 0:
-        data.keep_example_ids(run, targets)
+        data.keep_example_ids(run)
 
     # methods that begin from one generated adapter often share it: one rank scores them together
     generated = []

@@ -721,12 +721,11 @@ def adapt_targets(run: Run) -> dict:
     """
     cfg = run.cfg
     strategies.check_grid(cfg.strategies)
-    wanted = targets_by_cost(run)
     unrefined = ["generator"]
     if "aligned" in cfg.evaluate.methods:
         unrefined.append("aligned")
     # a task stays on one rank: its methods share what strategies earned
-    for task in run.deal(wanted):
+    for task in run.deal(targets_by_cost(run)):
         for method in [*_proposing(cfg), *unrefined]:
             unit = f"adapted/{method}/{task.name}"
             if run.finished(unit, "adapt", method):
@@ -740,7 +739,7 @@ def adapt_targets(run: Run) -> dict:
             run.finish(unit, "adapt", began, method)
     # for the report: which examples the numbers are about
     if run.rank == 0:
-        data.keep_example_ids(run, wanted)
+        data.keep_example_ids(run)
     return {}
 
 
