@@ -24,10 +24,13 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub library is first imported, by a test
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import collect
 import config
 import degaml
+import generator
 import lora
 import scoring
+from runtime import Run
 from scoring import LM
 
 TRAIN_TASKS = ("alpha", "beta", "gamma")
@@ -329,6 +332,44 @@ def real_lm(assets) -> LM:
     m = config.load_config([])[0].model
     folder = assets / "models/smollm2-135m-instruct"
     return load_lm(folder, m.rank, m.alpha, m.token_width, m.modules)
+
+
+def make_run(words: list[str], *more: str) -> Run:
+    """The run that some key=value words describe, without the command's lock and records."""
+    cfg, _ = config.load_config([*words, *more])
+    folder = Path(cfg.run)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(folder, cfg, quiet=True)
+
+
+# Run folders that are made once and copied by every test that asks for one.
+MADE: dict[str, Path] = {}
+
+
+@pytest.fixture
+def collected(tiny_args, tmp_path, tmp_path_factory) -> list[str]:
+    """Words of a run folder in which collection is done and prompts are encoded."""
+    if "collected" not in MADE:
+        folder = tmp_path_factory.mktemp("collected") / "run"
+        run = make_run(tiny_args, f"run={folder}")
+        collect.collect_adapters(run)
+        generator.encode_prompts(run)
+        MADE["collected"] = folder
+    shutil.copytree(MADE["collected"], tmp_path / "run")
+    return tiny_args
+
+
+@pytest.fixture
+def trained(tiny_args, tmp_path, tmp_path_factory) -> list[str]:
+    """Words of a run folder in which checkpoints and all generators are trained."""
+    if "trained" not in MADE:
+        folder = tmp_path_factory.mktemp("trained") / "run"
+        run = make_run(tiny_args, f"run={folder}")
+        collect.collect_adapters(run)
+        generator.train_generators(run)
+        MADE["trained"] = folder
+    shutil.copytree(MADE["trained"], tmp_path / "run")
+    return tiny_args
 
 
 # A choice that ties is taken too, so that more than one family ends up in the results.

@@ -1,12 +1,12 @@
 """TEMPO's experiments on cases whose answers are known by hand."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import make_run
 
 import analysis
 import collect
@@ -14,14 +14,6 @@ import data
 import lora
 import runtime
 import scoring
-from config import load_config
-from runtime import Run
-
-
-def make_run(words: list[str]) -> Run:
-    cfg, _ = load_config(words)
-    Path(cfg.run).mkdir(parents=True)
-    return Run(Path(cfg.run), cfg, quiet=True)
 
 
 def random_adapter(layout) -> dict:

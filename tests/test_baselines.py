@@ -1,11 +1,10 @@
 """Meta-gradients, Gaussians and the meta-trained baselines: closed forms and tiny models."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import make_run, run_command
 
 import baselines
 import collect
@@ -19,7 +18,6 @@ import runtime
 import scoring
 import strategies
 from baselines import Draws, Moments
-from config import load_config
 from runtime import Run
 
 FAST = [
@@ -33,13 +31,6 @@ FAST = [
     "baselines.abmll.outer_lr=0.01",
     "data.targets=[delta]",
 ]
-
-
-def make_run(args: list[str], *more: str) -> Run:
-    cfg, _ = load_config([*args, *more])
-    path = Path(cfg.run)
-    path.mkdir(parents=True, exist_ok=True)
-    return Run(path, cfg, quiet=True)
 
 
 def run_stages(run: Run) -> None:

@@ -1,39 +1,18 @@
 """LoRA trajectories of the training tasks, on tiny models."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
+from conftest import make_run
 
 import scoring
 from collect import collect_adapters, load_checkpoints
-from config import UserError, load_config
-from generator import encode_prompts, train_generators
+from config import UserError
+from generator import train_generators
 from lora import adapter_hash, load_adapter
-from runtime import Run, read_json, sha256
+from runtime import read_json, sha256
 from scoring import load_lm
-
-_READY: dict = {}
-
-
-def make_run(args: list[str], *more: str) -> Run:
-    cfg, _ = load_config([*args, *more])
-    Path(cfg.run).mkdir(parents=True, exist_ok=True)
-    return Run(Path(cfg.run), cfg, quiet=True)
-
-
-@pytest.fixture
-def collected(tiny_args, tmp_path, tmp_path_factory) -> list[str]:
-    """Arguments of a run folder in which collection is done and prompts are encoded."""
-    if "collected" not in _READY:
-        folder = tmp_path_factory.mktemp("collected") / "run"
-        run = make_run(tiny_args, f"run={folder}")
-        collect_adapters(run)
-        encode_prompts(run)
-        _READY["collected"] = folder
-    shutil.copytree(_READY["collected"], tmp_path / "run")
-    return tiny_args
 
 
 def test_tasks_share_one_initialisation(collected):

@@ -2,10 +2,10 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
+from conftest import make_run
 
 import baselines
 import collect
@@ -16,31 +16,13 @@ import policy
 import runtime
 import scoring
 import strategies
-from config import load_config
 from runtime import Run
 from strategies import KEEP, Strategy
 
-_READY: dict = {}
-
-
-def make_run(args: list[str], *more: str) -> Run:
-    cfg, _ = load_config([*args, *more])
-    folder = Path(cfg.run)
-    folder.mkdir(parents=True, exist_ok=True)
-    return Run(folder, cfg, quiet=True)
-
 
 @pytest.fixture
-def run(tiny_args, tmp_path, tmp_path_factory) -> Run:
-    """A run in which checkpoints and all generators are trained."""
-    if "trained" not in _READY:
-        folder = tmp_path_factory.mktemp("trained") / "run"
-        trained = make_run(tiny_args, f"run={folder}")
-        collect.collect_adapters(trained)
-        generator.train_generators(trained)
-        _READY["trained"] = folder
-    shutil.copytree(_READY["trained"], tmp_path / "run")
-    return make_run(tiny_args)
+def run(trained) -> Run:
+    return make_run(trained)
 
 
 def choose(run: Run, task: str, chosen: Strategy) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import MADE, make_run
 from torch import nn
 
 import collect
@@ -23,27 +24,7 @@ from config import UserError
 from generator import HyperConvDecoder, HyperConvLayer
 from runtime import Run
 
-READY: dict = {}
 DELTA = "data.targets=[delta]"  # one generator alone, of all tasks
-
-
-def make_run(words: list[str], *more: str) -> Run:
-    cfg, _ = config.load_config([*words, *more])
-    Path(cfg.run).mkdir(parents=True, exist_ok=True)
-    return Run(Path(cfg.run), cfg, quiet=True)
-
-
-@pytest.fixture
-def collected(tiny_args, tmp_path, tmp_path_factory) -> list[str]:
-    """Words of a run folder in which collection is done and prompts are encoded."""
-    if "collected" not in READY:
-        folder = tmp_path_factory.mktemp("collected") / "run"
-        run = make_run(tiny_args, f"run={folder}")
-        collect.collect_adapters(run)
-        generator.encode_prompts(run)
-        READY["collected"] = folder
-    shutil.copytree(READY["collected"], tmp_path / "run")
-    return tiny_args
 
 
 @pytest.fixture
@@ -485,11 +466,11 @@ def two_ranks(collected, tmp_path_factory) -> dict[str, Path]:
     `killed`: both killed at step 5. `resumed`: after one rank had been killed at step 5. `redone`:
     over another configuration's generator.
     """
-    if "two_ranks" not in READY:
+    if "two_ranks" not in MADE:
         folders = {}
         for name in ("1", "2", "3", "killed", "resumed", "redone"):
             folders[name] = tmp_path_factory.mktemp("ranks") / "run"
-            shutil.copytree(READY["collected"], folders[name])
+            shutil.copytree(MADE["collected"], folders[name])
         words = {name: [*collected, f"run={folder}"] for name, folder in folders.items()}
         with killed_at(5):
             train(words["resumed"], DELTA)
@@ -499,8 +480,8 @@ def two_ranks(collected, tmp_path_factory) -> dict[str, Path]:
         jobs.append(([*words["redone"], "overwrite=true"], -1))
         store = str(tmp_path_factory.mktemp("store") / "store")
         torch.multiprocessing.spawn(one_of_two_ranks, (store, jobs), nprocs=2)
-        READY["two_ranks"] = folders
-    return READY["two_ranks"]
+        MADE["two_ranks"] = folders
+    return MADE["two_ranks"]
 
 
 def assert_equal_but_for_rounding(one: Path, two: Path) -> None:

@@ -3,14 +3,13 @@
 import json
 import shutil
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_run
 
 import baselines
-import collect
 import data
 import evaluate
 import generator
@@ -20,7 +19,7 @@ import policy
 import runtime
 import scoring
 import strategies
-from config import UserError, load_config
+from config import UserError
 from policy import Rewards
 from runtime import Run
 from scoring import Row
@@ -28,7 +27,6 @@ from strategies import KEEP, Strategy, Target
 
 FAMILIES = ["TTT", "LORA", "TTS", "Latent", "SFT"]
 LABEL_FREE = FAMILIES[:4]
-TRAINED: dict[str, Path] = {}
 
 
 def strategy(family: str, **fields) -> Strategy:
@@ -48,26 +46,6 @@ def sft(steps: int, loss: str = "lm", share: float = 1.0) -> Strategy:
         loss=loss,
         init_scale=share,
     )
-
-
-def make_run(args: list[str], *more: str) -> Run:
-    cfg, _ = load_config([*args, *more])
-    path = Path(cfg.run)
-    path.mkdir(parents=True, exist_ok=True)
-    return Run(path, cfg, quiet=True)
-
-
-@pytest.fixture
-def trained(tiny_args, tmp_path, tmp_path_factory) -> list[str]:
-    """Arguments of a run folder in which checkpoints and all generators are trained."""
-    if "run" not in TRAINED:
-        folder = tmp_path_factory.mktemp("trained") / "run"
-        run = make_run(tiny_args, f"run={folder}")
-        collect.collect_adapters(run)
-        generator.train_generators(run)
-        TRAINED["run"] = folder
-    shutil.copytree(TRAINED["run"], tmp_path / "run")
-    return tiny_args
 
 
 @pytest.fixture
