@@ -211,12 +211,15 @@ def need_generator(case):
     work = count_multiplications(case.decoder, states)
     kept = count_kept(case.decoder, states)
 
-    # float32 weights, gradients and two moments; ranks that train together share the moments out
-    sharing = case.run.world if cfg.data_parallel else 1
-    network = count * (8 + 8 / sharing)
+    # float32 weights and gradients, and two moments; ranks that train together share the moments
+    # out by whole weights, so the rank with the largest weight holds the most
+    largest = max(parameter.numel() for parameter in case.decoder.parameters())
+    moments = count
+    if cfg.data_parallel:
+        moments = max(count / case.run.world, largest)
+    network = 8 * count + 8 * moments
     if case.run.dtype == torch.bfloat16:
         # autocast's copy of the weights; the largest gradient is there in both dtypes at once
-        largest = max(parameter.numel() for parameter in case.decoder.parameters())
         network += 2 * count + 6 * largest
         kept /= 2
     memory = base_memory(case) + network + g.micro_batch * kept

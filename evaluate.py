@@ -213,25 +213,27 @@ def _answer(run, task, target, refined, memo):
 
     Texts come from the first adapter of an ensemble.
     """
-    # two methods have the same answers if their adapters hold the same numbers
-    hashes = [a and lora.adapter_hash(a) for a in refined.adapters]
-    key = (refined.combine, refined.slot, *hashes)
-    if key in memo:
-        return memo[key]
-
     lm = scoring.load_lm(run)
     test = list(task.test)
-    cache = target.cache if target else None
-    scores = strategies.score_refined(lm, refined, test, cache)
-    texts = []
     settings = run.cfg.evaluate
+    # two methods have the same answers if their adapters hold the same numbers
+    hashes = [a and lora.adapter_hash(a) for a in refined.adapters]
+
+    scores_key = (refined.combine, refined.slot, *hashes)
+    if scores_key not in memo:
+        cache = target.cache if target else None
+        memo[scores_key] = strategies.score_refined(lm, refined, test, cache)
+
+    texts = []
     if settings.generate or not test[0].options:
         tokens = settings.max_new_tokens
         if not test[0].options:  # a worked solution is longer than a letter
             tokens = max(256, tokens)
-        texts = scoring.generate_answers(lm, refined.adapters[0], test, tokens)
-    memo[key] = scores, texts
-    return memo[key]
+        texts_key = ("texts", hashes[0])
+        if texts_key not in memo:
+            memo[texts_key] = scoring.generate_answers(lm, refined.adapters[0], test, tokens)
+        texts = memo[texts_key]
+    return memo[scores_key], texts
 
 
 def _judge_options(example, variants):
