@@ -123,8 +123,10 @@ def test_four_ranks_share_a_nodes_main_memory(tmp_path, monkeypatch, untimed):
     assert needs[4].memory < 40 * GIB
 
     alone = doctor.predict(replace(case, run=replace(run, world=1)))["generator"]
-    moments = 8 * doctor.size_of(case.decoder)
-    assert alone.memory - needs[4].memory == pytest.approx(0.75 * moments), "shared out"
+    # moments go by whole weights: one rank keeps those of the last convolution, 65 % of all
+    largest = 2048 * 4508 * 9 * 9
+    spared = 8 * (doctor.size_of(case.decoder) - largest)
+    assert alone.memory - needs[4].memory == pytest.approx(spared), "shared out"
 
     monkeypatch.setattr(doctor, "host_memory", lambda: 64 * GIB)
     with pytest.raises(UserError, match="main memory, 64 are there: lower collect.save_last"):
