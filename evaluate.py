@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import answers
 import baselines
 import collect
 import data
@@ -89,12 +90,14 @@ def _evaluate_task(run, task, method_ids):
     for method in run.track(todo, f"evaluate {task.name}"):
         began = time.monotonic()
         passes = lm.forwards
+        written = lm.written
         rows = _test_rows(run, task, target, method, memo)
 
         # beside the unit's folder, which holds its record alone
         folder = run.path / f"scores/{method}"
         seconds = round(time.monotonic() - began, 1)
         cost = {"seconds": seconds, "forwards": lm.forwards - passes}
+        cost["written_tokens"] = lm.written - written
         runtime.write_jsonl(folder / f"{task.name}.jsonl", rows)
         runtime.write_json(folder / f"{task.name}.meta.json", cost)
         run.finish(f"scores/{method}/{task.name}", "evaluate", began, method)
@@ -187,20 +190,18 @@ def _test_rows(run, task, target, method, memo):
     Args:
         memo: answers to this task's examples so far, which grows: methods may share adapters.
     """
-    scored = []
-    written = []
+    variants = []
     for refined in method_variants(run, task, target, method):
-        scores, texts = _answer(run, task, target, refined, memo)
-        scored.append(scores)
-        written.append(texts)
+        variants.append(_answer(run, task, target, refined, memo))
 
     rows = []
     for i, example in enumerate(task.test):
+        scores = [variant[i] for variant in variants]
         row = {"id": example.id, "gold": example.gold}
         if example.options:
-            row |= _judge_options(example, [scores[i] for scores in scored])
-        if written[0]:
-            row |= _judge_texts(example, [texts[i] for texts in written])
+            row |= _judge_options(example, scores)
+        if scores[0].text is not None:
+            row |= _judge_texts(example, scores)
         if method == "base":  # the report shows examples, which one method's rows hold
             row["prompt"] = example.text
             row["options"] = list(example.options)
@@ -209,31 +210,17 @@ def _test_rows(run, task, target, method, memo):
 
 
 def _answer(run, task, target, refined, memo):
-    """The option scores of every test example, and generated texts where the task wants them.
-
-    Texts come from the first adapter of an ensemble.
-    """
+    """Scores of every test example, with written answers where the run or the task wants them."""
     lm = scoring.load_lm(run)
     test = list(task.test)
-    settings = run.cfg.evaluate
     # two methods have the same answers if their adapters hold the same numbers
     hashes = [a and lora.adapter_hash(a) for a in refined.adapters]
-
-    scores_key = (refined.combine, refined.slot, *hashes)
-    if scores_key not in memo:
+    key = (refined.combine, refined.slot, *hashes)
+    if key not in memo:
         cache = target.cache if target else None
-        memo[scores_key] = strategies.score_refined(lm, refined, test, cache)
-
-    texts = []
-    if settings.generate or not test[0].options:
-        tokens = settings.max_new_tokens
-        if not test[0].options:  # a worked solution is longer than a letter
-            tokens = max(256, tokens)
-        texts_key = ("texts", hashes[0])
-        if texts_key not in memo:
-            memo[texts_key] = scoring.generate_answers(lm, refined.adapters[0], test, tokens)
-        texts = memo[texts_key]
-    return memo[scores_key], texts
+        tokens = answers.answer_tokens(run.cfg.evaluate, test)
+        memo[key] = strategies.score_refined(lm, refined, test, cache, tokens)
+    return memo[key]
 
 
 def _judge_options(example, variants):
@@ -251,17 +238,10 @@ def _judge_options(example, variants):
 
 
 def _judge_texts(example, variants):
-    """Row fields of one example's generated answers, read strictly and leniently."""
+    """Row fields of one example's written answers, read strictly and leniently."""
     fields = {}
-    for kind in ("strict", "lenient"):
-        strict = kind == "strict"
-        right = 0
-        for text in variants:
-            if example.options:  # "[A]", in the letter format
-                letter = scoring.parse_letter(text, len(example.options), strict)
-                right += letter == example.gold
-            else:
-                right += scoring.match_answer(text, example.answer, strict)
-        fields[kind] = right / len(variants)
-    fields["text"] = variants[0]
+    for reading in scoring.WRITTEN:
+        right = [answers.is_right(scores, example, reading) for scores in variants]
+        fields[reading] = sum(right) / len(variants)
+    fields["text"] = variants[0].text
     return fields

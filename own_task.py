@@ -293,7 +293,7 @@ def predict(run: Run) -> dict:
     """Answer new inputs with an exported folder. JSON lines or CSV in, JSON lines out, in order.
 
     Rows with `choices` get {"id", "prediction", "index", "logprobs"}. The others get {"id",
-    "prediction"} by greedy generation, with the first adapter of an ensemble. Where rows have
+    "prediction"} by greedy generation, on which the adapters of an ensemble vote. Where rows have
     `gold`, the accuracy is printed.
     """
     cfg = run.cfg
@@ -319,8 +319,10 @@ def predict(run: Run) -> dict:
     if with_options:
         scored = [examples[i] for i in with_options]
         scores = strategies.score_refined(lm, refined, scored)
+        # a user wants an answer to every row: options are ranked, whatever the run reads
+        metric = "norm" if cfg.evaluate.metric == "norm" else "raw"
         for i, score in zip(with_options, scores, strict=True):
-            index = score.pick(cfg.evaluate.metric)
+            index = score.pick(metric)
             answers[i]["prediction"] = rows[i]["choices"][index]
             answers[i]["index"] = index
             answers[i]["logprobs"] = [round(value, 4) for value in score.raw]
@@ -328,9 +330,10 @@ def predict(run: Run) -> dict:
     # rows without: what the model writes
     without = [i for i, example in enumerate(examples) if not example.options]
     asked = [examples[i] for i in without]
-    texts = scoring.generate_answers(lm, refined.adapters[0], asked, cfg.evaluate.max_new_tokens)
-    for i, text in zip(without, texts, strict=True):
-        answers[i]["prediction"] = text.strip()
+    tokens = cfg.evaluate.max_new_tokens
+    scores = strategies.score_refined(lm, refined, asked, tokens=tokens)
+    for i, score in zip(without, scores, strict=True):
+        answers[i]["prediction"] = score.text.strip()
 
     runtime.write_jsonl(Path(cfg.output), answers)
     print(f"{len(answers)} answers -> {cfg.output}")

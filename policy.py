@@ -31,6 +31,7 @@ import torch
 import yaml
 
 import alignment
+import answers
 import data
 import generator
 import lora
@@ -283,7 +284,9 @@ class Rewards:
         self.run = run
         self.target = target
         self.support = support
-        self.scores = scoring.score_examples(target.lm, target.start, support)
+        # the metric of the run, be it of scores or of written answers
+        self.tokens = answers.answer_tokens(run.cfg.evaluate, support)
+        self.scores = answers.answer_examples(target.lm, target.start, support, tokens=self.tokens)
         self.reference = scoring.judge(self.scores, support, run.cfg.evaluate.metric)
 
     def of(self, strategy: Strategy, at_steps=()) -> dict:
@@ -337,7 +340,9 @@ class Rewards:
             else:
                 # it reads no label, so the whole support set may judge it
                 refined = strategies.execute(target, strategy)
-                found = strategies.score_refined(lm, refined, self.support, target.cache)
+                found = strategies.score_refined(
+                    lm, refined, self.support, target.cache, self.tokens
+                )
                 scores = {strategy: found}
             for trained, found in scores.items():
                 judged[str(trained)] = scoring.judge(found, self.support, metric)
@@ -368,7 +373,7 @@ class Rewards:
             # the rate is constant, so a short training is the beginning of a long one
             trained = strategies.train_on_support(target, strategy, fitted, lengths)
             for length, adapter in trained.items():
-                found = scoring.score_examples(target.lm, adapter, held_out)
+                found = answers.answer_examples(target.lm, adapter, held_out, tokens=self.tokens)
                 # back to the place of its example: afterwards no place is empty
                 for i, score in zip(held, found, strict=True):
                     scores[length][i] = score
@@ -835,7 +840,7 @@ def write_contexts(run: Run) -> dict:
             "Examples of a task:\n\n" + "\n\n".join(shown) + "\n\nIn one paragraph, say what the "
             "task asks and which skills it tests. Do not quote the examples.",
         )
-        text = scoring.continue_prompts(lm, [scoring.encode(lm, prompt)], 120)[0]
+        text = answers.continue_rows(lm, [scoring.prompt_row(lm, prompt)], 120)[0]
         found[name] = " ".join(text.split())
         run.log(f"context of {name}: {found[name]}")
     path = run.path / "contexts.yaml"

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -420,6 +421,18 @@ def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank may still take: its GPU's, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        available = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return 1024 * int(available[1]) // ranks
+    except OSError:  # no Linux: a size that any machine has
+        return 4 * 2**30
 
 
 def peak_memory(device: str) -> float:

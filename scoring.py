@@ -1,4 +1,4 @@
-"""What a base model says with an adapter in it: log-likelihoods, losses, steering, answers.
+"""What a base model says with an adapter in it: log-likelihoods, losses, latent steering.
 
 A question is one row: its context once, and its options behind it as branches. A branch sees the
 context and itself, and no other branch. Rows of similar length share a forward pass. The
@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-import benchmarks
 import data
 import lora
 import runtime
@@ -25,6 +22,8 @@ from config import UserError
 from data import Example
 from lora import Adapter, Layout
 from runtime import Run
+
+WRITTEN = ("strict", "lenient")  # metrics that read a generated answer
 
 
 @dataclass
@@ -38,6 +37,7 @@ class LM:
         max_tokens: of a row's context.
         budget: tokens per forward pass.
         forwards, backwards: passes so far, counted in rows, for cost reports.
+        written: tokens generated so far.
     """
 
     model: torch.nn.Module
@@ -48,6 +48,7 @@ class LM:
     budget: int = 1024
     forwards: int = 0
     backwards: int = 0
+    written: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,30 @@ class Scores:
     Attributes:
         raw: summed log-probability per option.
         norm: raw per character of the option.
+        greedy: the option whose every token is the model's first choice, or None.
+        text: the written answer, where one was asked for (`answers.answer_examples`).
+        strict, lenient: the option that it names by each reading; None = no option.
     """
 
     raw: tuple[float, ...]
     norm: tuple[float, ...]
+    greedy: int | None = None
+    text: str | None = None
+    strict: int | None = None
+    lenient: int | None = None
 
     def of(self, metric: str) -> tuple[float, ...]:
+        """One value per option; of a written answer its letters' log-probabilities."""
         if metric == "norm":
             return self.norm
         return self.raw
 
-    def pick(self, metric: str) -> int:
-        """The best option, the first of equals."""
+    def pick(self, metric: str) -> int | None:
+        """The best option, the first of equals; of a written answer the one it names, if any."""
+        if metric in WRITTEN:
+            if self.text is None:
+                raise ValueError(f"{metric}: no answer was generated")
+            return getattr(self, metric)
         values = self.of(metric)
         return values.index(max(values))
 
@@ -450,16 +463,24 @@ def _scored_positions(rows, starts):
 
 def branch_logprobs(lm: LM, rows: list[Row], hidden: Tensor, starts: list[int]):
     """[(options,)] tensors, one per row: the summed log-probability of each branch."""
+    logits, targets, branch = _answer_logits(lm, rows, hidden, starts)
+    picked = -F.cross_entropy(logits, targets, reduction="none")
+    return _sum_branches(rows, branch, picked)
+
+
+def _answer_logits(lm, rows, hidden, starts):
+    """(n, V) logits of every scored token, (n,) its id, (n,) its branch, numbered over all rows."""
     positions = _scored_positions(rows, starts)
     where, targets, branch = runtime.to_device(positions, hidden.device)
-
     # the head at answer positions only: over whole rows it would cost more than the model
-    logits = project(lm, hidden[where])
-    picked = -F.cross_entropy(logits, targets, reduction="none")
+    return project(lm, hidden[where]), targets, branch
+
+
+def _sum_branches(rows, branch, values):
+    """[(options,)] tensors, one per row: sums of the values of each branch's tokens."""
     options = [len(row.branches) for row in rows]
-    sums = picked.new_zeros(sum(options))
-    sums = sums.index_add(0, branch, picked)
-    return list(sums.split(options))
+    sums = values.new_zeros(sum(options), *values.shape[1:])
+    return list(sums.index_add(0, branch, values).split(options))
 
 
 @torch.no_grad()
@@ -489,7 +510,11 @@ def score_examples(
                 deltas = slot_deltas(lm, group, hidden, starts, *slot).to(hidden.dtype)
                 for delta, start, row in zip(deltas, starts, group, strict=True):
                     hidden[start : start + row.length] += delta
-            found = branch_logprobs(lm, group, hidden, starts)
+            logits, targets, branch = _answer_logits(lm, group, hidden, starts)
+            picked = -F.cross_entropy(logits, targets, reduction="none")
+            other = (logits.argmax(-1) != targets).to(picked.dtype)
+            # of every option: its log-probability, and how many of its tokens come second or later
+            found = _sum_branches(group, branch, torch.stack([picked, other], 1))
             for i, values in zip(batch, found, strict=True):
                 sums[i] = values
     finally:
@@ -500,9 +525,10 @@ def score_examples(
     sums = torch.cat(sums).cpu().split(options)
     scores = []
     for row, values in zip(rows, sums, strict=True):
-        raw = values.tolist()
+        raw, others = values.T.tolist()
         norm = [value / chars for value, chars in zip(raw, row.chars, strict=True)]
-        scores.append(Scores(tuple(raw), tuple(norm)))
+        greedy = others.index(0) if 0 in others else None
+        scores.append(Scores(tuple(raw), tuple(norm), greedy))
     return scores
 
 
@@ -660,102 +686,6 @@ def _mean_softmax(bases, shifts):
             logits += shifts[i].clamp_min(1e-38).log()
             means[i] = torch.softmax(logits, -1).mean(0)
     return torch.stack(means)
-
-
-@torch.no_grad()
-def generate_answers(
-    lm: LM,
-    adapter: Adapter | None,
-    examples: list[Example],
-    max_new_tokens: int,
-) -> list[str]:
-    """Greedy answers, one per example."""
-    most = 128
-    if lm.model.device.type == "cpu":
-        most = 16
-    texts = [input_text(lm, example) for example in examples]
-    rows = [prompt_row(lm, text) for text in texts]
-    answers = [""] * len(rows)
-    lora.swap_adapter(lm.model, lm.layout, adapter)
-    try:
-        # no gradients, no logits of whole rows: four times as many tokens fit
-        for batch in plan_batches(rows, 4 * lm.budget, most):
-            lm.forwards += len(batch)
-            prompts = [rows[i].context for i in batch]
-            written = continue_prompts(lm, prompts, max_new_tokens)
-            for i, answer in zip(batch, written, strict=True):
-                answers[i] = answer
-    finally:
-        lora.clear_adapters(lm.model)
-    return answers
-
-
-def continue_prompts(lm, prompts, max_new_tokens) -> list[str]:
-    """The greedy continuations of tokenised prompts."""
-    pad = lm.tokenizer.pad_token_id
-    if pad is None:
-        pad = lm.tokenizer.eos_token_id
-
-    # padding on the left: every answer begins in the same column
-    prompts = [torch.tensor(prompt) for prompt in prompts]
-    marks = [torch.ones_like(prompt) for prompt in prompts]
-    ids = pad_sequence(prompts, True, pad, padding_side="left")
-    mask = pad_sequence(marks, True, 0, padding_side="left")
-    whole = lm.model.generate(
-        ids.to(lm.model.device),
-        attention_mask=mask.to(lm.model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,  # a checkpoint may ship another
-        pad_token_id=pad,
-    )
-    answers = whole[:, ids.shape[1] :]
-    return lm.tokenizer.batch_decode(answers, skip_special_tokens=True)
-
-
-def parse_letter(text: str, num_options: int, strict: bool) -> int | None:
-    """The option a generated answer names, or None.
-
-    Strict: the answer opens with the bracketed letter, as the prompt asks. Lenient: the first
-    bracketed option anywhere, else the first letter or digit that stands alone.
-    """
-    letters = "ABCDEFGHIJ"[:num_options]
-    digits = f"1-{min(num_options, 9)}"
-    if strict:
-        found = re.match(rf"\s*\[([{letters}])\]", text)
-    else:
-        bracketed = rf"\[\s*([{letters}{letters.lower()}{digits}])\s*\]"
-        alone = rf"(?<![A-Za-z0-9])([{letters}{digits}])(?![A-Za-z0-9'])"
-        found = re.search(bracketed, text) or re.search(alone, text)
-    if not found:
-        return None
-    option = found[1].upper()
-    if option.isdigit():
-        return int(option) - 1
-    return letters.index(option)
-
-
-def match_answer(text: str, answer: str, strict: bool) -> bool:
-    """Exact match of a generated number or expression.
-
-    Strict: the answer stands after `####`. Lenient: the last box or the last number counts too.
-    """
-    wanted = _bare(answer)
-    marked = re.search(r"####\s*(.+)", text)
-    if marked:
-        return _bare(marked[1]) == wanted
-    if strict:
-        return False
-    guess = benchmarks.last_boxed(text)
-    if not guess:
-        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-        guess = "".join(numbers[-1:])
-    return guess != "" and _bare(guess) == wanted
-
-
-def _bare(text: str) -> str:
-    """Without what makes no difference: spaces, commas, $, LaTeX's sizes, a full stop."""
-    return re.sub(r"[\s$,]|\\left|\\right|\\!|\.$", "", text).strip()
 
 
 def accuracy(scores: list[Scores], examples: list[Example], metric: str) -> float:

@@ -20,6 +20,7 @@ Sampling, checks, rewards, caching and the report need nothing more.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import answers
 import lora
 import runtime
 import scoring
@@ -506,22 +508,29 @@ def train_on_support(
 
 
 def score_refined(
-    lm: LM, refined: Refined, examples: list[Example], cache: dict | None = None
+    lm: LM,
+    refined: Refined,
+    examples: list[Example],
+    cache: dict | None = None,
+    tokens: int = 0,
 ) -> list[Scores]:
-    """Score examples with what a strategy made.
+    """Score examples with what a strategy made, and with `tokens` let it answer.
 
-    Args: cache: scores of adapters that several ensembles share.
+    Args:
+        cache: scores of adapters that several ensembles share.
+        tokens: of a written answer, at most; 0 = none is written.
     """
     if refined.router is not None:
-        return _score_routed(lm, refined, examples)
+        return _score_routed(lm, refined, examples, tokens)
 
     cache = {} if cache is None else cache
     ids = tuple(example.id for example in examples)
     each = []
     for adapter in refined.adapters:
-        key = (id(adapter), refined.slot, ids)
+        key = (id(adapter), refined.slot, ids, tokens)
         if key not in cache:
-            found = scoring.score_examples(lm, adapter, examples, slot=refined.slot)
+            slot = refined.slot
+            found = answers.answer_examples(lm, adapter, examples, slot=slot, tokens=tokens)
             # the adapter is kept beside its scores, so that its id stays its own
             cache[key] = adapter, found
         each.append(cache[key][1])
@@ -532,11 +541,50 @@ def score_refined(
     for scores in zip(*each, strict=True):  # every adapter's scores of one example
         raw = combine([s.raw for s in scores], refined.combine)
         norm = combine([s.norm for s in scores], refined.combine)
-        pooled.append(Scores(raw, norm))
+        together = Scores(raw, norm)
+        if tokens:
+            together = pool_answers(scores, together, refined.combine)
+        pooled.append(together)
     return pooled
 
 
-def _score_routed(lm, refined, examples):
+def pool_answers(each: list[Scores], together: Scores, method: str) -> Scores:
+    """The written answer of several adapters: always one that one of them wrote.
+
+    majority_vote   the option that most adapters name. Ties go to the larger summed probability.
+    the others      of the options named, the best by the adapters' combined letter probabilities.
+    Answers without options are voted on, as numbers or expressions; the first of equals wins.
+
+    Args:
+        each: every adapter's scores of one example, with its answer.
+        together: their combined option scores.
+    """
+    if len(together.raw) == 1:
+        finals = [answers.final_answer(s.text, strict=False) for s in each]
+        winner = finals.index(max(finals, key=finals.count))
+        return dataclasses.replace(together, text=each[winner].text)
+
+    named = {}
+    for reading in scoring.WRITTEN:
+        picks = [s.pick(reading) for s in each]
+        named[reading] = _vote(picks, [s.raw for s in each], together.raw, method)
+    # the text of the first adapter that wrote it
+    writers = [s for s in each if s.lenient == named["lenient"]]
+    return dataclasses.replace(together, text=writers[0].text, **named)
+
+
+def _vote(picks, raw, together, method):
+    """The winner among the options that were named, or None."""
+    candidates = sorted({option for option in picks if option is not None})
+    if not candidates:
+        return None
+    if method != "majority_vote":
+        return max(candidates, key=lambda option: together[option])
+    mean = combine(raw, "mean_probability")
+    return max(candidates, key=lambda option: (picks.count(option), mean[option]))
+
+
+def _score_routed(lm, refined, examples, tokens):
     """Score each question with its own adapter."""
     texts = [scoring.input_text(lm, example) for example in examples]
     choice = route(refined, texts)
@@ -545,7 +593,7 @@ def _score_routed(lm, refined, examples):
     for number in sorted(set(choice)):
         group = [i for i, chosen in enumerate(choice) if chosen == number]
         asked = [examples[i] for i in group]
-        found = scoring.score_examples(lm, refined.adapters[number], asked)
+        found = answers.answer_examples(lm, refined.adapters[number], asked, tokens=tokens)
         scores.update(zip(group, found, strict=True))
     return [scores[i] for i in range(len(examples))]
 

@@ -1,4 +1,4 @@
-"""Scoring: packed rows against one plain forward pass per option, losses, steering, generation."""
+"""Scoring: packed rows against one plain forward pass per option, losses, steering."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lora import is_bare, random_adapter
+from test_lora import random_adapter
 
 import data
 import lora
@@ -436,99 +436,6 @@ def test_steered_scores(tiny_lm, plain, rows):
             expected.append(sum(logp[i - 1, ids[i]].item() for i in range(cut, len(ids))))
         assert found.raw == pytest.approx(expected, abs=1e-3)
     assert all(p.grad is None and not p.requires_grad for p in tiny_lm.model.parameters())
-
-
-def test_greedy_answers_equal_generate(tiny_lm, plain):
-    """Left-padded batches give transformers' greedy search for each prompt alone, in order."""
-    examples = [dataclasses.replace(e, suffix="") for e in EXAMPLES]
-    tiny_lm.budget = 10  # 40 tokens a batch: the long prompt alone, several short ones together
-    got = scoring.generate_answers(tiny_lm, None, examples, 12)
-    pad = tiny_lm.tokenizer.pad_token_id
-    for e, text in zip(examples, got, strict=True):
-        ids = torch.tensor([scoring.encode(tiny_lm, e.prompt)])
-        mask = torch.ones_like(ids)
-        out = plain.generate(
-            ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=pad
-        )
-        written = out[0, ids.shape[1] :]
-        assert text == tiny_lm.tokenizer.decode(written, skip_special_tokens=True)
-    assert len(set(got)) > 1
-    assert tiny_lm.forwards == 5
-
-
-def test_answers_with_an_adapter(tiny_lm):
-    """The adapter takes part in generation and is gone afterwards."""
-
-    def answers(adapter):
-        return scoring.generate_answers(tiny_lm, adapter, EXAMPLES[:2], 8)
-
-    bare = answers(None)
-    assert answers(random_adapter(tiny_lm.layout)) != bare
-    assert answers(None) == bare
-    assert is_bare(tiny_lm.model)
-
-
-@pytest.mark.parametrize(
-    "text, options, strict, lenient",
-    [
-        ("[B]", 4, 1, 1),
-        (" \n[C] because", 4, 2, 2),
-        ("The answer is [B].", 4, None, 1),
-        ("[ d ]", 4, None, 3),
-        ("[2]", 4, None, 1),
-        ("B", 4, None, 1),
-        ("(C)", 4, None, 2),
-        ("Answer: D.", 4, None, 3),
-        ("B) two", 4, None, 1),
-        ("The answer is 3", 4, None, 2),
-        ("A or [C]", 4, None, 2),
-        ("[E]", 4, None, None),
-        ("[A]", 2, 0, 0),
-        ("[C]", 2, None, None),
-        ("Because", 4, None, None),
-        ("D's", 4, None, None),
-        ("none", 4, None, None),
-        ("", 4, None, None),
-        ("12", 4, None, None),
-        ("5", 4, None, None),
-        ("[5]", 5, None, 4),
-        ("E", 5, None, 4),
-        ("[J]", 10, 9, 9),
-        ("[7]", 10, None, 6),
-        ("[0]", 10, None, None),
-    ],
-)
-def test_parse_letter(text, options, strict, lenient):
-    """Strict: the bracketed letter opens the answer. Lenient: the first bracketed, else alone."""
-    assert scoring.parse_letter(text, options, True) == strict
-    assert scoring.parse_letter(text, options, False) == lenient
-
-
-@pytest.mark.parametrize(
-    "text, answer, strict, lenient",
-    [
-        ("so\n#### 42", "42", True, True),
-        ("#### 1,234", "1234", True, True),
-        ("#### $42.", "42", True, True),
-        ("#### 42 \n", "42", True, True),
-        ("the answer is 42", "42", False, True),
-        ("42 apples, no 43.", "42", False, False),
-        ("1,234 in all", "1234", False, True),
-        ("#### 41 or 42", "42", False, False),
-        ("it is -7.", "-7", False, True),
-        (r"thus $\boxed{\frac{1}{2}}$", r"\frac{1}{2}", False, True),
-        (r"\boxed{3} of 5", "3", False, True),
-        (r"#### \left( 1, 2 \right)", "(1,2)", True, True),
-        ("", "0", False, False),
-        ("none", "0", False, False),
-        ("3.5 m", "3.5", False, True),
-        ("#### 420", "42", False, False),
-    ],
-)
-def test_match_answer(text, answer, strict, lenient):
-    """Strict: after ####. Lenient: also the last box or the last number. Commas do not count."""
-    assert scoring.match_answer(text, answer, True) is strict
-    assert scoring.match_answer(text, answer, False) is lenient
 
 
 def two_options(p, norm):

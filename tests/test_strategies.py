@@ -593,7 +593,7 @@ def test_routed_scores_come_back_in_order(target, monkeypatch):
     wanted = [2, 0, 2, 2, 0, 3, 0]
     calls = []
 
-    def score(lm, adapter, examples):
+    def score(lm, adapter, examples, slot=None):
         calls.append(adapter["number"])
         scores = []
         for example in examples:
