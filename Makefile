@@ -16,12 +16,13 @@ RUN      = runs/$(basename $(notdir $(CONFIG)))
 PIP      = $(PY) -m pip install --disable-pip-version-check -q
 TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --max-restarts=$(RESTARTS) --log-dir .cache/torchrun
 
-.PHONY: help install assets demo reproduce reproduce-all test reliability harness bench report lint format clean
+.PHONY: help install assets demo reproduce reproduce-all families test reliability harness bench report lint format clean
 
 help:
 	@echo "make demo           a slice of the real data through the whole pipeline"
 	@echo "make reproduce      all twelve tasks with CONFIG=$(CONFIG)"
 	@echo "make reproduce-all  the same with the baselines and TEMPO, in the same folder"
+	@echo "make families       degaml with one strategy family each, in the same folder"
 	@echo "make report         tables, figures and report.html of a run, from stored results"
 	@echo "make test           the tests"
 	@echo "make lint           ruff: format and rules; make format applies them"
@@ -70,6 +71,11 @@ endif
 # Continues the folder of `make reproduce`: nothing is done twice.
 reproduce-all: reproduce
 	$(TORCHRUN) degaml.py stage=all config=$(CONFIG) 'evaluate.methods=$(METHODS)' $(ARGS)
+
+FAMILIES = $(shell $(PYTHON) -c 'import methods; print("[base,generator,degaml," + ",".join(methods.SINGLE_FAMILY) + "]")')
+
+families: assets/.done
+	$(TORCHRUN) degaml.py stage=all config=$(CONFIG) 'evaluate.methods=$(FAMILIES)' $(ARGS)
 
 report:
 	$(PY) degaml.py stage=report config=$(CONFIG) $(ARGS)

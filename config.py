@@ -161,7 +161,7 @@ class Strategies(_Section):
     # the upper limits are those of the papers and of SLOT
     max_ttl_steps: Positive
     max_ttl_lr: Rate
-    ttl_threshold: Annotated[Float, Field(ge=0)]
+    ttl_threshold: Literal["median"] | Annotated[Float, Field(ge=0)]
     ttl_lambda: Annotated[Float, Field(gt=0)]
     mix: Literal["interp", "magdir"]
     max_prompt_batches: Annotated[Int, Field(ge=1, le=50)]
@@ -176,7 +176,10 @@ class Strategies(_Section):
 class Policy(_Section):
     mode: Literal["meta", "per_task"]
     families: Annotated[list[Family], Field(min_length=1)]
+    prompt: str
     proposals: Positive
+    distinct: StrictBool
+    steps: Positive
     iterations: Positive
     min_per_family: Count
     temperature: Annotated[Float, Field(gt=0)]
@@ -184,7 +187,7 @@ class Policy(_Section):
     top_k: Positive
     max_new_tokens: Positive
     reward_margin: Count
-    select_by: Literal["wins", "gold_logp"]
+    select_by: Literal["wins", "gold_logp", "family"]
     select_margin: Count
     sft_margin: Count
     folds: Annotated[Int, Field(ge=2)]  # no more than support examples: _cross_checks
@@ -557,6 +560,12 @@ def _cross_checks(cfg: Config, where: dict, samples: bool) -> list[str]:
         found["policy.min_per_family"] = (
             f"{p.min_per_family} x {families} families exceed policy.proposals = {p.proposals}: "
             f"at most {p.proposals // families}"
+        )
+    # strategies.CHAINED: only these make an adapter that has read no label
+    if p.steps > 1 and not {"TTT", "LORA"} & set(p.families):
+        found["policy.steps"] = (
+            f"{p.steps} steps, but none of {p.families} can be chained: add TTT or LORA to "
+            "policy.families, or set policy.steps=1"
         )
     if p.folds > cfg.data.num_support:
         found["policy.folds"] = f"got {p.folds} folds of {cfg.data.num_support} support examples"

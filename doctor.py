@@ -29,9 +29,9 @@ import data
 import generator
 import lora
 import methods
+import policy
 import runtime
 import scoring
-import strategies
 from alignment import FusionVAE
 from config import UserError
 from generator import HyperConvDecoder
@@ -59,7 +59,7 @@ def show_config(run: Run) -> dict:
 def check(run: Run) -> dict:
     """Load every split, the model and the encoder's configuration: mistakes show before work."""
     generator.check_encoder(run.cfg)
-    strategies.check_grid(run.cfg.strategies)
+    policy.check_search(run.cfg)
     tasks = data.load_tasks(run)
     layout = scoring.load_lm(run).layout
     print(

@@ -9,6 +9,7 @@ byte. A file holds one row per test example; accuracies are means over its rows.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -131,6 +132,9 @@ def method_variants(run: Run, task: Task, target: Target | None, method: str) ->
     if method in methods.PROPOSING:
         strategy = load_strategy(folder)
         if strategy.family in strategies.REPEATED:
+            if _is_chained(folder):  # it acts on what the strategies before it made
+                start = lora.load_adapter(folder, target.lm.layout)
+                target = dataclasses.replace(target, start=start)
             return [strategies.execute(target, strategy)]
 
     # generated adapters as they are
@@ -178,8 +182,13 @@ def _posterior_draws(run, folder):
     return Refined(adapters, "mean_probability")
 
 
+def _is_chained(folder):
+    """Did `adapt` refine the adapter before this strategy (`policy.steps`)?"""
+    return "before" in runtime.read_json(folder / "strategy.json")
+
+
 def load_strategy(folder: Path) -> Strategy:
-    """What `adapt` chose for a target."""
+    """What `adapt` chose for a target, at the last step of a chain."""
     chosen = runtime.read_json(folder / "strategy.json")
     return Strategy.from_dict(chosen["strategy"])
 

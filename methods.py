@@ -73,10 +73,17 @@ TABLE = (
     Method("maml", "MAML-en-LLM", "#0072B2", "p", "maml"),
     Method("maml_matched", "MAML-en-LLM, matched update", "#0072B2", "h", "maml, matched"),
     Method("abmll", "ABMLL", "#D55E00", "p", "abmll"),
+    Method("degaml_ttt", "DeGAML, TTT only", "#0072B2", "<", "generated", ("TTT",)),
+    Method("degaml_lora", "DeGAML, LORA only", "#009E73", ">", "generated", ("LORA",)),
+    Method("degaml_tts", "DeGAML, TTS only", "#56B4E9", "d", "generated", ("TTS",)),
+    Method("degaml_latent", "DeGAML, Latent only", "#E69F00", "H", "generated", ("Latent",)),
 )
 METHODS = {method.id: method for method in TABLE}
 ALWAYS_SHOWN = tuple(METHODS)[:8]
-REPRODUCED = tuple(id for id in METHODS if id != "tempo_plus")  # by `make reproduce-all`
+# by `make families`: degaml with one strategy family each
+SINGLE_FAMILY = ("degaml_ttt", "degaml_lora", "degaml_tts", "degaml_latent")
+# by `make reproduce-all`
+REPRODUCED = tuple(id for id in METHODS if id not in ("tempo_plus", *SINGLE_FAMILY))
 
 
 def _ids_by_start(*starts: str) -> tuple[str, ...]:

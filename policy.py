@@ -18,15 +18,16 @@ What restarts from the base?  The policy's adapter, at every Improve step of ReS
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import yaml
 
@@ -36,6 +37,7 @@ import data
 import generator
 import lora
 import methods
+import proposals
 import runtime
 import scoring
 import strategies
@@ -43,185 +45,15 @@ from config import UserError
 from data import Task
 from lora import Adapter, AdapterTrainer, Layout
 from runtime import Run
-from scoring import LM, Row, Scores
+from scoring import Row
 from strategies import Source, Strategy, Target
 
 MAX_SAMPLES = 10  # rewarded proposals per task, at most (ReST-EM)
+# What is kept of an execution beside its result. `selected` of the `seen` prompts passed the gate
+# of TTT. `changed` is false where nothing is other than before.
+FACTS = ("changed", "selected", "seen", "seconds", "forwards", "backwards")
 # the result of the generated adapter against itself, and of what is no strategy
 NO_GAIN = {"wins": 0, "losses": 0, "gold_logp_gain": 0.0}
-SYSTEM = (
-    "You are a specialist in adapting language models. You choose how a model's adapter is refined "
-    "for a task it has not seen, and you answer with one JSON object and nothing else."
-)
-# one entry per family that `strategies.schema` knows
-DESCRIPTIONS = {
-    "TTT": "Test-time training: gradient steps that lower the perplexity of the task's unlabelled "
-    "questions.\n"
-    '{"family": "TTT", "ttl_steps": <integer>, "learning_rate": <float>, "batch_size": <integer>, '
-    '"shuffle_data": <boolean>}',
-    "LORA": "LoRA subspace mixing: blends the two halves of the adapter's rank by a ratio from 0 "
-    "to 1.\n"
-    '{"family": "LORA", "lambda": <float>}',
-    "TTS": "Test-time scaling: several adapters from different question batches, routed or "
-    "ensembled.\n"
-    '{"family": "TTS", "num_prompt_batches": <integer>, "method": "<avg_sim_score | '
-    'avg_prompt_embed | max_confidence | majority_vote | sum_logprobs>"}',
-    "Latent": "Latent steering: a vector added to the last hidden state, optimised on each "
-    "question.\n"
-    '{"family": "Latent", "slot_steps": <integer>, "slot_lr": <float>}',
-    "SFT": "Supervised steps on the few labelled examples, starting from a share of the generated "
-    "adapter, 0 to 1.\n"
-    '{"family": "SFT", "sft_steps": <integer>, "learning_rate": <float>, "batch_size": <integer>, '
-    '"loss": "<lm | choice>", "init_scale": <float>}',
-}
-
-
-def proposal_prompt(
-    lm: LM,
-    task: Task,
-    families: list[str],
-    support: list[Scores],
-    metric: str,
-) -> str:
-    """What the policy reads: the task's context, the state, and the families it may choose from.
-
-    The state is how the generated adapter does on the support set: `support` are its scores.
-    Source: TEMPO, G.6 (structure, fields); DeGAML, section 2.2 (state). The wording is ours.
-    """
-    # the state: with it the policy can tell a task that needs help from one that does not
-    examples = list(task.support)
-    right = sum(scoring.judge(support, examples, metric)["correct"])
-    log_p = sum(scoring.gold_logprob(support, examples, metric)) / len(examples)
-
-    # the first family listed is proposed too often, so every task lists them in its own order
-    order = runtime.rng_for("families", task.name).permutation(families)
-    listed = []
-    for number, family in enumerate(order, 1):
-        listed.append(f"({number}) {DESCRIPTIONS[family]}")
-
-    user = "\n".join(
-        [
-            f"Task: {task.title}. {task.context or 'No description is available.'}",
-            f"State: with the generated adapter the model answers {right} of {len(examples)} "
-            f"labelled examples correctly; mean log-probability of the right answer {log_p:.2f}.",
-            "Choose the one strategy family and the settings that should help most. "
-            "Families and their JSON:",
-            *listed,
-            f"Give only the JSON object for {task.title}.",
-        ]
-    )
-    return scoring.chat_prompt(lm.tokenizer, SYSTEM, user)
-
-
-@torch.no_grad()
-def sample_proposals(
-    lm: LM,
-    layout: Layout,
-    policy_adapter: Adapter | None,
-    prompt: str,
-    schemas: list[dict],
-    policy_config,
-    seed: int,
-) -> list[str]:
-    """One constrained sample per schema, all in one batch behind one cached prompt."""
-    import llguidance.numpy as llnp
-
-    # every sample has a grammar of its own, and a row of bits for its legal next tokens
-    model = lm.model
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    matchers = [_compile_grammar(lm, schema, vocabulary) for schema in schemas]
-    count = len(schemas)
-    legal = llnp.allocate_token_bitmask(count, vocabulary)
-    rng = torch.Generator().manual_seed(seed)
-    written = [[] for _ in schemas]
-    lora.swap_adapter(model, layout, policy_adapter)
-    try:
-        # the prompt is read once; every sample continues from a copy of its cache
-        lm.forwards += 1
-        ids = torch.tensor([scoring.encode(lm, prompt)], device=model.device)
-        output = model(ids, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        cache.batch_repeat_interleave(count)
-        logits = output.logits[:, -1].expand(count, -1)
-
-        for _ in range(policy_config.max_new_tokens):
-            live = [i for i, matcher in enumerate(matchers) if not matcher.is_stopped()]
-            if not live:
-                break
-            # finished samples stay in the batch, so that its shape does not change
-            for i in live:
-                llnp.fill_next_token_bitmask(matchers[i], legal, i)
-            chosen = _sample(logits.float(), legal, policy_config, rng)
-            for i in live:
-                if matchers[i].consume_token(chosen[i]):
-                    written[i].append(chosen[i])
-            lm.forwards += count
-            ids = torch.tensor(chosen, device=model.device)[:, None]
-            output = model(ids, past_key_values=cache, use_cache=True)
-            logits = output.logits[:, -1]
-    finally:
-        lora.clear_adapters(model)
-    return lm.tokenizer.batch_decode(written, skip_special_tokens=True)
-
-
-def _compile_grammar(lm, schema, vocabulary):
-    """What follows one sample through its JSON schema; compact JSON, for white space never ends."""
-    from llguidance import LLMatcher
-
-    compact = {"whitespace_flexible": False}
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=compact)
-    matcher = LLMatcher(_grammar_tokenizer(lm.tokenizer, vocabulary), grammar)
-    if matcher.is_error():
-        raise RuntimeError(f"the strategy grammar does not compile: {matcher.get_error()}")
-    return matcher
-
-
-@functools.lru_cache(maxsize=4)
-def _grammar_tokenizer(tokenizer, vocabulary):
-    """The grammar library's own form of a tokenizer, which takes a second to make."""
-    import llguidance.hf
-
-    return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary)
-
-
-def _sample(logits, legal, policy_config, rng):
-    """One token per sample, among the legal ones, by temperature, top-k and top-p (TEMPO, G.5).
-
-    Args:
-        logits: (samples, V) tensor.
-        legal: (samples, V / 32) array of int32, a bit per token. A finished sample keeps its last
-            bits: it gets some token, and nobody reads it.
-    """
-    # the grammar: an illegal token gets no probability at all
-    vocabulary = logits.shape[1]
-    bits = np.unpackbits(legal.view("uint8"), axis=1, count=vocabulary, bitorder="little")
-    allowed = torch.as_tensor(bits, dtype=torch.bool, device=logits.device)
-    logits = logits.masked_fill(~allowed, -math.inf) / policy_config.temperature
-
-    # top-k first: what follows is small, and the draw is made on the CPU, alike on every device
-    values, index = logits.topk(min(policy_config.top_k, vocabulary))
-    p = torch.softmax(values.cpu(), -1)
-    # top-p: the token that crosses the limit stays
-    mass_before = p.cumsum(-1) - p
-    p = torch.where(mass_before < policy_config.top_p, p, 0.0)
-    drawn = torch.multinomial(p, 1, generator=rng)
-    return index.cpu().gather(1, drawn).squeeze(1).tolist()
-
-
-def plan_families(
-    families: list[str],
-    count: int,
-    minimum: int,
-) -> list[list[str]]:
-    """Which families each of `count` samples may use.
-
-    `minimum` samples are tied to each family, so that every family is explored; the rest are free.
-    """
-    plan = []
-    for family in families:
-        plan += [[family]] * minimum
-    plan += [families] * count
-    return plan[:count]  # with few samples the first families go first
 
 
 def make_target(
@@ -290,7 +122,7 @@ class Rewards:
         self.reference = scoring.judge(self.scores, support, run.cfg.evaluate.metric)
 
     def of(self, strategy: Strategy, at_steps=()) -> dict:
-        """{wins, losses, gold_logp_gain, seconds, forwards, backwards}, against the start.
+        """{wins, losses, gold_logp_gain} against the start, and FACTS of the execution.
 
         Args: at_steps: lengths of other trainings that will be asked for, measured by the way.
         """
@@ -305,8 +137,8 @@ class Rewards:
 
         # files keep what was measured; wins and losses depend on the start and are counted here
         row = rows[str(strategy)]
-        cost = {key: row.get(key, 0) for key in ("seconds", "forwards", "backwards")}
-        return scoring.compare(row, self.reference) | cost
+        facts = {key: row[key] for key in FACTS if key in row}
+        return scoring.compare(row, self.reference) | facts
 
     def of_all(
         self,
@@ -324,8 +156,8 @@ class Rewards:
     def measure(self, strategy: Strategy, at_steps=()) -> dict[str, dict]:
         """Carry a strategy out and judge what it makes of the support set.
 
-        Returns: {canonical JSON: {correct, gold_logp (one entry per example), seconds, forwards,
-            backwards}}; for SFT also of the shorter trainings in `at_steps`.
+        Returns: {canonical JSON: {correct, gold_logp (one entry per example) and FACTS}}; for SFT
+            also of the shorter trainings in `at_steps`.
         """
         target = self.target
         lm = target.lm
@@ -334,12 +166,14 @@ class Rewards:
         backwards = lm.backwards
         metric = self.run.cfg.evaluate.metric
         judged = {}
+        facts = {}
         try:
             if strategy.family == "SFT":
                 scores = self._cross_validate(strategy, at_steps)
             else:
                 # it reads no label, so the whole support set may judge it
                 refined = strategies.execute(target, strategy)
+                facts = {"changed": strategies.changes(target, refined), **refined.notes}
                 found = strategies.score_refined(
                     lm, refined, self.support, target.cache, self.tokens
                 )
@@ -350,12 +184,12 @@ class Rewards:
             size = len(self.support)
             judged[str(strategy)] = {"correct": [0] * size, "gold_logp": [-100.0] * size}
 
-        cost = {
+        facts |= {
             "seconds": round(time.monotonic() - began, 2),
             "forwards": lm.forwards - forwards,
             "backwards": lm.backwards - backwards,
         }
-        return {key: found | cost for key, found in judged.items()}
+        return {key: found | facts for key, found in judged.items()}
 
     def _cross_validate(self, strategy, at_steps):
         """{Strategy: scores} by length. Nothing is scored by an adapter that was fitted on it.
@@ -395,8 +229,12 @@ def training_length(strategy: Strategy) -> int:
 
 
 def reward_of(result: dict, policy_config) -> int:
-    """Binary: better than the generated adapter by the paired margin (docs/choices.md, 9)."""
-    return int(result["wins"] - result["losses"] >= policy_config.reward_margin)
+    """Binary: better than the start by the paired margin (docs/choices.md, 9).
+
+    What changed nothing earns nothing, whatever the margin.
+    """
+    better = result["wins"] - result["losses"] >= policy_config.reward_margin
+    return int(better and result.get("changed", True))
 
 
 def choose(results: dict[Strategy, dict], policy_config) -> tuple[Strategy, dict]:
@@ -405,9 +243,15 @@ def choose(results: dict[Strategy, dict], policy_config) -> tuple[Strategy, dict
     The generated adapter is kept unless a strategy passes. To pass it must win at least
     `select_margin` (SFT: `sft_margin`) more examples than it loses, and raise the mean gold
     log-probability. On 20 examples chance alone gives either too easily.
-    Of those that pass: most net wins (`select_by: wins`), or the highest mean gold log-probability
-    (`gold_logp`, which says more per example than right or wrong does); ties by the other.
+    Of those that pass, by `select_by`:
+    wins        most net wins; ties by the mean gold log-probability
+    gold_logp   the highest mean gold log-probability, which says more per example; ties by net wins
+    family      the family with most rewarded strategies, and of it the one with most net wins
     """
+    rewarded_of = Counter()
+    for strategy, result in results.items():
+        rewarded_of[strategy.family] += reward_of(result, policy_config)
+
     ranks = {}
     for strategy, result in results.items():
         net = result["wins"] - result["losses"]
@@ -420,6 +264,8 @@ def choose(results: dict[Strategy, dict], policy_config) -> tuple[Strategy, dict
             ranks[strategy] = (net, gain)
             if policy_config.select_by == "gold_logp":
                 ranks[strategy] = (gain, net)
+            if policy_config.select_by == "family":
+                ranks[strategy] = (rewarded_of[strategy.family], net, gain)
 
     # the first of equals
     best = max(ranks, key=ranks.get, default=strategies.KEEP)
@@ -525,26 +371,30 @@ def rewarded(episodes: list[dict]) -> list[str]:
 
 @dataclass
 class Case:
-    """One task as a method's policy meets it.
+    """One task as a method's policy meets it, with the adapter that is to be refined.
 
-    Attributes: families: those the method may propose. prompt: what the policy reads.
+    Attributes: families: those the method may propose. prompt: what the policy reads. step: how
+        many refinements lie behind its start (`policy.steps`).
     """
 
     task: Task
     rewards: Rewards
     families: list[str]
     prompt: str
+    step: int = 0
 
 
-def _open_case(run, task, method, left_out=None):
+def _open_case(run, task, method, left_out=None, draw=None):
     """Draw the starting adapter, score it on the support set, and write the prompt.
 
-    Args: left_out: whose generator draws it, where that is not the task's own.
+    Args:
+        left_out: whose generator draws it, where that is not the task's own.
+        draw: number of a support set drawn anew from the train split; None = the task's own.
     Raises: UserError: the support examples have no options to compare.
     """
-    cfg = run.cfg
-    support = list(task.support)
-    if any(example.gold is None for example in support):
+    if draw is not None:
+        task = _draw_support(run, task, draw)
+    if any(example.gold is None for example in task.support):
         raise UserError(
             f"task {task.name}: its support examples have no options to compare; "
             "use data.math_form=choice"
@@ -552,18 +402,58 @@ def _open_case(run, task, method, left_out=None):
     aligned = method in methods.ALIGNED
     target = make_target(run, task, left_out, aligned)
 
-    # every starting adapter of a task has a reward file of its own
+    # every starting adapter of a task has a reward file of its own, and every support set
     name = task.name
     if left_out:
         name += f".without_{left_out}"
+    if draw is not None:
+        name += f".draw_{draw}"
     if aligned:
         name += f".aligned-{lora.adapter_hash(target.start)[:8]}"
-    rewards = Rewards(run, name, target, support)
+    families = methods.families_of(method, run.cfg.policy.families)
+    return _make_case(run, task, target, name, families)
 
-    # one prompt per task: the state is the start's, and does not change between iterations
-    families = methods.families_of(method, cfg.policy.families)
-    prompt = proposal_prompt(target.lm, task, families, rewards.scores, cfg.evaluate.metric)
-    return Case(task, rewards, families, prompt)
+
+def _draw_support(run, task, draw):
+    """The training task with other support examples, as many, of its train split."""
+    rng = runtime.rng_for(run.cfg.seed, "support", task.name, draw)
+    picked = rng.choice(len(task.train), len(task.support), replace=False)
+    return dataclasses.replace(task, support=[task.train[i] for i in picked])
+
+
+def _make_case(run, task, target, name, families, step=0):
+    """Args: name: of its reward file."""
+    cfg = run.cfg
+    rewards = Rewards(run, name, target, list(task.support))
+    # the state is the start's, and does not change between iterations
+    prompt = proposals.proposal_prompt(
+        target.lm,
+        task,
+        families,
+        rewards.scores,
+        cfg.evaluate.metric,
+        cfg.policy.prompt,
+    )
+    return Case(task, rewards, families, prompt, step)
+
+
+def _next_case(run, case, strategy, refined):
+    """The case whose start is what a strategy made, or None where the chain ends with it.
+
+    TTS and Latent make more than an adapter. SFT has read the support labels, so nothing after it
+    could be judged by them. TTS is not offered any more: it draws generated adapters, and the chain
+    would be lost.
+    Source: DeGAML, Algorithm 2, lines 7-12.
+    """
+    step = case.step + 1
+    if step == run.cfg.policy.steps or strategy.family not in strategies.CHAINED:
+        return None
+    (start,) = refined.adapters
+    # what is known of the old start, such as scores and median surprise, is left behind
+    target = dataclasses.replace(case.rewards.target, start=start, cache={})
+    families = [family for family in case.families if family != "TTS"]
+    name = f"{case.rewards.own_file.stem}.step-{lora.adapter_hash(start)[:8]}"
+    return _make_case(run, case.task, target, name, families, step)
 
 
 def _run_episodes(run, case, policy_adapter, iteration, label):
@@ -575,16 +465,22 @@ def _run_episodes(run, case, policy_adapter, iteration, label):
     name = case.task.name
     # propose: with the base model at first, then with the policy of the last iteration
     key = (cfg.seed, "propose", name, label, iteration)
-    texts = sample_proposals(
+    if case.step:
+        key = (*key, "step", case.step)
+    drawn = proposals.draw_proposals(
         scoring.load_lm(run),
         policy_layout(run),
         policy_adapter,
         case.prompt,
-        _round_schemas(cfg, case.families, runtime.rng_for(*key, "explore")),
-        cfg.policy,
-        runtime.seed_for(*key),
+        case.families,
+        cfg,
+        key,
     )
-    proposed = [_parse(text, cfg.strategies, case.families) for text in texts]
+    texts = [text for text, _ in drawn]
+    proposed = [strategy for _, strategy in drawn]
+    if cfg.policy.distinct and proposals.repeated_places(proposed):
+        count = len(proposals.repeated_places(proposed))
+        run.log(f"{label} {name}: {count} of {len(proposed)} proposals stay repeated or invalid")
 
     # execute, each strategy once
     valid = [strategy for strategy in proposed if strategy is not None]
@@ -594,6 +490,8 @@ def _run_episodes(run, case, policy_adapter, iteration, label):
     episodes = []
     for index, strategy in enumerate(proposed):
         episode = {"iteration": iteration, "index": index, "text": texts[index]}
+        if case.step:
+            episode["step"] = case.step
         episode |= {"strategy": {}, "valid": False, "reward": 0, **NO_GAIN}
         if strategy in results:
             result = results[strategy]
@@ -612,25 +510,11 @@ def _run_episodes(run, case, policy_adapter, iteration, label):
     return episodes
 
 
-def _parse(text, bounds, families):
-    """None: a grammar promises neither a value in bounds nor an end before max_new_tokens."""
-    try:
-        return strategies.parse_strategy(text, bounds, families)
-    except ValueError:
-        return None
-
-
-def _round_schemas(cfg, families, explore):
-    """The grammar of each sample of a round."""
-    settings = cfg.policy
-    schemas = []
-    for offered in plan_families(families, settings.proposals, settings.min_per_family):
-        # left alone, a small policy proposes the same few settings every time: a sample that is
-        # tied to a family sees a random half of them
-        tied = len(offered) < len(families)
-        half = explore if tied else None
-        schemas.append(strategies.proposal_schema(cfg.strategies, offered, half))
-    return schemas
+def check_search(cfg) -> None:
+    """Check grid and template of the search. Raises: UserError: one of them is wrong."""
+    strategies.check_grid(cfg.strategies)
+    if cfg.policy.prompt:
+        proposals.read_template(cfg.policy.prompt)
 
 
 def _proposing(cfg):
@@ -641,7 +525,7 @@ def _proposing(cfg):
 def train_policies(run: Run) -> dict:
     """policy.mode=meta: ReST-EM over the training tasks, a policy per left-out set and method."""
     cfg = run.cfg
-    strategies.check_grid(cfg.strategies)
+    check_search(cfg)
     if cfg.policy.mode == "per_task":
         run.log("policy.mode=per_task: the policy is trained inside stage=adapt")
         return {}
@@ -663,13 +547,16 @@ def _meta_train(run, left_out, method):
     began = time.monotonic()
     unit = f"policy/{left_out}/{method}"
 
-    # the left-out task is none of the cases, and the generator that draws for them never saw it
+    # the left-out task is none of the cases, and the generator that draws for them never saw it;
+    # every iteration draws their support examples anew
     tasks = data.load_tasks(run)
-    cases = []
-    for name in data.training_tasks(run.cfg, left_out):
-        cases.append(_open_case(run, tasks[name], method, left_out))
+    names = data.training_tasks(run.cfg, left_out)
+
+    def open_cases(iteration):
+        return [_open_case(run, tasks[name], method, left_out, iteration) for name in names]
+
     label = f"{method}-without-{data.seed_name(left_out)}"
-    episodes, policy_adapter = _run_rest_em(run, cases, left_out, method, label)
+    episodes, policy_adapter = _run_rest_em(run, open_cases, left_out, method, label)
 
     # the base model as policy is an adapter with B = 0
     layout = policy_layout(run)
@@ -679,10 +566,11 @@ def _meta_train(run, left_out, method):
     run.finish(unit, "policy", began, method)
 
 
-def _run_rest_em(run, cases, name, method, label):
+def _run_rest_em(run, open_cases, name, method, label):
     """ReST-EM: every iteration proposes for all cases, and trains on what was rewarded.
 
-    Args: name, method, label: see `improve_policy` and `_run_episodes`.
+    Args: open_cases: iteration -> the cases. name, method, label: see `improve_policy` and
+        `_run_episodes`.
     Returns: the episodes, and the policy's adapter; None is the base model.
     """
     settings = run.cfg.policy
@@ -691,13 +579,18 @@ def _run_rest_em(run, cases, name, method, label):
     for iteration in range(settings.iterations):
         # every task's proposals come from the same policy
         samples = {}
-        for case in cases:
-            new = _run_episodes(run, case, policy_adapter, iteration, label)
-            samples[case.prompt] = rewarded(new)
-            # a policy that several tasks share keeps its episodes in one file
-            if settings.mode == "meta":
-                new = [{"task": case.task.name, **episode} for episode in new]
-            episodes += new
+        for case in open_cases(iteration):
+            while case is not None:
+                new = _run_episodes(run, case, policy_adapter, iteration, label)
+                samples[case.prompt] = rewarded(new)
+                # a policy that several tasks share keeps its episodes in one file
+                if settings.mode == "meta":
+                    new = [{"task": case.task.name, **episode} for episode in new]
+                episodes += new
+                # in a search for one task `_adapt_one` makes the steps
+                if settings.mode == "per_task" or case.step + 1 == settings.steps:
+                    break
+                case = _accept(run, case, new, method)[-1]
 
         # per task, nobody would sample from a policy that the last iteration trained
         if settings.mode == "per_task" and iteration + 1 == settings.iterations:
@@ -725,7 +618,7 @@ def adapt_targets(run: Run) -> dict:
     The unrefined adapters (`generator`, `aligned`) are methods of their own and are written too.
     """
     cfg = run.cfg
-    strategies.check_grid(cfg.strategies)
+    check_search(cfg)
     unrefined = ["generator"]
     if "aligned" in cfg.evaluate.methods:
         unrefined.append("aligned")
@@ -753,33 +646,55 @@ def _adapt_one(run, task, method):
 
     Raises: UserError: no options to compare, a policy that is missing, or a training that diverged.
     """
-    cfg = run.cfg
     began = time.monotonic()
     case = _open_case(run, task, method)
-    episodes = _search(run, case, method)
-
-    # the choice is among everything that was tried, and the plain twins
-    proposed = [Strategy.from_dict(e["strategy"]) for e in episodes if e["valid"]]
-    results = case.rewards.of_all(with_plain_twins(proposed), f"{method} {task.name}")
-    strategy, result = choose(results, cfg.policy)
-
-    # nothing is measured on the support set any more: now SFT trains on all of it
     support = case.rewards.support
-    refined = strategies.execute_finite(case.rewards.target, strategy, support)
+    first = case
+
+    # one refinement after the other, as long as the last one made an adapter to go on from
+    episodes = []
+    accepted = []
+    kept = None
+    while case is not None:
+        found = _search(run, case, method)
+        episodes += found
+        strategy, result, refined, case = _accept(run, case, found, method)
+        # a later step that finds nothing keeps what the earlier ones made
+        if kept is None or strategy != strategies.KEEP:
+            kept = refined
+            accepted.append({"strategy": strategy.as_dict(), **result})
 
     # beside the adapter: what was proposed, what the policy had read, and why this was chosen
     folder = run.path / f"adapted/{method}/{task.name}"
     runtime.write_jsonl(folder / "episodes.jsonl", episodes)
-    runtime.write_text(folder / "prompt.txt", case.prompt)
+    runtime.write_text(folder / "prompt.txt", first.prompt)
     facts = {
-        "strategy": strategy.as_dict(),
-        **result,
+        **accepted[-1],
         "n_support": len(support),
-        "notes": refined.notes,
-        "support_accuracy_generated": sum(case.rewards.reference["correct"]) / len(support),
+        "notes": kept.notes,
+        "support_accuracy_generated": sum(first.rewards.reference["correct"]) / len(support),
     }
+    if len(accepted) > 1:
+        facts["before"] = accepted[:-1]
     # of an ensemble only the first adapter is kept: `evaluate` draws the others again
-    keep_adapted(run, method, task, refined.adapters[0], facts, began)
+    keep_adapted(run, method, task, kept.adapters[0], facts, began)
+
+
+def _accept(run, case, episodes, method):
+    """Choose among what was tried on a case, and carry the choice out.
+
+    Returns: the strategy, its {wins, losses, gold_logp_gain}, what it made, and the next case of
+        the chain or None.
+    """
+    # the choice is among everything that was tried, and the plain twins
+    proposed = [Strategy.from_dict(e["strategy"]) for e in episodes if e["valid"]]
+    label = f"{method} {case.task.name}"
+    results = case.rewards.of_all(with_plain_twins(proposed), label)
+    strategy, result = choose(results, run.cfg.policy)
+
+    # nothing is measured on the support set any more: now SFT trains on all of it
+    refined = strategies.execute_finite(case.rewards.target, strategy, case.rewards.support)
+    return strategy, result, refined, _next_case(run, case, strategy, refined)
 
 
 def keep_adapted(
@@ -809,7 +724,7 @@ def _search(run, case, method):
     """
     name = case.task.name
     if run.cfg.policy.mode == "per_task":
-        return _run_rest_em(run, [case], name, method, method)[0]
+        return _run_rest_em(run, lambda iteration: [case], name, method, method)[0]
     ready = f"policy/{data.left_out_for(run.cfg, name)}/{method}"
     if not run.finished(ready, "policy", method, redo=False):
         raise UserError(f"{run.path / ready}: not trained yet; run stage=policy")

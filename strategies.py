@@ -14,7 +14,7 @@ A new family is four edits (docs/extend.md has a worked example):
     methods.py      its name in `LABEL_FREE`, so that it is legal and methods may use it
     strategies.py   its fields and their bounds in `schema`
     strategies.py   its branch in `execute`
-    policy.py       what the policy reads about it in `DESCRIPTIONS`
+    proposals.py    what the policy reads about it in `DESCRIPTIONS`
 Sampling, checks, rewards, caching and the report need nothing more.
 """
 
@@ -46,6 +46,11 @@ TTS_METHODS = (*ROUTERS, "max_confidence", "majority_vote", "sum_logprobs")
 
 # What these make is more than an adapter. It is made again where it is needed, exactly, untrained.
 REPEATED = ("TTS", "Latent")
+
+# What these make is an adapter that has read no label: a further strategy may start from it.
+CHAINED = ("TTT", "LORA")
+
+MEDIAN_OF = 64  # prompts, of which the median surprise is taken
 
 # Other names of families, in capitals: the papers and their code use them too.
 FAMILY_ALIASES = {
@@ -108,7 +113,9 @@ def schema(bounds) -> dict[str, dict[str, dict]]:
         return {"type": "integer", "minimum": low, "maximum": high}
 
     def number(low, high):
-        return {"type": "number", "minimum": low, "maximum": high}
+        # steps bound the digits: a small policy else writes zeros until its tokens are spent
+        step = low or 0.01
+        return {"type": "number", "minimum": low, "maximum": high, "multipleOf": step}
 
     # bounded from above, so that no proposal can ask for hours of work
     return {
@@ -343,6 +350,16 @@ def execute(target: Target, strategy: Strategy, labelled: list[Example] = ()) ->
     raise ValueError(f"family {family} cannot be carried out: `execute` has no branch for it")
 
 
+def changes(target: Target, refined: Refined) -> bool:
+    """Does it make anything else of a question than the target's start does?"""
+    if refined.slot is not None:
+        return refined.slot[0] > 0
+    if len(refined.adapters) > 1:
+        return True
+    (adapter,) = refined.adapters
+    return any(not torch.equal(adapter[key], value) for key, value in target.start.items())
+
+
 def execute_finite(target: Target, strategy: Strategy, support: list) -> Refined:
     """`execute` of a chosen strategy. Raises: UserError: its training diverged."""
     try:
@@ -371,11 +388,13 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
         order = runtime.rng_for(target.seed, "ttt", target.name).permutation(order)
     batches = np.resize(order, steps * size).reshape(-1, size)
 
+    threshold = surprise_threshold(target)
     selected = []  # how many prompts of each part pass the gate
     with AdapterTrainer(lm.model, lm.layout, target.start) as trainer:
         for batch in batches:
             rows = [scoring.prompt_row(lm, texts[i]) for i in batch]
-            loss = trainer.backward(_surprise_losses(lm, rows, target.bounds, selected))
+            scale = target.bounds.ttl_lambda
+            loss = trainer.backward(_surprise_losses(lm, rows, threshold, scale, selected))
             if loss is None:  # no prompt of the batch passes the gate
                 continue
             if not math.isfinite(loss):
@@ -385,26 +404,53 @@ def train_on_prompts(target: Target, strategy: Strategy) -> Refined:
     return Refined([trainer.adapter()], notes=notes)
 
 
-def _surprise_losses(lm, rows, bounds, selected):
+@torch.no_grad()
+def surprise_threshold(target: Target) -> float:
+    """The mean token NLL above which TTT trains on a prompt: `strategies.ttl_threshold`.
+
+    `median` is that of the task's prompts under the target's start, so half of them are trained on
+    whatever the model and the form of the prompts are.
+    """
+    wanted = target.bounds.ttl_threshold
+    if wanted != "median":
+        return wanted
+    if "median surprise" not in target.cache:
+        lm = target.lm
+        texts = target.source.texts
+        order = runtime.rng_for(target.seed, "surprise", target.name).permutation(len(texts))
+        rows = [scoring.prompt_row(lm, texts[i]) for i in order[:MEDIAN_OF]]
+        found = []
+        lora.swap_adapter(lm.model, lm.layout, target.start)
+        try:
+            for part in scoring.plan_batches(rows, scoring.part_tokens(lm.budget, all_scored=True)):
+                nll = scoring.prompt_nll(lm, [rows[i] for i in part])
+                found += nll.tolist()
+        finally:
+            lora.clear_adapters(lm.model)
+        target.cache["median surprise"] = float(np.median(found))
+    return target.cache["median surprise"]
+
+
+def _surprise_losses(lm, rows, threshold, scale, selected):
     """Yield (weighted sum, count) of the prompts above the threshold, in parts that fit the memory.
 
-    A prompt's weight is ttl_lambda * exp(nll - ttl_threshold) if its nll is above the threshold,
-    else 0. The loss is the mean over the selected prompts. How many there are in each part is
-    appended to `selected`.
+    A prompt's weight is scale * exp(nll - threshold) if its nll is above the threshold, else 0. The
+    loss is the mean over the selected prompts. How many there are in each part is appended to
+    `selected`. A threshold of 0 selects all.
     """
     parts = scoring.parts_of(lm, rows, all_scored=True)
     for part in parts:
         nll = scoring.prompt_nll(lm, part)
         surprise = nll.detach()  # a weight, through which no gradient flows
-        gate = surprise > bounds.ttl_threshold
-        if not bounds.ttl_threshold:  # 0: no gate
+        gate = surprise > threshold
+        if not threshold:
             gate = torch.ones_like(gate)
         count = int(gate.sum())
         selected.append(count)
         if not count:
             del nll  # its graph, before the next part's is built
             continue
-        weight = bounds.ttl_lambda * torch.exp(surprise - bounds.ttl_threshold)
+        weight = scale * torch.exp(surprise - threshold)
         total = (weight * nll)[gate].sum()
         # a whole batch is its own mean; parts are divided by the sum of their counts, in the end
         yield (total / count, 1) if len(parts) == 1 else (total, count)

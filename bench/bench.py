@@ -38,6 +38,7 @@ import data
 import generator
 import lora
 import policy
+import proposals
 import runtime
 import scoring
 import strategies
@@ -390,11 +391,11 @@ def proposals_asked(run: Run, lm: LM):
     families = ["TTT", "LORA", "TTS", "Latent", "SFT"]
     task = data.load_tasks(run)["arc_e"]
     support = scoring.score_examples(lm, None, list(task.support))
-    prompt = policy.proposal_prompt(lm, task, families, support, "norm")
+    prompt = proposals.proposal_prompt(lm, task, families, support, "norm")
 
     bounds = run.cfg.strategies
     schemas = []
-    for allowed in policy.plan_families(families, 20, 1):
+    for allowed in proposals.plan_families(families, 20, 1):
         schemas.append(strategies.proposal_schema(bounds, allowed))
     return prompt, schemas
 
@@ -407,7 +408,7 @@ def policy_ours(watch: Stopwatch) -> dict:
     settings = run.cfg.policy
 
     def sample(asked, seed):
-        return policy.sample_proposals(lm, layout, None, prompt, asked, settings, seed)
+        return proposals.sample_proposals(lm, layout, None, prompt, asked, settings, seed)
 
     sample(schemas[:2], 0)  # warms up
     with watch:

@@ -16,6 +16,7 @@ import generator
 import lora
 import methods
 import policy
+import proposals
 import runtime
 import scoring
 import strategies
@@ -64,7 +65,7 @@ def rewards_of(run: Run) -> Rewards:
     return Rewards(run, "delta", target, support)
 
 
-def proposals(run: Run, families: list[str], **changes) -> list[str]:
+def sampled(run: Run, families: list[str], **changes) -> list[str]:
     """Samples of the base model, one per entry of `families`, or under changed settings."""
     seed = changes.pop("seed", 0)
     adapter = changes.pop("adapter", None)
@@ -73,7 +74,7 @@ def proposals(run: Run, families: list[str], **changes) -> list[str]:
     schemas = [strategies.proposal_schema(bounds, offered) for offered in families]
     lm = scoring.load_lm(run)
     layout = policy.policy_layout(run)
-    return policy.sample_proposals(lm, layout, adapter, "Adapt.", schemas, settings, seed)
+    return proposals.sample_proposals(lm, layout, adapter, "Adapt.", schemas, settings, seed)
 
 
 def episodes_of(run: Run, method: str, task: str) -> list[dict]:
@@ -88,7 +89,7 @@ def test_sampled_proposals_always_parse(run, family, grid):
     if not grid:
         bounds = bounds.model_copy(update={"proposal_grid": {}})
     hot = {"temperature": 3.0, "top_p": 1.0, "top_k": 400, "max_new_tokens": 600}
-    texts = proposals(run, [[family]] * 6, seed=3, bounds=bounds, **hot)
+    texts = sampled(run, [[family]] * 6, seed=3, bounds=bounds, **hot)
     assert len(texts) == 6
     for text in texts:
         parsed = strategies.parse_strategy(text, bounds, [family])
@@ -102,7 +103,7 @@ def test_sampled_proposals_always_parse(run, family, grid):
 
 def test_free_samples_use_every_family(run):
     """An untied sample may be of any offered family and of no other."""
-    texts = proposals(run, [LABEL_FREE] * 24, seed=1, temperature=5.0, top_p=1.0)
+    texts = sampled(run, [LABEL_FREE] * 24, seed=1, temperature=5.0, top_p=1.0)
     bounds = run.cfg.strategies
     found = {strategies.parse_strategy(text, bounds, LABEL_FREE).family for text in texts}
     assert len(found) >= 2
@@ -117,22 +118,22 @@ def test_sampling_is_seeded_and_leaves_the_base_bare(run):
         before = lm.model(ids).logits
     plain = lora.init_adapter(policy.policy_layout(run), 0)
     adapter = {key: value + 0.3 for key, value in plain.items()}
-    first = proposals(run, [FAMILIES] * 4, seed=7, adapter=adapter)
-    assert proposals(run, [FAMILIES] * 4, seed=7, adapter=adapter) == first
+    first = sampled(run, [FAMILIES] * 4, seed=7, adapter=adapter)
+    assert sampled(run, [FAMILIES] * 4, seed=7, adapter=adapter) == first
     with torch.no_grad():
         assert torch.equal(lm.model(ids).logits, before)
 
     others = set()
     for seed in range(3):
-        texts = proposals(run, [FAMILIES] * 4, seed=seed, temperature=5.0, top_p=1.0)
+        texts = sampled(run, [FAMILIES] * 4, seed=seed, temperature=5.0, top_p=1.0)
         others.add(tuple(texts))
     assert len(others) > 1
 
 
 def test_batched_samples_equal_single_ones(run):
     """With one legal token a step, sharing the prompt's cache between samples changes nothing."""
-    together = proposals(run, [[family] for family in FAMILIES], top_k=1)
-    alone = [proposals(run, [[family]], top_k=1)[0] for family in FAMILIES]
+    together = sampled(run, [[family] for family in FAMILIES], top_k=1)
+    alone = [sampled(run, [[family]], top_k=1)[0] for family in FAMILIES]
     assert together == alone
 
 
@@ -140,9 +141,9 @@ def test_plan_gives_every_family_its_minimum():
     """`minimum` samples are tied to each family, the rest may use any; never more than `count`."""
     every = ["A", "B", "C"]
     tied = [["A"], ["A"], ["B"], ["B"], ["C"], ["C"]]
-    assert policy.plan_families(every, 8, 2) == [*tied, every, every]
-    assert policy.plan_families(["A", "B"], 3, 0) == [["A", "B"]] * 3
-    assert policy.plan_families(["A", "B"], 3, 2) == [["A"], ["A"], ["B"]]
+    assert proposals.plan_families(every, 8, 2) == [*tied, every, every]
+    assert proposals.plan_families(["A", "B"], 3, 0) == [["A", "B"]] * 3
+    assert proposals.plan_families(["A", "B"], 3, 2) == [["A"], ["A"], ["B"]]
 
 
 def test_prompt_states_task_and_performance(run):
@@ -150,7 +151,7 @@ def test_prompt_states_task_and_performance(run):
     task = data.load_tasks(run)["delta"]
     rewards = rewards_of(run)
     lm = scoring.load_lm(run)
-    text = policy.proposal_prompt(lm, task, LABEL_FREE, rewards.scores, "norm")
+    text = proposals.proposal_prompt(lm, task, LABEL_FREE, rewards.scores, "norm")
     right = 0
     for scores, example in zip(rewards.scores, task.support, strict=True):
         right += scores.pick("norm") == example.gold
@@ -186,7 +187,9 @@ def result(wins: int, losses: int, gain: float) -> dict:
 
 
 def chosen(results: dict, label_free: int, sft: int = 0, by: str = "wins") -> Strategy:
-    settings = SimpleNamespace(select_margin=label_free, sft_margin=sft, select_by=by)
+    settings = SimpleNamespace(
+        reward_margin=1, select_margin=label_free, sft_margin=sft, select_by=by
+    )
     best, found = policy.choose(results, settings)
     assert found == results.get(best, result(0, 0, 0.0))
     return best
@@ -298,7 +301,10 @@ def test_keeping_the_adapter_changes_nothing(run):
     """Against itself the generated adapter neither wins nor loses."""
     found = rewards_of(run).of(KEEP)
     found.pop("seconds")
-    assert found == {**policy.NO_GAIN, "forwards": 8, "backwards": 0}
+    assert found == {**policy.NO_GAIN, "changed": False, "forwards": 8, "backwards": 0}
+    settings = run.cfg.policy.model_copy(update={"reward_margin": 0})
+    assert policy.reward_of(found, settings) == 0, "whatever the margin"
+    assert policy.reward_of(found | {"changed": True}, settings) == 1
 
 
 def test_an_identical_strategy_is_executed_once(run, monkeypatch):
@@ -430,7 +436,7 @@ def test_each_improve_step_restarts_from_the_base(run, monkeypatch):
     """The second iteration samples from the trained policy; its training starts afresh."""
     used = []
     starts = []
-    real_sample = policy.sample_proposals
+    real_sample = proposals.sample_proposals
 
     def sample(lm, layout, policy_adapter, *args):
         used.append(policy_adapter)
@@ -441,7 +447,7 @@ def test_each_improve_step_restarts_from_the_base(run, monkeypatch):
             starts.append(adapter)
             super().__init__(model, layout, adapter)
 
-    monkeypatch.setattr(policy, "sample_proposals", sample)
+    monkeypatch.setattr(proposals, "sample_proposals", sample)
     monkeypatch.setattr(policy, "AdapterTrainer", Trainer)
     run.cfg.policy.iterations = 3
     run.cfg.policy.reward_margin = 0
@@ -475,11 +481,135 @@ def test_meta_policy_never_touches_the_left_out_task(trained, monkeypatch):
     monkeypatch.setattr(scoring, "score_examples", score)
     policy._meta_train(run, "alpha", "degaml_plus")
     tasks = data.load_tasks(run)
-    supports = [*tasks["beta"].support, *tasks["gamma"].support]
+    trained_on = [*tasks["beta"].train, *tasks["gamma"].train]
     assert touched == {("beta", "alpha"), ("gamma", "alpha")}
-    assert scored == {example.id for example in supports}
+    assert scored < {example.id for example in trained_on}
     episodes = runtime.read_jsonl(run.path / "policy/alpha/degaml_plus/episodes.jsonl")
     assert {episode["task"] for episode in episodes} == {"beta", "gamma"}
+
+
+def test_every_iteration_of_meta_training_draws_its_examples(trained, monkeypatch):
+    """Algorithm 2, line 5: other support examples per iteration, of the train split alone."""
+    run = make_run(trained, "policy.mode=meta", "policy.iterations=3")
+    drawn = []
+    real = policy._make_case
+
+    def make_case(run, task, target, name, *args):
+        drawn.append((task.name, name, frozenset(e.id for e in task.support)))
+        return real(run, task, target, name, *args)
+
+    monkeypatch.setattr(policy, "_make_case", make_case)
+    policy._meta_train(run, "alpha", "degaml")
+    tasks = data.load_tasks(run)
+    for name in ("beta", "gamma"):
+        sets = [ids for task, _, ids in drawn if task == name]
+        files = {file for task, file, _ in drawn if task == name}
+        assert len(set(sets)) == len(files) == 3
+        for ids in sets:
+            assert len(ids) == len(tasks[name].support)
+            assert ids <= {example.id for example in tasks[name].train}
+            assert not ids & {example.id for example in tasks[name].test}
+
+
+STEPS = ["policy.steps=2", "policy.iterations=1", "evaluate.methods=[base, degaml]"]
+
+
+def accept(monkeypatch, *families: str) -> list[Strategy]:
+    """Choose the first proposal of the given family at each step, whatever it earns."""
+    accepted = []
+
+    def choose(results, settings):
+        family = families[len(accepted)]
+        best = KEEP
+        for strategy in results:
+            if strategy.family == family:
+                best = strategy
+        accepted.append(best)
+        return best, {"wins": 1, "losses": 0, "gold_logp_gain": 0.1}
+
+    monkeypatch.setattr(policy, "choose", choose)
+    return accepted
+
+
+def test_a_strategy_refines_what_the_last_one_made(trained, monkeypatch):
+    """Algorithm 2, lines 7-12: the accepted adapter is the next start, with a state of its own."""
+    run = make_run(trained, *STEPS)
+    accepted = accept(monkeypatch, "LORA", "Latent")
+    task = data.load_tasks(run)["delta"]
+    first = policy._open_case(run, task, "degaml")
+    policy._adapt_one(run, task, "degaml")
+    folder = run.path / "adapted/degaml/delta"
+    facts = runtime.read_json(folder / "strategy.json")
+    assert [s.family for s in accepted] == ["LORA", "Latent"]
+    assert facts["strategy"] == accepted[1].as_dict()
+    assert [before["strategy"] for before in facts["before"]] == [accepted[0].as_dict()]
+
+    # the second search began from the mixed adapter, without TTS, in a reward file of its own
+    mixed = strategies.execute(first.rewards.target, accepted[0]).adapters[0]
+    episodes = episodes_of(run, "degaml", "delta")
+    later = [e["strategy"]["family"] for e in episodes if e.get("step") == 1 and e["valid"]]
+    assert later
+    assert "TTS" not in later
+    assert len(list(run.path.glob("adapted/rewards-*/delta.step-*.jsonl"))) == 1
+    layout = first.rewards.target.lm.layout
+    assert lora.adapter_hash(lora.load_adapter(folder, layout)) == lora.adapter_hash(mixed)
+
+    # what is evaluated is the steering of the mixed adapter
+    target = policy.make_target(run, task)
+    (refined,) = evaluate.method_variants(run, task, target, "degaml")
+    assert lora.adapter_hash(refined.adapters[0]) == lora.adapter_hash(mixed)
+    assert refined.slot is not None
+
+
+@pytest.mark.parametrize("family", ["TTS", "Latent", "none"])
+def test_a_chain_ends_with_what_is_no_adapter(trained, monkeypatch, family):
+    """There is no second search after an ensemble or steering, nor after nothing at all."""
+    run = make_run(trained, *STEPS)
+    accepted = accept(monkeypatch, family)
+    policy._adapt_one(run, data.load_tasks(run)["delta"], "degaml")
+    assert [s.family for s in accepted] == [family]
+    assert "before" not in runtime.read_json(run.path / "adapted/degaml/delta/strategy.json")
+
+
+def test_a_later_step_that_finds_nothing_keeps_the_earlier(trained, monkeypatch):
+    """The last strategy that was accepted is the result, with its adapter."""
+    run = make_run(trained, *STEPS)
+    accepted = accept(monkeypatch, "LORA", "none")
+    policy._adapt_one(run, data.load_tasks(run)["delta"], "degaml")
+    assert accepted[1] == KEEP
+    facts = runtime.read_json(run.path / "adapted/degaml/delta/strategy.json")
+    assert facts["strategy"] == accepted[0].as_dict()
+
+
+def test_steps_in_meta_training(trained, monkeypatch):
+    """A policy for all tasks learns at every step of the chain."""
+    run = make_run(trained, "policy.mode=meta", *STEPS)
+    accept(monkeypatch, *["LORA"] * 9)
+    seen = {}
+    monkeypatch.setattr(policy, "improve_policy", lambda run, samples, *args: seen.update(samples))
+    policy._meta_train(run, "alpha", "degaml")
+    episodes = runtime.read_jsonl(run.path / "policy/alpha/degaml/episodes.jsonl")
+    assert {(e["task"], e.get("step", 0)) for e in episodes} == {
+        ("beta", 0),
+        ("beta", 1),
+        ("gamma", 0),
+        ("gamma", 1),
+    }
+    assert len(seen) == 4, "a prompt per task and step: the state line is refreshed"
+
+
+def test_choose_by_family():
+    """The family with most rewarded strategies, and of it the one with most net wins."""
+    steering = Strategy("Latent", (("slot_steps", 3), ("slot_lr", 0.1)))
+    results = {
+        mixing(0.1): result(2, 0, 0.1),
+        mixing(0.2): result(3, 0, 0.1),
+        mixing(0.3): result(0, 4, -0.1),
+        steering: result(9, 0, 0.9),
+    }
+    assert chosen(results, 1, by="family") == mixing(0.2)
+    assert chosen(results, 1, by="wins") == steering
+    assert chosen(results, 4, by="family") == steering, "the margin comes first"
 
 
 def test_meta_mode_end_to_end(trained):

@@ -338,7 +338,7 @@ def test_ttt_sample_weights(target, monkeypatch):
         nll = torch.tensor(values, requires_grad=True)
         monkeypatch.setattr(scoring, "prompt_nll", lambda lm, rows: nll)
         rows = list(range(len(values)))
-        losses = list(strategies._surprise_losses(target.lm, rows, BOUNDS, []))
+        losses = list(strategies._surprise_losses(target.lm, rows, 3.0, 0.1, []))
         if not losses:
             return None, nll
         ((total, count),) = losses
@@ -665,9 +665,48 @@ def test_sft_starts_from_a_share_of_the_generated_adapter(target, share):
         torch.testing.assert_close(got[key], want, rtol=1e-6, atol=1e-20)
 
 
+def test_half_of_the_prompts_pass_the_median(target):
+    """The threshold is the prompts' median surprise at the start, measured once per target."""
+    target.bounds.ttl_threshold = "median"
+    nll = prompts_nll(target, target.start)
+    assert len(nll) <= strategies.MEDIAN_OF, "all of them count"
+    passes = target.lm.forwards
+    threshold = strategies.surprise_threshold(target)
+    assert threshold == pytest.approx(np.median(nll.numpy()), rel=1e-5)
+    assert target.lm.forwards - passes == len(nll)
+    assert strategies.surprise_threshold(target) == threshold
+    assert target.lm.forwards - passes == len(nll)
+
+    # at a vanishing rate every prompt is seen once as it is
+    out = strategies.train_on_prompts(target, ttt(1, 1e-12, len(nll)))
+    assert out.notes == {"selected": len(nll) // 2, "seen": len(nll)}
+    # a number is taken as it is
+    target.bounds.ttl_threshold = 3.0
+    assert strategies.surprise_threshold(target) == 3.0
+
+
+def test_what_changes_nothing_is_known(target):
+    """An adapter equal to the start and steering of no step are no change."""
+    target.bounds.ttl_threshold = 100.0
+
+    def changes(chosen):
+        return strategies.changes(target, strategies.execute(target, chosen))
+
+    assert not changes(ttt(3, 1e-3, 4))
+    assert not changes(KEEP)
+    assert not changes(mixing(0.0))
+    assert not changes(latent(0))
+    assert changes(mixing(0.5))
+    assert changes(latent(1))
+    assert changes(tts(2, "majority_vote"))
+    target.bounds.ttl_threshold = 0.0
+    assert changes(ttt(3, 1e-3, 4))
+
+
 def test_costs_are_counted(target):
     """Passes in rows: trainings count both ways, ensembles score each drawn adapter once."""
     lm = target.lm
+    target.bounds.ttl_threshold = 3.0
     items = examples_of("delta", 6)
 
     def cost(chosen, score=True):
