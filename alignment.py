@@ -174,17 +174,18 @@ def to_vector(adapter: Adapter, layout: Layout) -> Tensor:
 
 
 @torch.no_grad()
-def task_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
+def task_vector(run: Run, prompts: str, adapter: Adapter) -> Tensor:
     """(d,) what an adapter does to a task: the change it makes to a prompt's last hidden state.
 
     The mean over `align.prompts` prompts. Training and use share this definition.
+    Args: prompts: the prompt set (`generator.prompt_set`), here and below.
     """
     lm = scoring.load_lm(run)
-    texts = prompt_texts(run, task)
+    texts = prompt_texts(run, prompts)
     rows = [scoring.prompt_row(lm, text) for text in texts]
 
     # The bare model's states are the same for every adapter.
-    key = f"base states/{task}"
+    key = f"base states/{prompts}"
     if key not in run.cache:
         run.cache[key] = last_states(lm, rows, None)
     bare = run.cache[key]
@@ -192,9 +193,9 @@ def task_vector(run: Run, task: str, adapter: Adapter) -> Tensor:
     return (adapted - bare).mean(0)
 
 
-def prompt_texts(run, task):
+def prompt_texts(run, prompts):
     """The unlabelled prompts that a task vector is made from."""
-    texts = generator.task_texts(run, task)
+    texts = generator.task_texts(run, prompts)
     return texts[: run.cfg.align.prompts]
 
 
@@ -214,14 +215,14 @@ def last_states(lm, rows, adapter):
     return torch.stack([states[i] for i in sorted(states)])
 
 
-def checkpoint_vector(run, task, checkpoint):
+def checkpoint_vector(run, prompts, checkpoint):
     """A checkpoint's task vector. It is the same for every left-out set: kept in align/vectors/."""
     adapter_id = lora.adapter_hash(checkpoint)
-    prompts_id = runtime.seed_for(*prompt_texts(run, task))
-    name = f"{task}.{adapter_id}.{prompts_id:x}.safetensors"
+    prompts_id = runtime.seed_for(*prompt_texts(run, prompts))
+    name = f"{prompts}.{adapter_id}.{prompts_id:x}.safetensors"
     path = run.path / "align/vectors" / name
     if not path.exists():
-        vector = task_vector(run, task, checkpoint)
+        vector = task_vector(run, prompts, checkpoint)
         runtime.save_tensors(path, {"v": vector})
     return runtime.load_tensors(path)["v"]
 
@@ -249,7 +250,8 @@ def collect_pairs(run: Run, left_out: str):
     pairs = {}
     held = {}
     for task in data.training_tasks(cfg, left_out):
-        checkpoints = collect.load_checkpoints(run, lm, task)
+        prompts = generator.prompt_set(cfg, task, left_out)
+        checkpoints = list(collect.load_checkpoints(run, lm, task))
         held[task] = checkpoints[0]
         if len(checkpoints) > 1:
             checkpoints = checkpoints[1:]
@@ -263,13 +265,13 @@ def collect_pairs(run: Run, left_out: str):
 
             if kind in ("gen2ckpt", "alg1"):
                 generated, _ = generator.generate_adapter(run, task, draw, left_out=left_out)
-                vector = task_vector(run, task, generated)
+                vector = task_vector(run, prompts, generated)
                 source = to_vector(generated, lm.layout)
                 target = source if kind == "alg1" else goal
                 pairs[task].append(Pair(source, vector, target))
 
             if kind in ("gen2ckpt", "ckpt2ckpt"):
-                vector = checkpoint_vector(run, task, checkpoints[chosen])
+                vector = checkpoint_vector(run, prompts, checkpoints[chosen])
                 pairs[task].append(Pair(goal, vector, goal))
     return pairs, held
 
@@ -466,9 +468,10 @@ def held_out_fit(run, aligner, left_out, held, pairs):
         goal = to_vector(checkpoint, aligner.layout)
         total += squared_error(mean, goal)
         generated, _ = generator.generate_adapter(run, task, 0, left_out=left_out)
+        prompts = generator.prompt_set(run.cfg, task, left_out)
         guesses = {
-            "r2": align_adapter(run, aligner, task, checkpoint),
-            "r2_generated": align_adapter(run, aligner, task, generated),
+            "r2": align_adapter(run, aligner, prompts, checkpoint),
+            "r2_generated": align_adapter(run, aligner, prompts, generated),
             "r2_before": generated,
         }
         for name, guess in guesses.items():
@@ -499,14 +502,22 @@ def load_aligner(run: Run, left_out: str) -> Aligner:
 
 
 @torch.no_grad()
-def align_adapter(run: Run, aligner: Aligner, task: str, adapter: Adapter) -> Adapter:
-    """Move an adapter of a task through the VAE. The latent is its mean: equal in, equal out."""
+def align_adapter(run: Run, aligner: Aligner, prompts: str, adapter: Adapter) -> Adapter:
+    """Move an adapter of a task through the VAE: equal in, equal out.
+
+    The latent is its mean, or with `align.sample` one seeded draw (TEMPO, F.5).
+    """
     source = aligner.standardise(to_vector(adapter, aligner.layout))
-    vector = aligner.standardise_task(task_vector(run, task, adapter))
+    vector = aligner.standardise_task(task_vector(run, prompts, adapter))
     batch = source[None].to(run.device)
     vectors = vector[None].to(run.device)
+    noise = None
+    if run.cfg.align.sample:
+        # drawn on the CPU, alike on every machine
+        rng = torch.Generator().manual_seed(runtime.seed_for(run.cfg.seed, "latent", prompts))
+        noise = torch.randn(1, run.cfg.align.latent, generator=rng).to(run.device)
     with autocast(run):
-        out, _, _ = aligner.vae(batch, vectors)
+        out, _, _ = aligner.vae(batch, vectors, noise)
     weights = out[0].float().cpu() * aligner.std + aligner.mean
     tokens = weights.view(-1, aligner.layout.rank, aligner.layout.width)
     return generator.from_tokens(tokens, aligner.layout)

@@ -6,14 +6,15 @@ Writes in analysis/: analysis.md and .json, gradients-*.csv and .png, signature-
 signatures.npz.
 
 1 gradient conflict, 2 weight statistics, 3 signatures of one layer, 4 stage ablation. Everything
-is read from the run folder; a method without adapters there is called not run. The coupled side
-is MAML-en-LLM.
+is read from the run folder, and from a second one by `analyze.other_run`; a method without adapters
+there is called not run. The coupled side is MAML-en-LLM. `analyze.methods` names others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -29,15 +30,25 @@ import report
 import results
 import runtime
 import scoring
+from config import UserError
 from lora import Adapter, Layout
 from runtime import Run
 
 # staged methods, then coupled ones
-COMPARED = ("tempo", "tempo_plus", "degaml", "degaml_plus", "maml", "maml_matched")
+COMPARED = (
+    "tempo",
+    "tempo_plus",
+    "degaml",
+    "degaml_plus",
+    "maml_qvo",
+    "maml",
+    "maml_matched",
+)
 QVO = ("q_proj", "v_proj", "o_proj")  # the modules TEMPO trains its coupled baseline on
 STAGES = {"base": "Base model", "generator": "S1", "aligned": "S1 + S2", "tempo": "S1 + S2 + S3"}
 DOMAINS = {"id": "in-domain", "ood": "out-of-domain"}
 STAGE_FACTS = ("acc", "se", "tasks", "vs_base", "vs_generator")
+COMMON = "common point"  # of gradients: the mean training adapter
 ABSOLUTE = 1e-6  # |dW| below this counts as zero in the paper's sparsity
 NUM_ENTRIES = 200  # of a signature
 
@@ -53,6 +64,19 @@ PAPER = {
         "coupled": {"sparsity": 0.0155, "l2": 0.575, "l1": 2512, "max": 0.0017},
         "TEMPO": {"sparsity": 0.1001, "l2": 0.400, "l1": 866, "max": 0.0031},
     },
+    # Table 2's averages, recomputed from its cells; figure 1 prints no numbers of S1 + S2
+    "stages": {
+        "0.5B": {
+            "base": ("37.2", "24.6"),
+            "S1": ("45.7", "23.4"),
+            "S1 + S2 + S3": ("58.4", "34.2"),
+        },
+        "1.5B": {
+            "base": ("59.7", "42.9"),
+            "S1": ("62.5", "42.3"),
+            "S1 + S2 + S3": ("67.7", "47.6"),
+        },
+    },
 }
 
 
@@ -67,11 +91,17 @@ def analyze(run: Run) -> dict:
 
     # what the run made of them
     layout = scoring.load_lm(run).layout
-    adapters = load_adapted(run, wanted)
+    compared = tuple(run.cfg.analyze.methods) or COMPARED
+    adapters = load_adapted(run.path, layout, wanted, compared)
+    if run.cfg.analyze.other_run:
+        other = Path(run.cfg.analyze.other_run)
+        found = load_adapted(other, layout, wanted, compared)
+        adapters |= {f"{method} of {other.name}": each for method, each in found.items()}
     folder = run.path / "analysis"
     folder.mkdir(exist_ok=True)
     found = {
         "tasks": wanted,
+        "compared": compared,
         "seed": run.cfg.seed,
         "n": len(tasks[wanted[0]].support),
         "model": run.cfg.model.name,
@@ -89,20 +119,33 @@ def analyze(run: Run) -> dict:
     return {"analysis": str(folder / "analysis.md")}
 
 
-def load_adapted(run, tasks) -> dict:
-    """{method: {task: adapter}} of the methods that have every task's adapter in the run folder."""
-    layout = scoring.load_lm(run).layout
+def load_adapted(path: Path, layout: Layout, tasks, compared) -> dict:
+    """{method: {task: adapter}} of the methods that have every task's adapter in a run folder.
+
+    Raises: UserError: no such run, or one whose adapters have another shape or scale.
+    """
+    if not path.is_dir():
+        raise UserError(f"analyze.other_run={path}: no such run folder; give one like runs/smollm2")
     adapters = {}
-    for method in COMPARED:
+    for method in compared:
         by_task = {}
         for task in tasks:
-            folder = run.path / f"adapted/{method}/{task}"
+            folder = path / f"adapted/{method}/{task}"
             if (folder / "adapter_model.safetensors").is_file():
                 by_task[task] = lora.load_adapter(folder, layout)
         # a comparison of fewer tasks would not be the same one
         if len(by_task) == len(tasks):
             adapters[method] = by_task
     return adapters
+
+
+def common_point(run):
+    """The mean of the training adapters, or None where the run collected none."""
+    lm = scoring.load_lm(run)
+    tasks = run.cfg.data.train_tasks
+    if not all((run.path / f"adapters/{task}/manifest.json").is_file() for task in tasks):
+        return None
+    return lora.average_adapters([collect.last_checkpoint(run, lm, task) for task in tasks])
 
 
 def module_sets(layout: Layout) -> dict:
@@ -137,9 +180,10 @@ def gradient_conflict(run, tasks, adapters, folder) -> dict:
     about = f"n = {count} support examples, seed {run.cfg.seed}"
 
     # where gradients are taken: for each point an adapter per task
-    last = [collect.last_checkpoint(run, lm, task) for task in run.cfg.data.train_tasks]
-    common = lora.average_adapters(last)
-    points = {"common point": dict.fromkeys(tasks, common), **adapters}
+    points = dict(adapters)
+    common = common_point(run)
+    if common is not None:
+        points = {COMMON: dict.fromkeys(tasks, common), **adapters}
     found = {}
     for point, at in run.track(list(points.items()), "gradients"):
         gradients = []
@@ -333,6 +377,9 @@ def stage_ablation(run: Run) -> dict:
 
 def format_analysis(found: dict) -> str:
     """The experiments as Markdown tables beside the paper's numbers."""
+    missing = ""
+    if COMMON not in found["gradients"]:
+        missing = f"The {COMMON} is left out: this run collected no training adapters to average.\n"
     means = {}
     for method, kinds in found["weights"].items():
         means[method] = {kind: weights["mean"] for kind, weights in kinds.items()}
@@ -343,9 +390,8 @@ def format_analysis(found: dict) -> str:
 ## 1. Gradient conflict
 
 Cosines between tasks of the supervised loss's gradient on n = {found["n"]} support examples each,
-over the adapter's A and B.
-
-{comparison_table(found["gradients"], PAPER["gradients"])}
+over the adapter's A and B. {missing}
+{comparison_table(found["gradients"], PAPER["gradients"], found["compared"])}
 
 The paper's coupled side trains q, v, o and its staged side all modules; rows with the same module
 set are the matched comparison. Its caption prints a least cosine of 0.46, its table 0.476.
@@ -355,7 +401,7 @@ set are the matched comparison. Its caption prints a least cosine of 0.46, its t
 Means over tasks. sparsity is the share of |dW| < {ABSOLUTE:g} (it rewards small norms),
 relative_sparsity that of |dW| below 1 % of its root mean square.
 
-{comparison_table(means, PAPER["weights"])}
+{comparison_table(means, PAPER["weights"], found["compared"])}
 
 ## 3. Signatures
 
@@ -367,14 +413,14 @@ relative_sparsity that of |dW| below 1 % of its root mean square.
 """
 
 
-def comparison_table(found, paper) -> str:
+def comparison_table(found, paper, compared) -> str:
     """{point: {module set: statistics}}, then what was not run, then the paper's numbers."""
     rows = []
     for point, kinds in found.items():
         label = label_of(point)
         for kind, statistics in kinds.items():
             rows.append({"adapters": label, "modules": kind, **statistics})
-    for method in COMPARED:
+    for method in compared:
         if method not in found:
             rows.append({"adapters": label_of(method), "modules": report.NOT_RUN})
     for side, printed in paper.items():
@@ -407,6 +453,10 @@ def stage_table(found) -> str:
                 average = found[domain][method]
                 row[title] = f"{100 * average['acc']:.1f} ± {100 * average['se']:.1f}"
         rows.append(row)
+    for size, stages in PAPER["stages"].items():
+        for stage, (inside, outside) in stages.items():
+            rows.append({"stages": f"paper, {size}: {stage}", "in-domain": inside})
+            rows[-1]["out-of-domain"] = outside
     return markdown_table(pd.DataFrame(rows))
 
 

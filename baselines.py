@@ -5,6 +5,7 @@ union          one LoRA trained on the union of the meta-training tasks
 maml           MAML-en-LLM: bi-level, moments shared by both levels           (docs/choices.md, 15)
 abmll          amortised Bayesian meta-learning: a Gaussian over the adapter  (docs/choices.md, 15)
 maml_matched   maml, fine-tuned with updates as long as the staged system's
+maml_qvo       maml as TEMPO's appendix H states it: modules, alpha and test steps of its own
 
 A meta-trained start lies in baselines/<method>/<left_out>/. On a target, every start but abmll's is
 fine-tuned on the support labels. The settings are those that the policy proposed for `degaml_plus`,
@@ -13,10 +14,11 @@ chosen by the same cross-validation; keeping the start is always a candidate.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +75,26 @@ def train_baselines(run: Run) -> dict:
             _adapt_posterior(run, task)
         elif method == "maml_matched":
             _adapt_matched(run, task)
+        elif method == "maml_qvo":
+            _adapt_qvo(run, task)
         else:
             _adapt_start(run, method, task)
     return {}
+
+
+def method_layout(run: Run, method: str) -> Layout:
+    """What a method trains: the run's adapter, or for `maml_qvo` a part of it, scaled otherwise."""
+    layout = scoring.load_lm(run).layout
+    if method != "maml_qvo":
+        return layout
+    settings = run.cfg.baselines.maml
+    part = [module for module in layout.modules if module[0].endswith(tuple(settings.modules))]
+    return dataclasses.replace(layout, modules=tuple(part), alpha=settings.alpha)
+
+
+def method_lm(run: Run, method: str) -> LM:
+    """The base model with the layout of a method's adapters."""
+    return dataclasses.replace(scoring.load_lm(run), layout=method_layout(run, method))
 
 
 class Draws:
@@ -84,13 +103,15 @@ class Draws:
     Attributes: tasks: name -> train split. tokens: how many were drawn, for the budget.
     """
 
-    def __init__(self, run: Run, left_out: str, *key):
+    def __init__(self, run: Run, left_out: str, method: str):
         cfg = run.cfg
         names = data.training_tasks(cfg, left_out)
         tasks = data.load_tasks(run)
-        self.lm = scoring.load_lm(run)
+        self.lm = method_lm(run, method)
         self.tasks = {name: tasks[name].train for name in names}
-        self.rng = runtime.rng_for(cfg.seed, *key, data.seed_name(left_out))
+        # both forms of MAML draw alike: what differs is what they train
+        seed = "maml" if method == "maml_qvo" else method
+        self.rng = runtime.rng_for(cfg.seed, seed, data.seed_name(left_out))
         self.tokens = 0
 
     def task(self) -> str:
@@ -107,6 +128,19 @@ class Draws:
             rows.append(scoring.make_row(self.lm, train[i]))
         self.tokens += sum(row.length for row in rows)
         return rows
+
+    def union(self, size: int) -> Iterator[list[Row]]:
+        """Yield batches of the tasks' concatenated rows, every pass shuffled anew, without end."""
+        every = [(task, i) for task, train in self.tasks.items() for i in range(len(train))]
+        rows = []
+        while True:
+            for number in self.rng.permutation(len(every)):
+                task, i = every[number]
+                rows.append(scoring.make_row(self.lm, self.tasks[task][i]))
+                if len(rows) == size:
+                    self.tokens += sum(row.length for row in rows)
+                    yield rows
+                    rows = []
 
     def episode(self, settings) -> list[list[Row]]:
         """Of one drawn task: a batch per inner step, and last a query batch. No row is in two.
@@ -126,20 +160,21 @@ def _meta_train(run, method, left_out):
     """
     began = time.monotonic()
     unit = f"baselines/{method}/{left_out}"
-    lm = scoring.load_lm(run)
     # the left-out task is in no batch
     draws = Draws(run, left_out, method)
+    lm = draws.lm
     backwards = lm.backwards
     trainings = {
         "union": _train_union,
         "maml": _train_maml,
+        "maml_qvo": _train_maml,
         "abmll": _train_abmll,
     }
     start, spread, losses, diverged_at = trainings[method](run, draws)
 
     # a diverged training is kept as it was before the bad step, and its record says so
     folder = run.path / unit
-    lora.save_adapter(folder, start, lm.layout, run.cfg.model)
+    _save_start(run, folder, start, lm.layout)
     if spread:
         runtime.save_tensors(folder / "spread.safetensors", spread)
     runtime.write_json(folder / "losses.json", [round(loss, 5) for loss in losses])
@@ -161,7 +196,7 @@ def _meta_train(run, method, left_out):
 
 
 def _train_union(run, draws):
-    """One adapter on the shuffled union of the tasks.
+    """One adapter on the shuffled concatenation of the tasks (DeGAML, footnote 3).
 
     The schedule is `collect`'s, longer by the number of tasks (or by `step_share` of that).
     """
@@ -175,14 +210,12 @@ def _train_union(run, draws):
     second = max(1, round(settings.finetune_steps * longer))
 
     losses = []
+    batches = draws.union(settings.batch_size)
     # the A that every adapter of the run begins with
     start = lora.init_adapter(lm.layout, cfg.seed)
     with AdapterTrainer(lm.model, lm.layout, start) as trainer:
         for step in run.track(range(first + second), "union"):
-            # tasks weigh alike, however many rows they have
-            rows = []
-            for _ in range(settings.batch_size):
-                rows += draws.rows(draws.task(), 1)
+            rows = next(batches)
             loss = trainer.backward(scoring.loss_in_parts(lm, rows, scoring.lm_loss))
             if not math.isfinite(loss):
                 return trainer.adapter(), None, losses, step
@@ -517,6 +550,31 @@ def _train_abmll(run, draws):
     return *split_posterior(theta, lm.layout), losses, diverged_at
 
 
+def _save_start(run, folder, adapter, layout):
+    """Write a PEFT folder of the run's whole layout, where what is not trained has B = 0."""
+    whole = scoring.load_lm(run).layout
+    full = lora.init_adapter(whole, run.cfg.seed)
+    ratio = layout.scale / whole.scale
+    for a, _, b, _ in layout.keys():
+        full[a] = adapter[a]
+        full[b] = ratio * adapter[b]
+    lora.save_adapter(folder, full, whole, run.cfg.model)
+    return full
+
+
+def _load_start(run, method, task):
+    """A method's meta-trained start for a target, in the method's own layout."""
+    layout = method_layout(run, method)
+    whole = scoring.load_lm(run).layout
+    full = lora.load_adapter(_start_folder(run, method, task), whole)
+    ratio = whole.scale / layout.scale
+    start = {}
+    for a, _, b, _ in layout.keys():
+        start[a] = full[a]
+        start[b] = ratio * full[b]
+    return start
+
+
 def _start_folder(run, method, task):
     """Where a method's meta-trained start for a target lies: trained without the target."""
     left_out = data.left_out_for(run.cfg, task.name)
@@ -595,7 +653,11 @@ def _adapt_start(run, method, task):
         start = lora.load_adapter(_start_folder(run, method, task), lm.layout)
         # the folder of the rewards knows nothing of cfg.baselines; the file's name must
         name = f"{task.name}.{method}-{lora.adapter_hash(start)[:8]}"
-    target = Target(task.name, lm, start, cfg.strategies, cfg.seed)
+    # told settings are carried out as they are told, at one rate; proposed ones as the policy's
+    fixed = bool(cfg.baselines.sft)
+    if fixed:
+        name += ".fixed"
+    target = Target(task.name, lm, start, cfg.strategies, cfg.seed, warm_up=not fixed)
 
     # the same choice as the policy's, among the settings that it proposed
     candidates = candidate_sft(run, task.name, share)
@@ -617,6 +679,33 @@ def _adapt_start(run, method, task):
     policy.keep_adapted(run, method, task, refined.adapters[0], facts, began)
 
 
+def _adapt_qvo(run, task):
+    """MAML-en-LLM on a target as TEMPO's appendix H has it: some steps on all support examples."""
+    began = time.monotonic()
+    settings = run.cfg.baselines.maml
+    lm = method_lm(run, "maml_qvo")
+    support = list(task.support)
+    strategy = Strategy.from_dict(
+        {
+            "family": "SFT",
+            "sft_steps": settings.test_steps,
+            "learning_rate": settings.inner_lr,
+            "batch_size": len(support),
+            "loss": "lm",
+            "init_scale": 1.0,
+        }
+    )
+    start = _load_start(run, "maml_qvo", task)
+    target = Target(task.name, lm, start, run.cfg.strategies, run.cfg.seed, warm_up=False)
+    refined = strategies.execute_finite(target, strategy, support)
+
+    # in the run's own layout, so that whatever reads adapters reads this one
+    folder = run.path / f"adapted/maml_qvo/{task.name}"
+    full = _save_start(run, folder, refined.adapters[0], lm.layout)
+    facts = {"strategy": strategy.as_dict(), "n_support": len(support)}
+    policy.keep_adapted(run, "maml_qvo", task, full, facts, began)
+
+
 def _adapt_matched(run, task):
     """MAML's start, moved as far as the generated adapter lies from the mean adapter.
 
@@ -635,7 +724,7 @@ def _adapt_matched(run, task):
     goal = _distance(generated, mean, lm.layout)
 
     start = lora.load_adapter(_start_folder(run, "maml", task), lm.layout)
-    target = Target(task.name, lm, start, cfg.strategies, cfg.seed)
+    target = Target(task.name, lm, start, cfg.strategies, cfg.seed, warm_up=not cfg.baselines.sft)
     candidates = candidate_sft(run, task.name)
     if not candidates:
         raise UserError(

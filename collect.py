@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ def _train(run, lm, task, first, folder) -> list[float]:
                 shown = round(loss, 5)
                 run.metric(stage="collect", unit=task.name, step=done, loss=shown, lr=lr)
             # the last adapters are the generator's targets
-            if done > steps - settings.save_last:
+            if done > steps - num_kept(settings):
                 runtime.save_tensors(folder / f"step_{done:04d}.safetensors", trainer.adapter())
     return losses
 
@@ -161,15 +162,27 @@ def learning_rate(settings, step: int, pretrain_steps: int) -> float:
     return lora.rate(step, pretrain_steps, settings.pretrain_lr, warmup, "constant")
 
 
-def load_checkpoints(run: Run, lm: LM, task: str) -> list[Adapter]:
-    """The collected checkpoints of a task, oldest first.
+def num_kept(settings) -> int:
+    """How many checkpoints of a task are kept: `collect.save_last`, at most one per step."""
+    steps = settings.pretrain_steps + settings.finetune_steps
+    if settings.save_last == "all":
+        return steps
+    return min(settings.save_last, steps)
+
+
+def checkpoint_names(run: Run, task: str) -> list[str]:
+    """The files of a task's checkpoints, oldest first: names count the steps."""
+    return sorted(_manifest(run, task)["sha256"])
+
+
+def load_checkpoints(run: Run, lm: LM, task: str) -> Iterator[Adapter]:
+    """Yield the collected checkpoints of a task, oldest first: all at once may be too many.
 
     Raises: UserError: missing, changed since, or made under another configuration.
     """
     folder = run.path / f"adapters/{task}"
     # refuses what another configuration made
     run.finished(f"adapters/{task}", "collect", redo=False)
-    adapters = []
     for name, digest in _manifest(run, task)["sha256"].items():
         file = folder / name
         if not file.is_file() or runtime.sha256(file) != digest:
@@ -178,13 +191,12 @@ def load_checkpoints(run: Run, lm: LM, task: str) -> list[Adapter]:
                 "(hash differs from manifest.json); "
                 f"delete {folder} and run stage=collect again"
             )
-        adapters.append(lora.load_adapter(file, lm.layout))
-    return adapters
+        yield lora.load_adapter(file, lm.layout)
 
 
 def last_checkpoint(run: Run, lm: LM, task: str) -> Adapter:
     """The adapter trained on the task's own train split (method `full_data`)."""
-    name = max(_manifest(run, task)["sha256"])  # names count the steps
+    name = checkpoint_names(run, task)[-1]
     return lora.load_adapter(run.path / f"adapters/{task}/{name}", lm.layout)
 
 

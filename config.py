@@ -97,7 +97,7 @@ class Data(_Section):
     math_form: Literal["choice", "generate"]
     num_train: Positive
     num_support: Annotated[Int, Field(ge=2)]  # two folds at least
-    num_test: Positive
+    num_test: Positive | Literal["all"]
     skip_test: Count
     num_prompts: Positive
     prompts_from: Literal["train", "test"]
@@ -111,11 +111,12 @@ class Collect(_Section):
     finetune_lr: Rate
     warmup_steps: Count
     batch_size: Positive
-    save_last: Annotated[Int, Field(ge=2)]  # a spread needs two checkpoints
+    save_last: Annotated[Int, Field(ge=2)] | Literal["all"]  # a spread needs two checkpoints
 
 
 class Generator(_Section):
     encoder: str
+    condition: Literal["input", "prompt"]
     max_length: Annotated[Int, Field(ge=8, le=512)]  # the encoder has 512 positions
     num_prompts: Positive
     # (N, L, C) of each layer
@@ -150,6 +151,7 @@ class Align(_Section):
     latent: Positive
     pos_table: StrictBool
     residual: StrictBool
+    sample: StrictBool
     meta_epochs: Positive
     inner_lr: Rate
     meta_lr: Rate
@@ -214,6 +216,9 @@ class Union(_Section):
 
 
 class Maml(_Section):
+    modules: Annotated[list[str], Field(min_length=1)]
+    alpha: Positive
+    test_steps: Positive
     meta_steps: Positive
     tasks_per_step: Positive
     inner_steps: Count
@@ -250,8 +255,13 @@ class Baselines(_Section):
 
 
 class Report(_Section):
-    paper: Literal["none", "degaml-qwen2.5-0.5b", "degaml-qwen2.5-1.5b"]
+    paper: Literal["none", "qwen2.5-0.5b", "qwen2.5-1.5b"]
     seed_runs: list[str]
+
+
+class Analyze(_Section):
+    methods: list[Literal[tuple(methods.METHODS)]]
+    other_run: str
 
 
 class Config(_Section):
@@ -279,6 +289,7 @@ class Config(_Section):
     baselines: Baselines
     evaluate: Evaluate
     report: Report
+    analyze: Analyze
 
 
 class _Loader(yaml.SafeLoader):
@@ -458,17 +469,20 @@ def _lay_over(flat: dict, where: dict, source: str, layer: dict) -> list[str]:
 
 
 def _schema_faults(error: ValidationError, flat: dict, where: dict) -> list[str]:
-    faults = []
+    faults: dict[str, list[str]] = {}
     for e in error.errors():
         path = ".".join(str(part) for part in e["loc"])
+        # a key that takes a number or a word has a fault by each reading: one line names both
+        path = re.sub(r"\.(literal|function-).*", "", path)
         # the key that was set: a fault may lie inside its list or map
         key = path
         while key not in flat and "." in key:
             key = key.rpartition(".")[0]
         got = flat.get(key, e["input"])
         text = e["msg"].removeprefix("Value error, ")
-        faults.append(f"{path} ({where.get(key, 'configuration')}): got {got!r}; {text}")
-    return faults
+        start = f"{path} ({where.get(key, 'configuration')}): got {got!r}; "
+        faults.setdefault(start, []).append(text)
+    return [start + ", or: ".join(texts) for start, texts in faults.items()]
 
 
 def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[str]:
@@ -542,7 +556,7 @@ def _cross_checks(cfg: Config, where: dict, samples: bool) -> list[str]:
     found = _data_faults(cfg) | _method_faults(cfg)
     # checkpoints are the last steps of training
     steps = cfg.collect.pretrain_steps + cfg.collect.finetune_steps
-    if cfg.collect.save_last > steps:
+    if cfg.collect.save_last != "all" and cfg.collect.save_last > steps:
         found["collect.save_last"] = (
             f"got {cfg.collect.save_last}; training has {steps} steps: at most {steps}"
         )
@@ -596,8 +610,15 @@ def _method_faults(cfg: Config) -> dict[str, str]:
     found = {}
     if e.metric in ("strict", "lenient") and not e.generate:
         found["evaluate.metric"] = f"{e.metric} needs generated answers: evaluate.generate=true"
-    # ABMLL adapts by its own steps
-    tuned = [m for m in methods.BASELINES if m in e.methods and m != "abmll"]
+    maml = cfg.baselines.maml
+    absent = [name for name in maml.modules if name not in cfg.model.modules]
+    if "maml_qvo" in e.methods and absent:
+        found["baselines.maml.modules"] = (
+            f"{absent} not adapted in this run; model.modules has {cfg.model.modules}"
+        )
+    # ABMLL and appendix H's MAML adapt by their own steps
+    own_steps = ("abmll", "maml_qvo")
+    tuned = [m for m in methods.BASELINES if m in e.methods and m not in own_steps]
     if tuned and not cfg.baselines.sft and "degaml_plus" not in e.methods:
         found["evaluate.methods"] = (
             f"{tuned[0]} tries the SFT settings proposed for degaml_plus: add degaml_plus, or give "

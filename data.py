@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
@@ -70,7 +71,8 @@ class Task:
     train: tuple[Example, ...]
     support: tuple[Example, ...]
     test: tuple[Example, ...]
-    prompts: tuple[str, ...]  # unlabelled
+    prompts: tuple[str, ...]  # unlabelled; what the task is conditioned on as a target
+    train_prompts: tuple[str, ...] = ()  # of a training task: what models learn from
 
 
 def read_records(cfg: Config, name: str) -> dict[str, list[dict]]:
@@ -439,7 +441,7 @@ def make_splits(
         rest = pools["train"]
         # the whole benchmark test set is kept out of training, not only the part scored here
         held_out = pools["test"]
-        test = held_out[d.skip_test : d.skip_test + d.num_test]
+        test = held_out[d.skip_test :][: test_limit(d)]
         if skips and not test:
             raise _skipped_too_far(cfg, name, f"{len(held_out)} test examples")
     else:
@@ -467,10 +469,17 @@ def make_splits(
     return tuple(train), tuple(support), tuple(test)
 
 
+def test_limit(settings) -> int:
+    """How many test examples a task may have, by the section `data`; `all` is more than any has."""
+    if settings.num_test == "all":
+        return sys.maxsize
+    return settings.num_test
+
+
 def _cut_test(cfg, name, pool):
     """(test, rest) of one pool: the test examples first, then the support set, then train."""
     d = cfg.data
-    num_test = d.num_test
+    num_test = test_limit(d)
     left = len(pool) - d.num_support
     if name == cfg.task:
         # a user's file of any size: the support set is served first; fewer labels than that test
@@ -565,6 +574,10 @@ def load_task(cfg: Config, name: str) -> Task:
             f"{len(support)} for the support set; add rows, or lower data.num_test"
         )
     rows = list(chain.from_iterable(records.values()))
+    prompts = _choose_prompts(cfg, name, rows, train, support, test, d.prompts_from)
+    train_prompts = ()
+    if name in d.train_tasks:
+        train_prompts = _choose_prompts(cfg, name, rows, train, support, test, "train")
     # built options stand in for free answers; other data stands in where it is embedded
     known = benchmarks.TABLE.get(name, benchmarks.Benchmark(name, d.source))
     embedded = d.source == "assets"
@@ -579,7 +592,8 @@ def load_task(cfg: Config, name: str) -> Task:
         train=train[: d.num_train],
         support=support,
         test=test,
-        prompts=_choose_prompts(cfg, name, rows, train, support, test),
+        prompts=prompts,
+        train_prompts=train_prompts,
     )
 
 
@@ -592,7 +606,7 @@ def _examples(cfg, name, rows):
     return [make_example(name, row, cfg.data.format) for row in rows]
 
 
-def _choose_prompts(cfg, name, rows, train, support, test):
+def _choose_prompts(cfg, name, rows, train, support, test, prompts_from):
     """The unlabelled inputs: rows without a label, then inputs of train (or of test, if asked)."""
     # a question listed twice, once with its label, stays held out
     test_ids = {e.id for e in test}
@@ -602,7 +616,7 @@ def _choose_prompts(cfg, name, rows, train, support, test):
         if not is_labelled(row) and _key(row["question"], name) not in held_out:
             source.append(make_example(name, row, cfg.data.format))
     # transductive prompts are the papers' way: stated in every report
-    source += test if cfg.data.prompts_from == "test" else train
+    source += test if prompts_from == "test" else train
     if name == cfg.task and len(source) < cfg.generator.num_prompts:
         source += support  # a small file
 
@@ -612,8 +626,7 @@ def _choose_prompts(cfg, name, rows, train, support, test):
         if name == cfg.task:
             how = "add rows with nothing but a question"
         raise UserError(
-            f"task {name}: no unlabelled prompts remain (data.prompts_from="
-            f"{cfg.data.prompts_from}); {how}"
+            f"task {name}: no unlabelled prompts remain (data.prompts_from={prompts_from}); {how}"
         )
     return prompts
 

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import alignment
 import assets
+import collect
 import config
 import data
 import generator
@@ -39,6 +40,12 @@ from lora import Layout
 from runtime import Run
 
 GIB = 2**30
+PROMPT_TOKENS = 500  # of what the policy reads
+# Tokens of "[A]" with what ends it, and rows of a batch that writes them.
+ANSWER_TOKENS = 4
+ANSWERED_TOGETHER = 32
+# Examples of a full test set, about: ARC-c has 1,172 and HellaSwag 10,042.
+FULL_TEST = 5000
 # Mean tokens of a row of the embedded tasks: trained on, with its right answer alone, and scored,
 # with all its options. tests/test_doctor.py counts them.
 ROW_TOKENS = {"cloze": (60, 86), "letter": (134, 145)}
@@ -142,8 +149,10 @@ class Need:
 
 
 def predict(case: Case) -> dict[str, Need]:
-    """What each stage of this configuration needs; the policy's own training is not predicted."""
+    """What each stage of this configuration needs."""
     idle = methods.idle_stages(case.run.cfg.evaluate.methods)
+    if case.run.cfg.policy.mode == "per_task":  # each policy is trained inside stage=adapt
+        idle.add("policy")
     needs = {}
     for name, (need, _) in STAGES.items():
         if name not in idle:
@@ -156,7 +165,7 @@ def predict(case: Case) -> dict[str, Need]:
 
 
 def lm_need(case, steps=0, batch=0, scored=0, adapters=0, all_scored=False) -> Need:
-    """Of training steps on a batch of rows each, rows scored, and adapters stored.
+    """Of training steps on a batch of rows each, rows scored (and answered), and adapters stored.
 
     all_scored: the loss needs the logits of every token, not of some eight answer tokens a row.
     """
@@ -168,6 +177,12 @@ def lm_need(case, steps=0, batch=0, scored=0, adapters=0, all_scored=False) -> N
     # a GPU takes as long for one row as for several: it waits for the launching of its kernels
     step = max(case.least, batch * case.row)
     seconds = (steps * step + scored * forward) * shapes.num_hidden_layers
+    if cfg.evaluate.generate:
+        # as if none were found while scoring: the prompt once more, then token by token, where a
+        # batch takes as long as a row
+        token = case.least / 2 / ANSWERED_TOGETHER
+        answer = forward + min(ANSWER_TOKENS, cfg.evaluate.max_new_tokens) * token
+        seconds += scored * answer * shapes.num_hidden_layers
 
     held = batch * trained
     if case.run.device == "cuda":  # there a batch is taken in parts
@@ -200,7 +215,7 @@ def need_collect(case):
     tasks = len(cfg.data.train_tasks)
     # both phases of every training task; its last checkpoints are kept
     steps = tasks * (c.pretrain_steps + c.finetune_steps)
-    return lm_need(case, steps, c.batch_size, adapters=tasks * c.save_last)
+    return lm_need(case, steps, c.batch_size, adapters=tasks * collect.num_kept(c))
 
 
 def need_generator(case):
@@ -228,10 +243,13 @@ def need_generator(case):
     num_tasks = len({*cfg.data.train_tasks, *case.targets})
     prompts = num_tasks * cfg.data.num_prompts * 2 * states[0, 0].numel()
     disk = prompts + (case.sets + 3) * 4 * count
-    # every rank of a node holds the checkpoints as targets; one holds the state while it saves it
-    checkpoints = len(cfg.data.train_tasks) * cfg.collect.save_last
+    # the targets of a left-out set are files that all ranks read; ranks that train alone are at
+    # different sets. One rank holds the state while it saves it.
+    checkpoints = len(cfg.data.train_tasks) * collect.num_kept(cfg.collect)
     targets = checkpoints * 4 * math.prod(token_shape(cfg, case.layout))
-    host = ranks_of_a_node() * targets + 24 * count
+    at_once = 1 if cfg.data_parallel else min(case.sets, case.run.world)
+    disk += at_once * targets
+    host = 24 * count
     pairs = case.sets * g.steps * g.batch_size
     return Need(memory, disk, pairs * work * case.multiply, host)
 
@@ -264,18 +282,45 @@ def need_align(case):
     return need
 
 
+def need_policy(case):
+    """Meta-training of the policies: a search on every training task of every left-out set."""
+    cfg = case.run.cfg
+    tasks = case.sets * len(cfg.data.train_tasks)
+    return search_need(case, tasks, cfg.policy.iterations)
+
+
 def need_adapt(case):
-    """As if every proposal trained like TTT: SFT's folds make up for families that do not train."""
+    """A search per target; a policy that is trained already proposes once."""
+    cfg = case.run.cfg
+    iterations = cfg.policy.iterations
+    if cfg.policy.mode == "meta":
+        iterations = 1
+    need = search_need(case, len(case.targets), iterations)
+    need.disk = 4 * case.layout.size * len(case.targets) * len(cfg.evaluate.methods)
+    return need
+
+
+def search_need(case, tasks, iterations):
+    """As if every proposal trained like TTT: SFT's folds make up for families that do not train.
+
+    The policy's own training, and what a step of a chain after the first takes, come on top.
+    """
     cfg = case.run.cfg
     bounds = cfg.strategies
+    policy_config = cfg.policy
     proposing = set(cfg.evaluate.methods) & set(methods.PROPOSING)
-    targets = len(case.targets)
-    tried = cfg.policy.proposals * cfg.policy.iterations * targets * len(proposing)
+    rounds = iterations * tasks * len(proposing) * policy_config.steps
+    tried = policy_config.proposals * rounds
     steps = mean(bounds.proposal_grid.get("TTT.ttl_steps", [1, bounds.max_ttl_steps]))
     batch = mean(bounds.proposal_grid.get("TTT.batch_size", [1, bounds.max_batch_size]))
     scored = tried * cfg.data.num_support
-    adapters = targets * len(cfg.evaluate.methods)
-    return lm_need(case, tried * steps, batch, scored, adapters, all_scored=True)
+    need = lm_need(case, tried * steps, batch, scored, all_scored=True)
+
+    # at most policy.MAX_SAMPLES rewarded proposals of each round, behind one prompt per batch
+    updates = policy_config.epochs * math.ceil(policy.MAX_SAMPLES / policy_config.batch_size)
+    rows = PROMPT_TOKENS / ROW_TOKENS[cfg.data.format][0]
+    need.seconds += lm_need(case, rounds * updates, rows).seconds
+    return need
 
 
 def need_baselines(case):
@@ -309,7 +354,8 @@ def need_evaluate(case):
     cfg = case.run.cfg
     # one per method, and the generator's prompt batches
     passes = len(cfg.evaluate.methods) + cfg.evaluate.prompt_batches
-    return lm_need(case, scored=cfg.data.num_test * len(case.targets) * passes)
+    size = min(data.test_limit(cfg.data), FULL_TEST)
+    return lm_need(case, scored=size * len(case.targets) * passes)
 
 
 # what each stage needs, and what to change where it does not fit
@@ -317,6 +363,7 @@ STAGES = {
     "collect": (need_collect, "lower collect.batch_size or data.max_tokens"),
     "generator": (need_generator, "lower generator.micro_batch, or shrink generator.flow"),
     "align": (need_align, "lower align.batch_size"),
+    "policy": (need_policy, "lower policy.proposals or evaluate.token_budget"),
     "adapt": (need_adapt, "lower evaluate.token_budget"),
     "baselines": (need_baselines, "lower collect.batch_size, or baselines.abmll.space=factor"),
     "evaluate": (need_evaluate, "lower evaluate.token_budget"),

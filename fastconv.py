@@ -15,19 +15,27 @@ MANY = 256 * 256
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution of stride 1 that keeps the size. On a GPU it goes through `_GPUConv2d`."""
+    """A convolution of stride 1 that keeps the size. On a GPU it goes through `_GPUConv2d`.
+
+    Attributes: wide: write float32 even where autocast computes in bfloat16.
+    """
+
+    wide = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cuda" and self.wide:
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x.float())
         if x.device.type != "cuda":
             return super().forward(x)
         # Autocast does not look into a Function of our own.
         dtype = x.dtype
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
-        y = _GPUConv2d.apply(x.to(dtype), self.weight.to(dtype))
+        y = _GPUConv2d.apply(x.to(dtype), self.weight.to(dtype), self.wide)
         if self.bias is None:
             return y
-        return y + self.bias.to(dtype)[:, None, None]
+        return y + self.bias.to(y.dtype)[:, None, None]
 
 
 class _GPUConv2d(torch.autograd.Function):
@@ -38,17 +46,20 @@ class _GPUConv2d(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, weight)
         flipped = weight.flip(2, 3)
+        if wide:  # cuDNN multiplies in TF32, which holds every bfloat16, and adds in float32
+            x = x.float()
+            flipped = flipped.float()
         return _conv_transpose(x, flipped.transpose(0, 1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = _conv_transpose(grad, weight)
@@ -56,9 +67,9 @@ class _GPUConv2d(torch.autograd.Function):
         outputs, inputs, kernel, _ = weight.shape
         if outputs * inputs >= MANY:
             # cuDNN runs this one at 28 TFLOP/s.
-            return to_x, kernel_gradient(x, grad, kernel)
+            return to_x, kernel_gradient(x, grad, kernel), None
         half = kernel // 2
-        return to_x, nn.grad.conv2d_weight(x, weight.shape, grad, padding=half)
+        return to_x, nn.grad.conv2d_weight(x, weight.shape, grad, padding=half), None
 
 
 def _conv_transpose(x: Tensor, weight: Tensor) -> Tensor:

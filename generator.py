@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,37 +38,71 @@ from fastconv import SameConv2d
 from lora import Adapter, Layout
 from runtime import Run
 
+FROM_TRAIN = ".train"  # ends the name of a training task's prompts from its train split
+
 
 def encode_prompts(run: Run) -> None:
     """Cache the frozen encoder's token states of every task's prompts, once per prompt.
 
-    Writes prompts/<task>/states.npy, (prompts, L, d) float16, and pooled.npy, (prompts, d) float32.
+    Writes prompts/<prompt set>/states.npy, (prompts, L, d) float16, and pooled.npy, (prompts, d)
+    float32.
     """
-    tasks = data.load_tasks(run)
-    for task in run.deal(list(tasks)):
-        unit = f"prompts/{task}"
+    names = list(data.load_tasks(run))
+    # a training task that is conditioned on test prompts as a target has others to learn from
+    if run.cfg.data.prompts_from == "test":
+        names += [task + FROM_TRAIN for task in run.cfg.data.train_tasks]
+    for name in run.deal(names):
+        unit = f"prompts/{name}"
         if run.finished(unit, "prompts"):
             continue
         began = time.monotonic()
         folder = run.path / unit
-        texts = task_texts(run, task)
-        states, pooled = encode_texts(run, texts, f"encode {task}")
+        conditions = [condition_text(run, _as_example(text)) for text in _prompts(run, name)]
+        states, pooled = encode_texts(run, conditions, f"encode {name}")
         runtime.save_array(folder / "states.npy", states.numpy())
         runtime.save_array(folder / "pooled.npy", pooled.numpy())
         run.finish(unit, "prompts", began)
 
 
-def task_texts(run: Run, name: str) -> list[str]:
-    """The task's unlabelled prompts exactly as the base model reads them.
+def prompt_set(cfg, task: str, left_out: str) -> str:
+    """Which of a task's prompts the models of a left-out set may see: a name under prompts/.
 
-    Question-only text instead made generated adapters no better than their mean (trial run).
+    Those that learn from the task see prompts of its train split. Only as a target is it
+    conditioned on the prompts that `data.prompts_from` says.
     """
+    learnt_from = task in data.training_tasks(cfg, left_out)
+    if learnt_from and cfg.data.prompts_from == "test":
+        return task + FROM_TRAIN
+    return task
+
+
+def _prompts(run, name):
+    """The unlabelled prompts of a prompt set."""
+    tasks = data.load_tasks(run)
+    if name.endswith(FROM_TRAIN):
+        return tasks[name.removesuffix(FROM_TRAIN)].train_prompts
+    return tasks[name].prompts
+
+
+def _as_example(prompt):
+    return Example("", prompt, ("",))
+
+
+def task_texts(run: Run, name: str) -> list[str]:
+    """The prompts of a prompt set exactly as the base model reads them."""
     lm = scoring.load_lm(run)
-    prompts = data.load_tasks(run)[name].prompts
-    if lm.form == "cloze":
-        return list(prompts)
-    examples = [Example("", prompt, ("",)) for prompt in prompts]
-    return [scoring.input_text(lm, example) for example in examples]
+    return [scoring.input_text(lm, _as_example(prompt)) for prompt in _prompts(run, name)]
+
+
+def condition_text(run: Run, example: Example) -> str:
+    """What the encoder reads of a question: `generator.condition`.
+
+    input: exactly what the base model reads. prompt: the question alone, without system line and
+    chat markup (DeGAML; Drag-and-Drop). In cloze format they are the same.
+    """
+    if run.cfg.generator.condition == "prompt":
+        return example.text
+    return scoring.input_text(scoring.load_lm(run), example)
 
 
 def check_encoder(cfg) -> None:
@@ -151,14 +186,14 @@ def encode_texts(run: Run, texts: list[str], label: str = "encode") -> tuple[Ten
     return torch.cat(states), torch.cat(pooled)
 
 
-def load_states(run: Run, task: str) -> np.ndarray:
-    """(prompts, L, d) float16, memory-mapped. Raises: UserError: not made yet, or damaged."""
-    return runtime.load_array(run.path / f"prompts/{task}/states.npy", "r")
+def load_states(run: Run, name: str) -> np.ndarray:
+    """(prompts, L, d) float16 of a prompt set, memory-mapped. Raises: UserError: not made."""
+    return runtime.load_array(run.path / f"prompts/{name}/states.npy", "r")
 
 
-def load_pooled(run: Run, task: str) -> Tensor:
-    """(prompts, d) float32, pooled embeddings. Raises: UserError: not made yet, or damaged."""
-    path = run.path / f"prompts/{task}/pooled.npy"
+def load_pooled(run: Run, name: str) -> Tensor:
+    """(prompts, d) float32 embeddings of a prompt set. Raises: UserError: none, or damaged."""
+    path = run.path / f"prompts/{name}/pooled.npy"
     return torch.from_numpy(runtime.load_array(path))
 
 
@@ -298,7 +333,7 @@ class HyperConvLayer(nn.Module):
     (W + H + b)/3.
     """
 
-    def __init__(self, shape: list[int], out: list[int], kernel: int):
+    def __init__(self, shape: list[int], out: list[int], kernel: int, last: bool = False):
         super().__init__()
         n, length, c = shape
         n2, length2, c2 = out
@@ -315,6 +350,8 @@ class HyperConvLayer(nn.Module):
         bias = torch.empty(length2, c2).uniform_(-1, 1)
         self.bias = nn.Parameter(bias / (length2 * c2))
         self.out = conv(n, n2, bias=True)
+        # The scales of weight tokens lie within a few bfloat16 steps: what is written is float32.
+        self.out.wide = last
         self.residual = list(shape) == list(out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -338,7 +375,8 @@ class HyperConvDecoder(nn.Sequential):
     def __init__(self, flow: list[list[int]], kernel: int):
         layers = []
         for shape, out in itertools.pairwise(flow):
-            layers.append(HyperConvLayer(shape, out, kernel))
+            last = len(layers) == len(flow) - 2
+            layers.append(HyperConvLayer(shape, out, kernel, last))
         super().__init__(*layers)
 
 
@@ -388,7 +426,8 @@ def _train_together(run, left_out):
 class Lessons:
     """What a generator learns from, by training task.
 
-    Attributes: states: (prompts, L, d) float16. targets: (checkpoints, *TokenCode.shape) float32.
+    Attributes: states: (prompts, L, d) float16. targets: (checkpoints, *TokenCode.shape) float32,
+        memory-mapped.
         weight: (1, T, 1, 1), of the squared errors, or None.
     """
 
@@ -423,10 +462,11 @@ def _train_one(run, left_out, ranks):
     began = time.monotonic()
     label = f"generator {data.left_out_label(left_out)}"
     tasks = data.training_tasks(run.cfg, left_out)
-    code, lessons = _prepare_lessons(run, tasks)
+    folder = run.path / f"generator/{left_out}"
+    code, lessons = _prepare_lessons(run, left_out, tasks, folder / "targets", ranks)
 
     # A new decoder, or the one that an interrupted training of this configuration left.
-    training = _build(run, run.path / f"generator/{left_out}", code, ranks)
+    training = _build(run, folder, code, ranks)
     _resume(run, training)
     began -= training.spent
     decoder = training.decoder
@@ -472,34 +512,56 @@ def _train_one(run, left_out, ranks):
         run.finish(f"generator/{left_out}", "generator", began, ranks=ranks, **facts)
         # only now: a run killed before its record would train again from the first step
         (training.folder / "state.safetensors").unlink(missing_ok=True)
+        shutil.rmtree(folder / "targets")
         run.log(f"{label}: mse {training.last:.4f} in {training.spent:.0f} s", every_rank=True)
 
 
-def _prepare_lessons(run, tasks):
+def _prepare_lessons(run, left_out, tasks, folder, ranks):
     """What the decoder reads and what it has to write."""
     g = run.cfg.generator
+    leads = ranks == 1 or run.rank == 0
     lm = scoring.load_lm(run)
     layout = lm.layout
     states = {}
-    tokens = {}
     for task in tasks:
-        states[task] = load_states(run, task)
-        checkpoints = collect.load_checkpoints(run, lm, task)
-        tokens[task] = torch.stack([to_tokens(adapter, layout) for adapter in checkpoints])
+        states[task] = load_states(run, prompt_set(run.cfg, task, left_out))
 
     # The constants of an element code are those of all checkpoints; dnd has none.
     code = TokenCode(g.scale_code, layout, {})
     if g.scale_code == "element":
-        code = TokenCode.fit("element", layout, torch.cat([*tokens.values()]))
+        every = []
+        for task in tasks:
+            for adapter in collect.load_checkpoints(run, lm, task):
+                every.append(to_tokens(adapter, layout))
+        code = TokenCode.fit("element", layout, torch.stack(every))
+
+    # One rank writes the targets; all ranks of a node read the same pages of the files. At the
+    # papers' scale they are tens of GiB.
+    if leads:
+        for task in tasks:
+            _write_targets(run, folder, task, code)
+    if ranks > 1:
+        run.barrier()
     targets = {}
     for task in tasks:
-        # Out of `tokens` one by one: at the papers' scale there is no room for both.
-        targets[task] = code.encode(tokens.pop(task))
+        targets[task] = torch.from_numpy(runtime.load_array(folder / f"{task}.npy", "c"))
 
     weight = None
     if g.criterion_weight == "std":
         weight = token_weights(targets).to(run.device)
     return code, Lessons(states, targets, weight)
+
+
+def _write_targets(run, folder, task, code):
+    """Write a task's regression targets, (checkpoints, *TokenCode.shape), one at a time."""
+    lm = scoring.load_lm(run)
+    names = collect.checkpoint_names(run, task)
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (len(names), *code.shape)
+    file = np.lib.format.open_memmap(folder / f"{task}.npy", "w+", np.float32, shape)
+    for number, adapter in enumerate(collect.load_checkpoints(run, lm, task)):
+        file[number] = code.encode(to_tokens(adapter, lm.layout)).numpy()
+    file.flush()
 
 
 def token_weights(targets: dict[str, Tensor]) -> Tensor:
@@ -582,7 +644,7 @@ def _loss(run, training, lessons, pairs, at):
     weight = None
     if lessons.weight is not None:
         weight = lessons.weight.expand(out.shape)
-    return F.mse_loss(out.float(), target, weight=weight)
+    return F.mse_loss(out, target, weight=weight)
 
 
 def _autocast(run):
@@ -742,10 +804,10 @@ def generate_adapter(
         left_out = data.left_out_for(run.cfg, target)
     generator = load_generator(run, left_out)
     source = prompts_of or target
-    states = load_states(run, source)
+    states = load_states(run, prompt_set(run.cfg, source, left_out))
     index = draw_prompts(run.cfg, source, len(states), "generate", batch)
     condition = torch.from_numpy(states[index])[None]
     with _autocast(run):
         out = generator.decoder(condition.float().to(run.device))
-    tokens = generator.code.decode(out[0].float().cpu())
+    tokens = generator.code.decode(out[0].cpu())
     return from_tokens(tokens, generator.code.layout), index

@@ -20,12 +20,13 @@ STAGES_OF_START = {
     "aligned": ("collect", "generator", "align", "adapt"),  # generated, then the Fusion VAE
     "mean": ("collect",),  # of the training tasks' adapters
     "collected": ("collect",),  # the task's own training adapter
-    "union": ("baselines",),  # this and the next two have a meta-training of their own
+    "union": ("baselines",),  # this and the next three have a meta-training of their own
     "maml": ("baselines",),
+    "maml, q v o": ("baselines",),
     "abmll": ("baselines",),
     "maml, matched": ("collect", "generator", "adapt", "baselines"),
 }
-META_TRAINED = ("maml", "abmll", "union")  # longest first, as ranks take them
+META_TRAINED = ("maml", "maml_qvo", "abmll", "union")  # longest first, as ranks take them
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ TABLE = (
     Method("union", "Union Train LoRA", "#009E73", "p", "union"),
     Method("maml", "MAML-en-LLM", "#0072B2", "p", "maml"),
     Method("maml_matched", "MAML-en-LLM, matched update", "#0072B2", "h", "maml, matched"),
+    Method("maml_qvo", "MAML-en-LLM (TEMPO, App. H)", "#56B4E9", "8", "maml, q v o"),
     Method("abmll", "ABMLL", "#D55E00", "p", "abmll"),
     Method("degaml_ttt", "DeGAML, TTT only", "#0072B2", "<", "generated", ("TTT",)),
     Method("degaml_lora", "DeGAML, LORA only", "#009E73", ">", "generated", ("LORA",)),
@@ -83,7 +85,7 @@ ALWAYS_SHOWN = tuple(METHODS)[:8]
 # by `make families`: degaml with one strategy family each
 SINGLE_FAMILY = ("degaml_ttt", "degaml_lora", "degaml_tts", "degaml_latent")
 # by `make reproduce-all`
-REPRODUCED = tuple(id for id in METHODS if id not in ("tempo_plus", *SINGLE_FAMILY))
+REPRODUCED = tuple(id for id in METHODS if id not in ("tempo_plus", "maml_qvo", *SINGLE_FAMILY))
 
 
 def _ids_by_start(*starts: str) -> tuple[str, ...]:
@@ -97,7 +99,7 @@ ALIGNED = _ids_by_start("aligned")
 # methods that need one generator, and often keep one and the same adapter: scored together
 GENERATED = _ids_by_start("generated", "wrong prompts", "aligned")
 # methods that fine-tune on the support labels without a policy of their own
-BASELINES = _ids_by_start("plain", "union", "maml", "maml, matched", "abmll")
+BASELINES = _ids_by_start("plain", "union", "maml", "maml, matched", "maml, q v o", "abmll")
 # methods that need not one label of the target
 NEEDS_NO_LABELS = ("base", "generator", "mean", "wrong_prompts", "aligned")
 

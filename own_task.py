@@ -286,7 +286,12 @@ def _load_router(folder, count, run):
     if set(batches) != set(names):
         raise UserError(f"{file}: holds {sorted(batches)}, expected one entry per adapter")
     in_order = [batches[name] for name in names]
-    return Router(in_order, lambda texts: generator.encode_texts(run, texts)[1])
+
+    def embed(examples):
+        texts = [generator.condition_text(run, example) for example in examples]
+        return generator.encode_texts(run, texts)[1]
+
+    return Router(in_order, embed)
 
 
 def predict(run: Run) -> dict:

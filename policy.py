@@ -69,6 +69,11 @@ def make_target(
     """
     cfg = run.cfg
     left_out = left_out or data.left_out_for(cfg, task.name)
+    prompts = generator.prompt_set(cfg, task.name, left_out)
+
+    def embed(examples):
+        texts = [generator.condition_text(run, example) for example in examples]
+        return generator.encode_texts(run, texts)[1]
 
     # TTS asks for several batches, and `evaluate` asks again: a batch is generated once
     @functools.cache
@@ -76,16 +81,16 @@ def make_target(
         adapter, index = generator.generate_adapter(run, task.name, batch, left_out=left_out)
         if aligned:
             aligner = alignment.load_aligner(run, left_out)
-            adapter = alignment.align_adapter(run, aligner, task.name, adapter)
+            adapter = alignment.align_adapter(run, aligner, prompts, adapter)
         return adapter, index
 
     # first of all, so that a missing generator is what the user hears of
     start, _ = draw(0)
     source = Source(
         draw,
-        texts=generator.task_texts(run, task.name),
-        pooled=generator.load_pooled(run, task.name),
-        embed=lambda texts: generator.encode_texts(run, texts)[1],
+        texts=generator.task_texts(run, prompts),
+        pooled=generator.load_pooled(run, prompts),
+        embed=embed,
     )
     return Target(task.name, scoring.load_lm(run), start, cfg.strategies, cfg.seed, source)
 
@@ -126,7 +131,9 @@ class Rewards:
 
         Args: at_steps: lengths of other trainings that will be asked for, measured by the way.
         """
-        path = self.plain_file if strategy.plain else self.own_file
+        # what a plain start is worth is the same for every method that trains it alike
+        shared = strategy.plain and self.target.warm_up
+        path = self.plain_file if shared else self.own_file
         kept = runtime.read_jsonl(path) if path.exists() else []
         # a run that was stopped finds here what it had measured
         rows = {row["strategy"]: row for row in kept}

@@ -76,6 +76,7 @@ META_TRAINING = {
     "aligned": [*GENERATED, "align/*"],
     "union": ["baselines/union/*"],
     "maml": ["baselines/maml/*"],
+    "maml, q v o": ["baselines/maml_qvo/*"],
     "maml, matched": ["baselines/maml/*"],
     "abmll": ["baselines/abmll/*"],
 }

@@ -49,7 +49,14 @@ _SEARCHED = [*_GENERATED, "strategies", "policy"]
 DEPENDS = {
     # a token's width does not matter to a checkpoint
     "collect": ["seed", "dtype", "data", "collect", *_ADAPTER],
-    "prompts": ["seed", "data", *_BASE, "generator.encoder", "generator.max_length"],
+    "prompts": [
+        "seed",
+        "data",
+        *_BASE,
+        "generator.encoder",
+        "generator.condition",
+        "generator.max_length",
+    ],
     "generator": _GENERATED,
     "align": [*_GENERATED, "align"],
     "policy": [*_SEARCHED, "evaluate.metric"],

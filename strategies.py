@@ -269,7 +269,7 @@ class Source:
         draw: prompt-batch number -> (adapter, indices of the prompts it was generated from).
         texts: the unlabelled prompts as the model reads them.
         pooled: (prompts, d) their embeddings.
-        embed: texts -> (n, d) embeddings.
+        embed: examples -> (n, d) embeddings of their questions.
     """
 
     draw: Callable
@@ -286,6 +286,7 @@ class Target:
         start: the adapter to refine.
         bounds: the section `strategies` of the configuration.
         source: where further adapters come from. A baseline's start has none: only SFT refines it.
+        warm_up: does SFT begin with two lower rates? Settings that the papers fix have one rate.
         cache: scores of drawn adapters, so that ensembles share them.
     """
 
@@ -295,6 +296,7 @@ class Target:
     bounds: object
     seed: int
     source: Source | None = None
+    warm_up: bool = True
     cache: dict = field(default_factory=dict)
 
 
@@ -304,7 +306,7 @@ class Router:
 
     Attributes:
         batches: per adapter (n, d), the embeddings of its prompts.
-        embed: texts -> (n, d) embeddings.
+        embed: examples -> (n, d) embeddings of their questions.
     """
 
     batches: list[Tensor]
@@ -513,7 +515,9 @@ def draw_several(source: Source, strategy: Strategy) -> Refined:
 def train_on_support(
     target: Target, strategy: Strategy, labelled: list[Example], at_steps: list[int] = ()
 ) -> dict[int, Adapter]:
-    """SFT: supervised steps on labelled examples, at a constant rate after two warm-up steps.
+    """SFT: supervised steps on labelled examples, at a constant rate.
+
+    Two warm-up steps go before, at a third and two thirds of it, unless the target says otherwise.
 
     The start is s * generated + (1 - s) * plain, entry by entry, with s = `init_scale`. At 0 it is
     the plain initialisation, as if there were no generator.
@@ -546,8 +550,10 @@ def train_on_support(
             loss = trainer.backward(scoring.loss_in_parts(lm, batch, loss_fn))
             if not math.isfinite(loss):
                 raise FloatingPointError(f"at step {step}")
-            warm_up = min(1.0, step / 3)
-            trainer.step(strategy["learning_rate"] * warm_up)
+            share_of_rate = 1.0
+            if target.warm_up:
+                share_of_rate = min(1.0, step / 3)
+            trainer.step(strategy["learning_rate"] * share_of_rate)
             if step in (steps, *at_steps):  # a copy: training goes on
                 trained[step] = trainer.adapter()
     return trained
@@ -632,8 +638,7 @@ def _vote(picks, raw, together, method):
 
 def _score_routed(lm, refined, examples, tokens):
     """Score each question with its own adapter."""
-    texts = [scoring.input_text(lm, example) for example in examples]
-    choice = route(refined, texts)
+    choice = route(refined, examples)
     scores = {}
     # questions grouped by their adapter, so that each adapter is swapped in once
     for number in sorted(set(choice)):
@@ -644,7 +649,7 @@ def _score_routed(lm, refined, examples, tokens):
     return [scores[i] for i in range(len(examples))]
 
 
-def route(refined: Refined, texts: list[str]) -> list[int]:
+def route(refined: Refined, examples: list[Example]) -> list[int]:
     """The number of the adapter for each question: that of the nearest prompt batch.
 
     Distances are Euclidean (DeGAML, footnote 6; docs/choices.md, 7).
@@ -652,7 +657,7 @@ def route(refined: Refined, texts: list[str]) -> list[int]:
     avg_prompt_embed (M2)   distance to their mean embedding.
     """
     # by the encoder that conditions the generator, so that questions and prompts are comparable
-    questions = refined.router.embed(texts)
+    questions = refined.router.embed(examples)
     distances = []
     for batch in refined.router.batches:
         if refined.combine == "avg_sim_score":

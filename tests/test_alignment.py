@@ -176,7 +176,7 @@ def trained(tiny_args) -> Run:
 def test_task_vector_is_the_shift_of_the_last_hidden_state(trained):
     """Against the model called plainly, prompt by prompt."""
     lm = scoring.load_lm(trained)
-    adapter = collect.load_checkpoints(trained, lm, "alpha")[-1]
+    adapter = list(collect.load_checkpoints(trained, lm, "alpha"))[-1]
 
     def last_state(ids, swapped):
         lora.swap_adapter(lm.model, lm.layout, swapped)
@@ -242,6 +242,7 @@ def test_aligned_and_tempo_go_through_every_stage(trained):
         stored = load_file(run.path / f"adapted/aligned/{task}/adapter_model.safetensors")
         assert all(torch.equal(stored[k], want[k]) for k in want)
         assert not all(torch.equal(want[k], generated[k]) for k in want), "it moved"
+        check_sampling(run, aligner, task, generated, want)
         rows = {}
         for method in ("aligned", "tempo", "tempo_plus"):
             rows[method] = runtime.read_jsonl(run.path / f"scores/{method}/{task}.jsonl")
@@ -251,6 +252,16 @@ def test_aligned_and_tempo_go_through_every_stage(trained):
     rewards = {p.name for p in run.path.glob("adapted/rewards*/delta*")}
     assert "delta.jsonl" in rewards
     assert any(n.startswith("delta.aligned-") for n in rewards), "a file per start"
+
+
+def check_sampling(run: Run, aligner, task: str, generated, of_mean) -> None:
+    """With align.sample the latent is one draw (TEMPO, F.5): seeded, and another per task."""
+    run.cfg.align.sample = True
+    drawn = alignment.align_adapter(run, aligner, task, generated)
+    again = alignment.align_adapter(run, aligner, task, generated)
+    run.cfg.align.sample = False
+    assert all(torch.equal(drawn[k], again[k]) for k in drawn)
+    assert not all(torch.equal(drawn[k], of_mean[k]) for k in drawn)
 
 
 def check_scores(run: Run, task, rows: list[dict]) -> None:

@@ -14,6 +14,7 @@ import data
 import lora
 import runtime
 import scoring
+from config import UserError
 
 
 def random_adapter(layout) -> dict:
@@ -159,3 +160,43 @@ def test_the_stage_writes_what_it_says(tiny_args):
     figures = {p.name for p in folder.glob("*.png")}
     matrix_figure = row["file"].replace("csv", "png")
     assert figures >= {"signature-maml.png", "signature-lines-maml.png", matrix_figure}
+
+
+def keep(run, method: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    layout = scoring.load_lm(run).layout
+    for task in ("delta", "epsilon"):
+        folder = run.path / f"adapted/{method}/{task}"
+        lora.save_adapter(folder, nearby_adapter(layout), layout, run.cfg.model)
+
+
+def test_a_run_without_checkpoints_is_analysed_as_far_as_it_goes(tiny_args):
+    """A run of a baseline alone collected nothing: the common point is left out, and it is said."""
+    run = make_run(tiny_args)
+    keep(run, "maml", 0)
+    analysis.analyze(run)
+    found = runtime.read_json(run.path / "analysis/analysis.json")
+    assert set(found["gradients"]) == {"maml"}
+    text = (run.path / "analysis/analysis.md").read_text()
+    assert "The common point is left out: this run collected no training adapters" in text
+
+
+def test_any_two_methods_of_two_runs_stand_beside_each_other(tiny_args, tmp_path):
+    """analyze.methods chooses, analyze.other_run brings the same tasks of another folder."""
+    other = make_run(tiny_args, f"run={tmp_path / 'second'}")
+    keep(other, "maml", 1)
+    more = ["analyze.methods=[maml, union]", f"analyze.other_run={other.path}"]
+    run = make_run(tiny_args, *more)
+    for method in ("tempo", "union", "maml"):
+        keep(run, method, 2)
+    analysis.analyze(run)
+    found = runtime.read_json(run.path / "analysis/analysis.json")
+    both = {"maml", "union", "maml of second"}
+    assert set(found["gradients"]) == set(found["weights"]) == both
+    assert set(found["signatures"]["cosines"]) == both
+    means = {method: kinds["all modules"]["mean"] for method, kinds in found["weights"].items()}
+    assert means["maml"]["l2"] != means["maml of second"]["l2"]
+
+    run.cfg.analyze.other_run = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="analyze.other_run=.*nowhere: no such run folder"):
+        analysis.analyze(run)

@@ -32,7 +32,7 @@ def test_tasks_share_one_initialisation(collected):
 def test_checkpoints_of_two_tasks_differ(collected):
     """The trajectories are the tasks', not one shared one."""
     run = make_run(collected)
-    last = [load_checkpoints(run, load_lm(run), t)[-1] for t in run.cfg.data.train_tasks]
+    last = [list(load_checkpoints(run, load_lm(run), t))[-1] for t in run.cfg.data.train_tasks]
     assert len({adapter_hash(a) for a in last}) == len(last)
 
 

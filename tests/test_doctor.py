@@ -49,11 +49,31 @@ def test_the_papers_presets_offline(
     assert f"{parameters} generator parameters" in text
     assert "predicted, not measured" in text
     named = {line.split()[0] for line in text.splitlines() if line}
-    assert {"collect", "generator", "adapt", "evaluate"} <= named
+    assert {"collect", "generator", "policy", "adapt", "evaluate"} <= named
 
     states = torch.empty(1, *run.cfg.generator.flow[0], device="meta")
     counted = doctor.count_multiplications(doctor.open_case(run).decoder, states)
     assert counted == pytest.approx(work, rel=0.002)
+
+
+PRESETS = ["qwen2.5-0.5b", "qwen2.5-1.5b", "tempo-qwen2.5-0.5b", "tempo-qwen2.5-1.5b"]
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "tempo-maml-qvo-qwen2.5-0.5b"])
+def test_answers_and_the_policy_are_counted(tmp_path, untimed, preset):
+    """Of all the papers' presets: generated answers take time, and a meta-trained policy too."""
+    run = open_run(tmp_path, preset)
+    case = doctor.open_case(run)
+    needs = doctor.predict(case)
+    assert ("policy" in needs) == (run.cfg.policy.mode == "meta")
+    run.cfg.evaluate.generate = False
+    scored = doctor.predict(case)
+    for stage in {"policy", "adapt", "evaluate"} & set(needs):
+        assert needs[stage].seconds > scored[stage].seconds
+    if "policy" in needs:
+        run.cfg.policy.iterations *= 3
+        assert doctor.need_policy(case).seconds == pytest.approx(3 * scored["policy"].seconds)
+        assert doctor.need_adapt(case).seconds == scored["adapt"].seconds, "it proposes once"
 
 
 def test_multiplications_are_those_of_the_five_convolutions():

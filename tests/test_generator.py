@@ -287,7 +287,7 @@ def test_first_loss_by_hand(collected, kind):
     targets = {}
     states = {}
     for task in run.cfg.data.train_tasks:
-        checkpoints = collect.load_checkpoints(run, lm, task)
+        checkpoints = list(collect.load_checkpoints(run, lm, task))
         tokens = [generator.to_tokens(adapter, lm.layout) for adapter in checkpoints]
         targets[task] = code.encode(torch.stack(tokens))
         states[task] = torch.from_numpy(np.load(run.path / f"prompts/{task}/states.npy"))
@@ -569,3 +569,80 @@ def test_untrained_generator_is_asked_for(collected):
     """Adapting before training says which stage is missing."""
     with pytest.raises(UserError, match="stage=generator"):
         generator.generate_adapter(make_run(collected), "delta", 0)
+
+
+def test_only_the_target_is_conditioned_on_test_prompts(tiny_args, monkeypatch):
+    """Models learn from prompts of a training task's train split, whatever a target has."""
+    run = make_run(tiny_args, "data.prompts_from=test")
+    generator.encode_prompts(run)
+    task = data.load_tasks(run)["beta"]
+    inputs = {split: {e.text for e in getattr(task, split)} for split in ("train", "test")}
+    sets = {"beta": inputs["test"], "beta.train": inputs["train"]}
+    for name, wanted in sets.items():
+        assert set(generator.task_texts(run, name)) <= wanted
+        assert len(generator.load_states(run, name)) == len(generator.task_texts(run, name))
+
+    # learnt from where it is not left out; a target where it is, or out of domain
+    cfg = run.cfg
+    assert generator.prompt_set(cfg, "beta", "alpha") == "beta.train"
+    assert generator.prompt_set(cfg, "beta", "beta") == "beta"
+    assert generator.prompt_set(cfg, "delta", "all") == "delta"
+    inductive = make_run(tiny_args).cfg
+    assert generator.prompt_set(inductive, "beta", "alpha") == "beta"
+
+    # and so are the lessons of a generator
+    adapter = lora.init_adapter(scoring.load_lm(run).layout, 0)
+    monkeypatch.setattr(collect, "checkpoint_names", lambda run, task: ["step_0001"])
+    monkeypatch.setattr(collect, "load_checkpoints", lambda run, lm, task: iter([adapter]))
+    _, lessons = generator._prepare_lessons(run, "alpha", ["beta"], run.path / "targets", 1)
+    assert np.array_equal(lessons.states["beta"], generator.load_states(run, "beta.train"))
+
+
+@pytest.mark.parametrize("condition", ["input", "prompt"])
+def test_the_condition_may_be_the_question_alone(tiny_args, condition):
+    """input: with system line and chat markup; prompt: without. Routing compares like with like."""
+    run = make_run(tiny_args, "data.format=letter", f"generator.condition={condition}")
+    example = data.load_tasks(run)["alpha"].test[0]
+    text = generator.condition_text(run, example)
+    whole = scoring.input_text(scoring.load_lm(run), example)
+    assert example.text in whole
+    assert (text == whole) == (condition == "input")
+    assert (data.LETTER_SYSTEM in text) == (condition == "input")
+    generator.encode_prompts(run)
+    prompts = data.load_tasks(run)["alpha"].prompts
+    _, pooled = generator.encode_texts(
+        run, [generator.condition_text(run, data.Example("", prompt, ("",))) for prompt in prompts]
+    )
+    torch.testing.assert_close(generator.load_pooled(run, "alpha"), pooled)
+
+
+def test_targets_are_mapped_files(collected):
+    """No checkpoint is held: values are read from a file that every rank of a node maps."""
+    run = make_run(collected, DELTA, "generator.scale_code=dnd")
+    generator.encode_prompts(run)
+    folder = run.path / "targets"
+    code, lessons = generator._prepare_lessons(run, "all", ["alpha", "beta"], folder, 1)
+    lm = scoring.load_lm(run)
+    for task, targets in lessons.targets.items():
+        adapters = collect.load_checkpoints(run, lm, task)
+        tokens = torch.stack([generator.to_tokens(adapter, lm.layout) for adapter in adapters])
+        torch.testing.assert_close(targets, code.encode(tokens), rtol=0, atol=0)
+    assert f"{folder}/alpha.npy" in Path("/proc/self/maps").read_text()
+    generator.train_generators(run)
+    assert not list(run.path.glob("generator/*/targets")), "and they go when it is trained"
+
+
+def test_the_decoder_writes_float32_under_autocast():
+    """A bfloat16 output would round a token's scale by up to its own size: sd 1e-4, code dnd."""
+    decoder = HyperConvDecoder([[2, 4, 6], [3, 4, 6], [5, 6, 8]], 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = decoder(torch.randn(1, 2, 4, 6))
+        inner = decoder[0](torch.randn(1, 2, 4, 6))
+    assert out.dtype == torch.float32
+    assert inner.dtype == torch.bfloat16
+    # to what it writes nothing is lost
+    exact = decoder[-1].out
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.randn(1, 3, 6, 8)
+        written = exact(y)
+    torch.testing.assert_close(written, exact(y), rtol=1e-6, atol=1e-7)

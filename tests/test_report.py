@@ -34,7 +34,7 @@ def make_report(path: Path, **settings) -> SimpleNamespace:
 def made(tmp_path_factory):
     """One full report, shared by the tests that only read it."""
     path = canned.make_run(tmp_path_factory.mktemp("runs") / "canned")
-    return make_report(path, paper="degaml-qwen2.5-0.5b")
+    return make_report(path, paper="qwen2.5-0.5b")
 
 
 def row_of(markdown: str, start: str, table: str) -> list[str]:
@@ -197,23 +197,47 @@ def test_a_line_cut_short_in_metrics_is_skipped(tmp_path):
     ]
 
 
-def test_paper_column(made):
-    assert row_of(made.markdown, "Base model", "In-domain accuracy")[-1] == "37.2"
-    assert row_of(made.markdown, "Wrong prompts (control)", "In-domain accuracy")[-1] == "-"
+def test_both_papers_have_a_column(made):
+    """DeGAML's and TEMPO's averages, each in the row of the method that it is about."""
+
+    def last(method):
+        return row_of(made.markdown, method, "In-domain accuracy")[-2:]
+
+    assert "DeGAML's avg (6 tasks) | TEMPO's avg (6 tasks)" in made.markdown
+    assert last("Base model") == ["37.2", "37.2"]
+    assert last("Adaptation (DeGAML)") == ["58.4", "-"]
+    assert last("Wrong prompts (control)") == ["-", "-"]
 
 
-@pytest.mark.parametrize("name", report.PAPER)
+@pytest.mark.parametrize("name", report.PAPERS)
 def test_papers_averages_are_those_of_its_cells(name):
-    """report.PAPER against the cells in the docs; where one is marked *, Table 1's 24.5 counts."""
+    """report.PAPERS against the cells in the docs; where one is marked *, Table 1's 24.5 counts."""
     text = (ROOT / "docs/papers-numbers.md").read_text()
     section = text.split(f"`report.paper={name}`", 1)[1].split("\n## ")[0]
     domains = re.split(r"\| (?:In|Out-of)-domain \|", section)[1:]
-    for averages, table in zip(report.PAPER[name].values(), domains, strict=True):
+    for averages, table in zip(report.PAPERS[name]["DeGAML"].values(), domains, strict=True):
         rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", table, re.M)
         assert {method for method, _ in rows} == set(averages)
         for method, cells in rows:
             values = [float(c.replace("29.2*", "24.5")) for c in cells.split("|")[1:7]]
             assert sum(values) / 6 == pytest.approx(averages[method], abs=0.01)
+
+
+@pytest.mark.parametrize("name", report.PAPERS)
+def test_tempo_averages_are_those_of_its_cells(name):
+    """Of `tempo` the cells in the docs; the other rows are DeGAML's, but for the larger base."""
+    text = (ROOT / "docs/papers-numbers.md").read_text()
+    size = name.removeprefix("qwen2.5-").upper()
+    section = text.split("## TEMPO, Table 2")[1].split(f"| Qwen2.5-{size} |")[1]
+    tempo = re.findall(r"^\| `tempo` \|(.*)\|$", section, re.M)[:2]
+    twins = {"maml_qvo": "maml"}
+    for (domain, averages), cells in zip(report.PAPERS[name]["TEMPO"].items(), tempo, strict=True):
+        values = [float(cell) for cell in cells.split("|")[:6]]
+        assert sum(values) / 6 == pytest.approx(averages["tempo"], abs=0.01)
+        for method in averages.keys() - {"tempo"}:
+            other = report.PAPERS[name]["DeGAML"][domain][twins.get(method, method)]
+            larger_base = (name, domain, method) == ("qwen2.5-1.5b", "ood", "base")
+            assert averages[method] == (42.9 if larger_base else other)
 
 
 def test_a_single_task_with_a_single_method(tmp_path):
