@@ -77,9 +77,8 @@ def read_answer(example: Example, score: Scores, text: str) -> Scores:
     """The scores with a written answer, and the option that it names by each reading."""
     named = {}
     if example.options:
-        count = len(example.options)
-        named["strict"] = parse_letter(text, count, strict=True)
-        named["lenient"] = parse_letter(text, count, strict=False)
+        named["strict"] = parse_letter(text, example.options, strict=True)
+        named["lenient"] = parse_letter(text, example.options, strict=False)
     return dataclasses.replace(score, text=text, **named)
 
 
@@ -102,14 +101,14 @@ def generate_answers(
     """Greedy answers, one per example. Latent steering acts on every generated token."""
     texts = [scoring.input_text(lm, example) for example in examples]
     rows = [scoring.prompt_row(lm, text) for text in texts]
-    options = [len(example.options) for example in examples]
+    options = [example.options for example in examples]
     answers = [""] * len(rows)
     lora.swap_adapter(lm.model, lm.layout, adapter)
     try:
         for batch in _plan(lm, rows, max_new_tokens, slot):
             group = [rows[i] for i in batch]
-            counts = [options[i] for i in batch]
-            written = continue_rows(lm, group, max_new_tokens, options=counts, slot=slot)
+            named = [options[i] for i in batch]
+            written = continue_rows(lm, group, max_new_tokens, options=named, slot=slot)
             for i, answer in zip(batch, written, strict=True):
                 answers[i] = answer
     finally:
@@ -155,14 +154,14 @@ def continue_rows(
     rows: list[Row],
     max_new_tokens: int,
     *,
-    options: list[int] = (),
+    options: list[tuple[str, ...]] = (),
     slot: tuple[int, float] | None = None,
 ) -> list[str]:
     """The greedy continuations of prompts, in one batch that finished rows leave.
 
     Args:
-        options: of each row, how many there are. Where a letter is asked for (letter format), the
-            first that stands in brackets ends the answer: nothing behind it changes how it is read.
+        options: of each row. Where one is asked for in brackets (letter format), the first that
+            stands in brackets ends the answer: nothing behind it changes how it is read.
         slot: (steps, lr) of latent steering, or None.
     """
     lm.forwards += len(rows)
@@ -243,37 +242,49 @@ def _end_tokens(lm):
 
 def _is_complete(lm, tokens, options):
     text = lm.tokenizer.decode(tokens, skip_special_tokens=True)
-    return bracketed_letter(text, options) is not None
+    return bracketed_option(text, options) is not None
 
 
-def bracketed_letter(text: str, num_options: int) -> re.Match | None:
-    """The first option that stands in brackets: its letter of either case, or its digit."""
-    letters = benchmarks.LETTERS[:num_options]
-    return re.search(rf"\[\s*([{letters}{letters.lower()}{_digits(num_options)}])\s*\]", text)
-
-
-def _digits(num_options):
-    return f"1-{min(num_options, 9)}"
-
-
-def parse_letter(text: str, num_options: int, strict: bool) -> int | None:
+def parse_letter(text: str, options: tuple[str, ...], strict: bool) -> int | None:
     """The option a generated answer names, or None.
 
-    Strict: the answer opens with the bracketed letter, as the prompt asks. Lenient: the first
-    bracketed option anywhere, else the first letter or digit that stands alone.
+    Strict: the answer opens with the bracketed option, as the prompt asks. Lenient: the first
+    bracketed option anywhere, else the first that stands alone; a letter's number counts too.
+
+    Args: options: in brackets, as the letter format has them: [A], [B] or [True], [False].
     """
-    letters = benchmarks.LETTERS[:num_options]
     if strict:
-        found = re.match(rf"\s*\[([{letters}])\]", text)
-    else:
-        alone = rf"(?<![A-Za-z0-9])([{letters}{_digits(num_options)}])(?![A-Za-z0-9'])"
-        found = bracketed_letter(text, num_options) or re.search(alone, text)
+        found = re.match(r"\s*(\[.+?\])", text)
+        if found and found[1] in options:
+            return options.index(found[1])
+        return None
+
+    places = _named_places(options)
+    names = "|".join(map(re.escape, places))
+    alone = rf"(?<![A-Za-z0-9])({names})(?![A-Za-z0-9'])"
+    found = bracketed_option(text, options) or re.search(alone, text)
     if not found:
         return None
-    option = found[1].upper()
-    if option.isdigit():
-        return int(option) - 1
-    return letters.index(option)
+    said = found[1]
+    return places.get(said, places.get(said.upper(), places.get(said.lower())))
+
+
+def bracketed_option(text: str, options: tuple[str, ...]) -> re.Match | None:
+    """The first option that stands in brackets, in capitals or not, or its number."""
+    names = "|".join(map(re.escape, _named_places(options)))
+    return re.search(rf"\[\s*((?i:{names}))\s*\]", text)
+
+
+def _named_places(options):
+    """{name: place} of what may name an option without its brackets."""
+    places = {}
+    for i, option in enumerate(options):
+        places.setdefault(option[1:-1], i)
+    # a small letter may be an article, a small word is none
+    for i, option in enumerate(options):
+        other = str(i + 1) if len(option) == 3 else option[1:-1].lower()
+        places.setdefault(other, i)
+    return places
 
 
 def match_answer(text: str, answer: str, strict: bool) -> bool:

@@ -110,7 +110,8 @@ def _read_codemmlu(row):
     return record | {"choices": row["choices"], "gold": row["answer"]}
 
 
-def _read_gsm8k(row):
+def read_gsm8k(row: dict) -> dict:
+    """A question whose worked solution stands in `answer`."""
     # the worked solution ends in the number, which may have a comma at the thousands
     _, mark, answer = str(row["answer"]).rpartition("####")
     if not mark:
@@ -169,7 +170,7 @@ HUB = {
     "winogrande": HubSet(
         "allenai/winogrande", _VALIDATION, _read_winogrande, ("winogrande_xl",), 1
     ),
-    "gsm8k": HubSet("openai/gsm8k", _TEST, _read_gsm8k, ("main",)),
+    "gsm8k": HubSet("openai/gsm8k", _TEST, read_gsm8k, ("main",)),
     "math": HubSet("EleutherAI/hendrycks_math", _TEST, _read_math, MATH_SUBJECTS),
     "divlogic": HubSet("ttchungc/DivLogicEval", {"all": "polished"}),
     "socialiqa": HubSet("lighteval/siqa", _VALIDATION, _read_socialiqa, first_label=1),

@@ -504,8 +504,8 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
         section = ""
     if not name:
         return [
-            f"task (command line): got {source!r}; expected a .jsonl or .csv file, hf:org/name or "
-            f"one of {known}"
+            f"task (command line): got {source!r}; expected a .jsonl, .json or .csv file, "
+            f"hf:org/name or one of {known}"
         ]
     if (name in known and name != source) or name == "all":
         return [
@@ -542,7 +542,7 @@ def _locate(source: str) -> tuple[str, str, str]:
     if on_hub and not path.is_dir():
         # org/name and org/name/configuration are called by their name
         name = path.parts[:2][-1]
-    elif on_hub or path.suffix.lower() in (".jsonl", ".csv"):
+    elif on_hub or path.suffix.lower() in (".jsonl", ".json", ".csv"):
         name = path.name if on_hub else path.stem
         place = str(path.absolute())
     return re.sub(r"\W+", "_", name), section, place

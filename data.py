@@ -7,9 +7,7 @@ depend on the seed and the task's name alone.
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
 import re
 import sys
@@ -22,6 +20,7 @@ import yaml
 
 import benchmarks
 import config
+import formats
 import runtime
 from config import Config, UserError
 from runtime import Run
@@ -43,6 +42,7 @@ class Example:
         gold: the index of the right option.
         answer: the text of the right answer.
         suffix: the text after the option (WinoGrande's blank), which is then what is scored.
+        system: the row's own system message in the letter format; "" for ours.
     """
 
     id: str
@@ -51,6 +51,7 @@ class Example:
     gold: int | None = None
     answer: str = ""
     suffix: str = ""
+    system: str = ""
 
     @property
     def text(self) -> str:
@@ -65,7 +66,7 @@ class Task:
     name: str
     title: str
     domain: str  # "id" (meta-training, leave-one-out) or "ood"
-    source: str
+    data: dict  # where its rows come from, and in which form, for tasks.json
     stand_in_for: str  # "" or the paper's benchmark this data stands in for
     context: str  # one paragraph for the policy
     train: tuple[Example, ...]
@@ -80,10 +81,10 @@ def read_records(cfg: Config, name: str) -> dict[str, list[dict]]:
     # a place that is given for one task wins over the source of all
     if name in cfg.data.jsonl:
         return _read_user_files(cfg.data.jsonl[name], labels=name != cfg.task)
+    if _is_embedded(cfg, name):
+        return _read_assets(config.ROOT / cfg.data.dir, name)
     if cfg.data.source == "hub" or name in cfg.data.hub:
         return _read_hub(cfg, name)
-    if cfg.data.source == "assets":
-        return _read_assets(config.ROOT / cfg.data.dir, name)
     raise UserError(
         f"data.jsonl: no file for task {name}; add `data.jsonl: {{{name}: {name}.jsonl}}`"
     )
@@ -119,24 +120,29 @@ def _read_assets(folder, name):
     return records
 
 
-GOOD_ROW = '{"id": "q1", "question": "Which ...?", "choices": ["one", "two"], "gold": 0}'
-
-
 def _read_user_files(pattern, labels):
-    """One file, or `my_{split}.jsonl` for the splits train and test."""
+    """Records of one file, or of one file per split."""
     # the files share one name space of ids
     seen = {}
     records = {}
-    for split in ("train", "test") if "{split}" in pattern else ("all",):
-        path = Path(pattern.replace("{split}", split))
+    for split, path in _user_files(pattern).items():
         records[split] = read_user_file(path, seen, labels)
     return records
+
+
+def _user_files(pattern):
+    """{split: path} of one file, or of `my_{split}.jsonl` for the splits train and test."""
+    splits = ("train", "test") if "{split}" in pattern else ("all",)
+    return {split: Path(pattern.replace("{split}", split)) for split in splits}
 
 
 def read_user_file(
     path: Path, seen: dict[str, str] | None = None, labels: bool | None = True
 ) -> list[dict]:
-    """Read and check a user's JSONL or CSV: {question, choices, gold} or {question, answer}.
+    """Read and check a user's JSON lines, JSON array or CSV.
+
+    A row is {question, choices, gold} or {question, answer}, or one of the published forms that
+    `formats.released_record` reads.
 
     Args:
         seen: {id: where} of rows read before; this file's are added.
@@ -146,12 +152,14 @@ def read_user_file(
     seen = {} if seen is None else seen
     rows = []
     first_labelled = None
-    for line, row in _user_rows(path):
+    for line, number, row in formats.read_rows(path):
         try:
             if isinstance(row, str):
-                row = _parse_json(row)
+                row = formats.parse_row(row)
+            if formats.released_form(row):
+                row = formats.released_record(row)
             # a row without an id is called by its place
-            row = check_row({"id": f"{path.stem}-{line}", **row}, labels)
+            row = check_row({"id": f"{path.stem}-{number}", **row}, labels)
             if row["id"] in seen:
                 raise ValueError(f"id {row['id']!r} was used before, at {seen[row['id']]}")
             # options are compared and free answers generated: a task does one or the other
@@ -160,77 +168,12 @@ def read_user_file(
                 if ("choices" in row) != ("choices" in first_labelled):
                     raise ValueError("rows with and without `choices` in one file")
         except ValueError as e:
-            raise _bad_row(path, line, e) from None
+            raise formats.bad_row(path, line, e) from None
         seen[row["id"]] = f"{path}:{line}"
         rows.append(row)
     if not rows:
-        raise UserError(f"{path}: no rows; expected JSON lines such as {GOOD_ROW}")
+        raise UserError(f"{path}: no rows; expected JSON lines such as {formats.GOOD_ROW}")
     return rows
-
-
-def _bad_row(path, line, what):
-    return UserError(f"{path}:{line}: {what}; a good row: {GOOD_ROW}")
-
-
-def _user_rows(path):
-    """Yield (line number, text of JSON) or, of a CSV with a header, (line number, record)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(
-            f"{path}: cannot read ({e}); expected UTF-8 JSON lines such as {GOOD_ROW}"
-        ) from None
-    if path.suffix.lower() != ".csv":
-        # not splitlines(): other separators than a newline may stand inside a JSON text
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield number, line
-        return
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        reader.fieldnames = [_column_name(cell) for cell in reader.fieldnames or ()]
-        for cells in reader:
-            if None in cells:
-                raise csv.Error("more cells than the header has columns")
-            yield reader.line_num, _from_cells(cells)
-    except csv.Error as e:
-        raise _bad_row(path, max(1, reader.line_num), f"not CSV ({e})") from None
-
-
-def _column_name(cell):
-    """As we write it: spreadsheets put spaces around a name, and capitals into it."""
-    name = cell.strip()
-    return name if len(name) == 1 else name.lower()
-
-
-def _from_cells(cells):
-    """Options are the columns choice1, choice2, … or A, B, C, …; empty cells are no values."""
-    # a row may have fewer cells than the header has columns
-    row = {column: cell for column, cell in cells.items() if cell}
-    options = []
-    for column in cells:
-        if re.fullmatch(r"choice_?\d+|[A-J]", column):
-            options.append(row.pop(column, ""))
-    # a row may have fewer options than the header; a gap is a fault
-    while options and not options[-1]:
-        options.pop()
-    if options:
-        row["choices"] = options
-    if row.get("gold", "").isdecimal():
-        row["gold"] = int(row["gold"])
-    return row
-
-
-def _parse_json(text):
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"not JSON ({str(e)[:80]})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
-    # refuse half of a surrogate pair, which is no text
-    json.dumps(row, ensure_ascii=False).encode()
-    return row
 
 
 def check_row(row: dict, labels: bool | None) -> dict:
@@ -239,7 +182,7 @@ def check_row(row: dict, labels: bool | None) -> dict:
     if not isinstance(row["question"], str) or not row["question"].strip():
         raise ValueError("`question` is missing or empty")
     # what prompts and distractors are made of
-    for key in ("context", "kind", "solution"):
+    for key in ("context", "kind", "solution", "system"):
         if not isinstance(row.get(key) or "", str):
             raise ValueError(f"`{key}` must be a text")
 
@@ -279,6 +222,8 @@ def _check_choices(row, labels):
                     f"`{key}` is not read beside `choices`: name the right option in `gold`"
                 )
     if gold is None and labels:
+        if "read_as" in row:
+            raise ValueError("no answer is given; expected the right option, such as [A]")
         raise ValueError("`gold` is missing: the index of the right option, or its letter")
     if gold is not None:
         row["gold"] = _read_gold(gold, len(choices))
@@ -349,21 +294,27 @@ def _hub_records(cfg, name, path, rows, prefix):
     """
     columns = cfg.data.columns.get(name)
     known = benchmarks.HUB.get(name)
+    published = formats.released_form(rows.column_names)
     found = (
         f"{path} has the columns {rows.column_names}; set data.columns={{{name}: "
         "{question: …, choices: … or […, …], gold: …}}"
     )
-    if columns is None and (known is None or known.read is None):
+    if columns is None and not published and (known is None or known.read is None):
         raise UserError(f"data.columns.{name}: not given; {found}")
+    revision = _hub_revision(rows)
     records = []
     for i, row in enumerate(rows):
         key = f"{prefix}-{i}"
         try:
-            record = {"id": key, **benchmarks.hub_record(row, known, columns)}
+            if published and not columns:
+                record = formats.released_record(row)
+            else:
+                record = benchmarks.hub_record(row, known, columns)
+            record |= {"id": key, "revision": revision}
             if not is_labelled(record):
                 continue
             # of the twelve it is known that their rows are questions
-            if columns:
+            if columns or published:
                 record = check_row(record, True)
         except (KeyError, IndexError) as e:
             raise UserError(f"data.columns.{name}: no {e}; {found}") from None
@@ -371,6 +322,15 @@ def _hub_records(cfg, name, path, rows, prefix):
             raise UserError(f"data.hub.{name}={path}, row {key}: {e}") from None
         records.append(record)
     return records
+
+
+def _hub_revision(rows):
+    """The commit of a hub data set, by which its cached files are filed; "" for a local folder."""
+    for file in rows.cache_files:
+        found = re.search(r"/([0-9a-f]{40})/", file["filename"])
+        if found:
+            return found[1]
+    return ""
 
 
 def make_example(name: str, record: dict, form: str) -> Example:
@@ -381,12 +341,13 @@ def make_example(name: str, record: dict, form: str) -> Example:
         prompt = f"{context}\n{question}".strip()
         if form == "cloze":
             prompt = f"Question: {prompt}\nAnswer:"
-        return Example(record["id"], prompt, answer=str(record.get("answer", "")))
+        answer = str(record.get("answer", ""))
+        return Example(record["id"], prompt, answer=answer, system=record.get("system") or "")
 
     choices = tuple(choice.strip() for choice in record["choices"])
     gold = record.get("gold")
     if form == "letter":
-        return _letter_example(record["id"], f"{context}\n{question}".strip(), choices, gold)
+        return _letter_example(record, f"{context}\n{question}".strip(), choices)
 
     # the forms in which the benchmarks are usually scored
     body = f"{context} {question}" if context else question
@@ -403,25 +364,34 @@ def make_example(name: str, record: dict, form: str) -> Example:
         # a function stub to be completed, not a question; its indentation counts
         prompt = record["question"].rstrip()
     elif name == "boolq":
-        prompt = f"{context}\nQuestion: {question.rstrip('?')}?\nAnswer:"
+        prompt = f"{context}\nQuestion: {question.rstrip('?')}?\nAnswer:".lstrip()
     answer = "" if gold is None else choices[gold]
     return Example(record["id"], prompt, choices, gold, answer, suffix)
 
 
-def _letter_example(key, head, choices, gold):
-    """Lettered options in the prompt; the answers are bracketed letters (the papers' format)."""
-    if len(choices) > len(benchmarks.LETTERS):
+def _letter_example(record, head, choices):
+    """Lettered options in the prompt; the answers are bracketed letters (the papers' format).
+
+    A released row has its options in the prompt already, by letters of its own.
+    """
+    letters = record.get("letters_in_prompt") or benchmarks.LETTERS
+    if len(choices) > len(letters):
         raise UserError(
-            f"{key}: {len(choices)} options, the letter format has {len(benchmarks.LETTERS)} "
+            f"{record['id']}: {len(choices)} options, the letter format has {len(letters)} "
             "letters; use data.format=cloze"
         )
     prompt = head
     options = ()
-    for letter, choice in zip(benchmarks.LETTERS, choices, strict=False):
+    for letter, choice in zip(letters, choices, strict=False):
         prompt += f"\n{letter}: {choice}"
         options += (f"[{letter}]",)
+    if "letters_in_prompt" in record:
+        prompt = record["prompt"]
+
+    gold = record.get("gold")
     answer = "" if gold is None else options[gold]
-    return Example(key, prompt, options, gold, answer)
+    system = record.get("system") or ""
+    return Example(record["id"], prompt, options, gold, answer, system=system)
 
 
 def make_splits(
@@ -579,14 +549,15 @@ def load_task(cfg: Config, name: str) -> Task:
     if name in d.train_tasks:
         train_prompts = _choose_prompts(cfg, name, rows, train, support, test, "train")
     # built options stand in for free answers; other data stands in where it is embedded
-    known = benchmarks.TABLE.get(name, benchmarks.Benchmark(name, d.source))
-    embedded = d.source == "assets"
-    stands_in = d.math_form == "choice" if name in benchmarks.FREE_ANSWER else embedded
+    known = benchmarks.TABLE.get(name, benchmarks.Benchmark(name, ""))
+    stands_in = _is_embedded(cfg, name)
+    if name in benchmarks.FREE_ANSWER:
+        stands_in = _gets_options(cfg, rows)
     return Task(
         name=name,
         title=known.title,
         domain="id" if name in d.train_tasks else "ood",
-        source=known.source if embedded else d.source,
+        data=describe_data(cfg, name, records),
         stand_in_for=known.stand_in_for if stands_in else "",
         context=read_contexts(cfg).get(name, ""),
         train=train[: d.num_train],
@@ -600,10 +571,58 @@ def load_task(cfg: Config, name: str) -> Task:
 def _examples(cfg, name, rows):
     """The labelled records of a split as examples of the configured format."""
     rows = [row for row in rows if is_labelled(row)]
-    # what has answers alone gets options, unless answers are to be generated
-    if rows and "choices" not in rows[0] and cfg.data.math_form == "choice":
+    if _gets_options(cfg, rows):
         rows = benchmarks.add_distractors(rows, cfg.seed)
     return [make_example(name, row, cfg.data.format) for row in rows]
+
+
+def _gets_options(cfg, rows):
+    """What has answers alone gets options built, unless answers are to be generated."""
+    labelled = [row for row in rows if is_labelled(row)]
+    free = bool(labelled) and "choices" not in labelled[0]
+    return free and cfg.data.math_form == "choice"
+
+
+def describe_data(cfg: Config, name: str, records: dict[str, list[dict]]) -> dict:
+    """Which data a task has, for tasks.json: source, form, number of rows; hashes of files."""
+    rows = list(chain.from_iterable(records.values()))
+    about = {"source": "", "form": _data_form(cfg, name, rows), "rows": len(rows)}
+    if _is_embedded(cfg, name):
+        about["source"] = benchmarks.TABLE[name].source
+    elif name in cfg.data.jsonl:
+        about["sha256"] = {}
+        places = []
+        for path in _user_files(cfg.data.jsonl[name]).values():
+            digest = runtime.sha256(path)
+            about["sha256"][str(path)] = digest
+            places.append(f"{path.name} (sha256 {digest[:12]})")
+        about["source"] = ", ".join(places)
+    else:
+        known = benchmarks.HUB.get(name, benchmarks.HubSet("", {}))
+        about["source"] = cfg.data.hub.get(name, known.path)
+        about["revision"] = rows[0]["revision"]
+        if about["revision"]:
+            about["source"] += f" at {about['revision'][:12]}"
+    return about
+
+
+def _is_embedded(cfg, name):
+    """Is it read from what `make assets` extracts? A place of its own wins."""
+    d = cfg.data
+    return d.source == "assets" and name not in d.jsonl and name not in d.hub
+
+
+def _data_form(cfg, name, rows):
+    """How its rows put the question: as others published them, or as built here."""
+    forms = sorted({row["read_as"] for row in rows if "read_as" in row})
+    if _gets_options(cfg, rows):
+        forms.append("gold answers among distractors built here")
+    elif name == "boolq" and rows[0].get("context"):
+        forms.append("yes or no, with passage")
+    elif not forms:
+        options = any("choices" in row for row in rows)
+        forms.append("question and options" if options else "free answers")
+    return ", ".join(forms)
 
 
 def _choose_prompts(cfg, name, rows, train, support, test, prompts_from):
@@ -689,7 +708,7 @@ def describe_tasks(tasks: dict[str, Task], prompts_from: str) -> dict:
         described[task.name] = {
             "domain": task.domain,
             "title": task.title,
-            "source": task.source,
+            **task.data,
             "stand_in_for": task.stand_in_for or None,
             "n_train": len(task.train),
             "n_support": len(task.support),

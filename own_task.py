@@ -295,7 +295,7 @@ def _load_router(folder, count, run):
 
 
 def predict(run: Run) -> dict:
-    """Answer new inputs with an exported folder. JSON lines or CSV in, JSON lines out, in order.
+    """Answer new inputs with an exported folder. A file as of a task in, JSON lines out, in order.
 
     Rows with `choices` get {"id", "prediction", "index", "logprobs"}. The others get {"id",
     "prediction"} by greedy generation, on which the adapters of an ensemble vote. Where rows have

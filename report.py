@@ -490,7 +490,11 @@ def source_tables(result: dict) -> list[Table]:
     rows = []
     for task, about in result["tasks"].items():
         sizes = [about[f"n_{split}"] for split in splits]
-        rows.append([task_label(result, task), DOMAINS[about["domain"]], about["source"], *sizes])
+        # The form of its rows is not in older run folders.
+        source = about["source"]
+        if "form" in about:
+            source += f": {about['form']}"
+        rows.append([task_label(result, task), DOMAINS[about["domain"]], source, *sizes])
     header = ["Task", "Domain", "Source", *map(str.capitalize, splits)]
     tasks = make_table("Tasks", header, rows)
 

@@ -178,10 +178,8 @@ def input_text(lm: LM, example: Example) -> str:
     """The exact text the model reads before it answers."""
     if lm.form == "cloze":
         return example.text
-    system = data.GENERATE_SYSTEM
-    if example.options:
-        system = data.LETTER_SYSTEM
-    return chat_prompt(lm.tokenizer, system, example.prompt)
+    system = data.LETTER_SYSTEM if example.options else data.GENERATE_SYSTEM
+    return chat_prompt(lm.tokenizer, example.system or system, example.prompt)
 
 
 def encode(lm: LM, text: str) -> list[int]:

@@ -82,6 +82,26 @@ def test_answers_with_an_adapter(tiny_lm):
 )
 def test_parse_letter(text, options, strict, lenient):
     """Strict: the bracketed letter opens the answer. Lenient: the first bracketed, else alone."""
+    lettered = tuple(f"[{letter}]" for letter in "ABCDEFGHIJ"[:options])
+    assert answers.parse_letter(text, lettered, True) == strict
+    assert answers.parse_letter(text, lettered, False) == lenient
+
+
+@pytest.mark.parametrize(
+    "text, options, strict, lenient",
+    [
+        ("[True]", ("[True]", "[False]"), 0, 0),
+        ("[False].", ("[True]", "[False]"), 1, 1),
+        ("The statement is false.", ("[True]", "[False]"), None, 1),
+        ("[TRUE]", ("[True]", "[False]"), None, 0),
+        ("A man, untrue", ("[True]", "[False]"), None, None),
+        ("[3]", ("[1]", "[2]", "[3]", "[4]"), 2, 2),
+        ("It is 4.", ("[1]", "[2]", "[3]", "[4]"), None, 3),
+        ("[A]", ("[1]", "[2]", "[3]", "[4]"), None, None),
+    ],
+)
+def test_parse_options_of_a_released_file(text, options, strict, lenient):
+    """True and False, and the numbers of some ARC rows, are read as letters are."""
     assert answers.parse_letter(text, options, True) == strict
     assert answers.parse_letter(text, options, False) == lenient
 
@@ -180,12 +200,12 @@ def test_an_answer_ends_with_its_letter(tiny_lm, monkeypatch, text):
     whole = tiny_lm.tokenizer.decode(ids)
     script(monkeypatch, tiny_lm, text)
     row = prompts_of(tiny_lm)[0]
-    (short,) = answers.continue_rows(tiny_lm, [row], len(ids), options=[3])
+    (short,) = answers.continue_rows(tiny_lm, [row], len(ids), options=[ITEMS[0].options])
     assert whole.startswith(short)
-    assert (short == whole) == (answers.bracketed_letter(whole, 3) is None)
+    assert (short == whole) == (answers.bracketed_option(whole, ITEMS[0].options) is None)
     for strict in (True, False):
-        got = answers.parse_letter(short, 3, strict)
-        assert got == answers.parse_letter(whole, 3, strict)
+        got = answers.parse_letter(short, ITEMS[0].options, strict)
+        assert got == answers.parse_letter(whole, ITEMS[0].options, strict)
 
 
 def slowly(lm, plain, row, steps, slot):

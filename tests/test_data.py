@@ -4,14 +4,17 @@ and line."""
 import gzip
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
+from conftest import make_run
 
 import benchmarks
 import data
+import degaml
 from config import DEFAULT, UserError, load_config
 from data import Example
-from runtime import Run
+from runtime import Run, read_json, sha256
 
 COUNTS = {
     "arc_c.train": 1119,
@@ -129,6 +132,19 @@ def test_real_tasks_are_described(real):
         assert about["support_ids"] == ids(task.support)
         assert about["chance"] <= about["majority"] + 0.05 < 1
         assert task.context  # every embedded task has a paragraph for the policy
+
+
+def test_real_tasks_say_which_data_they_are(real):
+    """tasks.json: source, form and number of rows; built options are told from published ones."""
+    described = data.describe_tasks(real, "train")
+    assert described["arc_c"]["source"] == "ARC-Challenge"
+    forms = {name: about["form"] for name, about in described.items()}
+    assert forms.pop("boolq") == "yes or no, with passage"
+    for name in benchmarks.FREE_ANSWER:
+        assert forms.pop(name) == "gold answers among distractors built here"
+    assert set(forms.values()) == {"question and options"}
+    rows = {name: about["rows"] for name, about in described.items()}
+    assert rows["boolq"] == 9427 + 3270 and rows["math"] == 5000
 
 
 def test_splits_depend_on_the_seed_alone(real):
@@ -409,6 +425,69 @@ def test_two_files_keep_their_sides(tmp_path):
     assert len(task.support) == 4 and len(task.train) == 2
     left = {f"question q{i} answer" for i in range(6, 12)}
     assert keys((e.text for e in (*task.train, *task.support)), "mine") == left
+
+
+def release_rows(count, prompt="Case {}: which?\nA: river\nB: stone\nC: cloud"):
+    """Rows as the papers' releases ship them."""
+    rows = []
+    for i in range(count):
+        response = f"[{'ABC'[i % 3]}]"
+        rows.append({"prompt": prompt.format(i), "response": response, "system": "Pick one."})
+    return rows
+
+
+@pytest.mark.parametrize("form", ["cloze", "letter"])
+def test_released_file_is_a_task_of_a_run(tmp_path, tiny_args, form, capsys):
+    """A JSON array takes the place of a task's file: the run passes its check, and tasks.json says
+    which file it was, in which form."""
+    file = tmp_path / "ARC-c_test.json"
+    file.write_text(json.dumps(release_rows(60), indent=4))
+    words = [*tiny_args, f"data.format={form}"]
+    tasks = json.loads(words[-2].split("=", 1)[1]) | {"delta": str(file)}
+    words.append(f"data.jsonl={json.dumps(tasks)}")
+    assert degaml.main([*words, "stage=check"]) == 0
+    assert "ready" in capsys.readouterr().out
+
+    run = make_run(words)
+    data.keep_example_ids(run)
+    described = read_json(run.path / "tasks.json")
+    about = described["delta"]
+    assert about["form"] == "release (prompt, response, system)"
+    assert about["rows"] == 60 and about["sha256"] == {str(file): sha256(file)}
+    assert about["source"] == f"ARC-c_test.json (sha256 {sha256(file)[:12]})"
+    assert described["alpha"]["form"] == "question and options"
+    task = data.load_tasks(run)["delta"]
+    assert {e.system for e in task.test} == ({"Pick one."} if form == "letter" else {""})
+
+
+def test_released_files_of_both_splits(tmp_path):
+    """my_{split}.json, in the place of embedded data: no stand-in, and True or False is said."""
+    for split, count in (("train", 30), ("test", 12)):
+        rows = release_rows(count, f"is {split} {{}} true?")
+        for row in rows:
+            row["response"] = "[True]" if row["response"] == "[A]" else "[False]"
+        (tmp_path / f"BoolQ_{split}.json").write_text(json.dumps(rows))
+    words = [f"data.jsonl={{boolq: '{tmp_path}/BoolQ_{{split}}.json'}}", *SMALL]
+    task = data.load_task(config_of(*words, "data.format=letter"), "boolq")
+    assert {e.options for e in task.test} == {("[True]", "[False]")}
+    assert set(ids(task.test)) < {f"BoolQ_test-{i}" for i in range(1, 13)}
+    assert task.data["form"].endswith("True or False without passage")
+    assert task.data["rows"] == 42 and len(task.data["sha256"]) == 2
+
+
+def test_published_options_are_no_stand_in(tmp_path):
+    """GSM8K-MC has options of its own; only what is built here stands in, whatever the source."""
+    row = {"Question": "", "A": "1", "B": "2", "C": "3", "D": "4", "Answer": "B"}
+    file = write_rows(tmp_path / "mc.jsonl", [row | {"Question": f"{i}?"} for i in range(12)])
+    task = data.load_task(config_of(f"data.jsonl={{gsm8k: {file}}}", *SMALL), "gsm8k")
+    assert task.stand_in_for == "" and task.data["form"] == "MC-Evaluation"
+    assert {e.answer for e in task.test} == {"2"}
+
+    solved = [{"prompt": f"{i}+{i}?", "response": f"#### {2 * i}"} for i in range(12)]
+    (tmp_path / "solved.json").write_text(json.dumps(solved))
+    words = [f"data.jsonl={{gsm8k: {tmp_path / 'solved.json'}}}", *SMALL]
+    task = data.load_task(config_of(*words), "gsm8k")
+    assert "options built here" in task.stand_in_for and "distractors built" in task.data["form"]
 
 
 def test_id_used_in_both_files(tmp_path):
@@ -774,6 +853,16 @@ def test_hub_options_that_are_none(hub, choices):
     row = {"question": "q", "choices": choices, "answer": 0}
     with pytest.raises(UserError, match=r"data\.hub\.mine=.*, row mine-all-0: .*(choices|option)"):
         hub("mine", {"train": [row]}, GIVEN)
+
+
+def test_hub_revision_is_recorded():
+    """The commit by which the library files a hub set; a local folder has none."""
+    commit = "210d026faf9955653af8916fad021475a3f00453"
+    cached = f"/cache/allenai___ai2_arc/ARC-Easy/0.0.0/{commit}/ai2_arc-test.arrow"
+    rows = SimpleNamespace(cache_files=[{"filename": cached}])
+    assert data._hub_revision(rows) == commit
+    local = "/cache/folder/default/0.0.0/866d6d8e6daca806/folder-train.arrow"
+    assert data._hub_revision(SimpleNamespace(cache_files=[{"filename": local}])) == ""
 
 
 def test_hub_task_without_a_data_set(tmp_path):

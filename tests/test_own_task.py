@@ -1,6 +1,7 @@
 """A user's own task: from a file to an exported folder and to answers, on the tiny run."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -170,7 +171,40 @@ def test_csv_and_jsonl_are_the_same_task(copy, own, tmp_path, names, letters):
         for row in read_jsonl(own):
             gold = "AB"[row["gold"]] if letters else row["gold"]
             out.writerow([row["id"], row["question"], *row["choices"], gold])
-    assert task_of(copy, file) == task_of(copy, own)
+    assert same_examples(task_of(copy, file), task_of(copy, own))
+
+
+def same_examples(task, other) -> bool:
+    """Two tasks that differ in nothing but the file they were read from."""
+    return dataclasses.replace(task, data={}) == dataclasses.replace(other, data={})
+
+
+def test_json_array_is_the_same_task(copy, own, tmp_path):
+    """The rows of a file may stand in one JSON array."""
+    file = tmp_path / "my_task.json"
+    file.write_text(json.dumps(read_jsonl(own), indent=2))
+    assert same_examples(task_of(copy, file), task_of(copy, own))
+
+
+def test_released_file_by_name(copy, tmp_path):
+    """A file of the papers' releases needs no preparation, labelled or not."""
+    labelled = []
+    for row in fresh_rows(30):
+        one, two = row["choices"]
+        prompt = f"{row['question']}\nA: {one}\nB: {two}"
+        response = f"[{'AB'[row['gold']]}]"
+        labelled.append({"prompt": prompt, "response": response, "system": "Pick one."})
+    file = tmp_path / "released.json"
+    file.write_text(json.dumps(labelled))
+    task = task_of(copy, file)
+    assert (len(task.test), len(task.support), len(task.prompts)) == (12, 8, 10)
+    assert {e.answer for e in task.test} == {"always"}  # as in the rows they were made of
+
+    for row in labelled:
+        del row["response"]
+    file.write_text(json.dumps(labelled))
+    task = task_of(copy, file)
+    assert (len(task.test), len(task.support), len(task.prompts)) == (0, 0, 16)
 
 
 def test_hub_data_set_by_name(copy, tmp_path):
@@ -280,7 +314,7 @@ PREDICT = ["stage=predict", "input=a.jsonl", "output=b.jsonl"]
 @pytest.mark.parametrize(
     "mistake, complaint",
     [
-        (["stage=adapt", "task=nothing.txt"], "expected a .jsonl or .csv file"),
+        (["stage=adapt", "task=nothing.txt"], "expected a .jsonl, .json or .csv file"),
         (["stage=collect", "task=a.jsonl"], "stage=adapt, export or predict"),
         (["stage=adapt", "task=alpha.jsonl"], "rename it"),
         (["stage=adapt", "task=all.jsonl"], "rename it"),

@@ -106,6 +106,12 @@ def test_questions_are_answered(made):
     assert by_raw[0].startswith("+12.50")
 
 
+def test_report_says_which_data_was_used(made):
+    """Source and form of each task, beside its sizes."""
+    cells = row_of(made.markdown, "ARC-e", "Tasks")
+    assert cells[:2] == ["In-domain", "arc_e-data: question and options"]
+
+
 def test_stand_ins_are_marked_wherever_they_are_named(made):
     note = "† LogiQA is divlogic-data, standing in for DivLogicEval"
     assert f"Averages include stand-ins. {note}" in made.markdown

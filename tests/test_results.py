@@ -66,6 +66,7 @@ def make_run(path: Path, scores=SCORES, tasks=tuple(TITLES), seed=999) -> Path:
             "domain": "ood" if stands_in else "id",
             "title": TITLES[task],
             "source": f"{task}-data",
+            "form": "question and options",
             "stand_in_for": "DivLogicEval" if stands_in else None,
             "n_train": 9,
             "n_support": 5,
