@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import collect
+import conditions
 import data
 import generator
 import lora
@@ -178,7 +179,7 @@ def task_vector(run: Run, prompts: str, adapter: Adapter) -> Tensor:
     """(d,) what an adapter does to a task: the change it makes to a prompt's last hidden state.
 
     The mean over `align.prompts` prompts. Training and use share this definition.
-    Args: prompts: the prompt set (`generator.prompt_set`), here and below.
+    Args: prompts: the prompt set (`conditions.prompt_set`), here and below.
     """
     lm = scoring.load_lm(run)
     texts = prompt_texts(run, prompts)
@@ -195,7 +196,7 @@ def task_vector(run: Run, prompts: str, adapter: Adapter) -> Tensor:
 
 def prompt_texts(run, prompts):
     """The unlabelled prompts that a task vector is made from."""
-    texts = generator.task_texts(run, prompts)
+    texts = conditions.task_texts(run, prompts)
     return texts[: run.cfg.align.prompts]
 
 
@@ -250,7 +251,7 @@ def collect_pairs(run: Run, left_out: str):
     pairs = {}
     held = {}
     for task in data.training_tasks(cfg, left_out):
-        prompts = generator.prompt_set(cfg, task, left_out)
+        prompts = conditions.prompt_set(cfg, task, left_out)
         checkpoints = list(collect.load_checkpoints(run, lm, task))
         held[task] = checkpoints[0]
         if len(checkpoints) > 1:
@@ -468,7 +469,7 @@ def held_out_fit(run, aligner, left_out, held, pairs):
         goal = to_vector(checkpoint, aligner.layout)
         total += squared_error(mean, goal)
         generated, _ = generator.generate_adapter(run, task, 0, left_out=left_out)
-        prompts = generator.prompt_set(run.cfg, task, left_out)
+        prompts = conditions.prompt_set(run.cfg, task, left_out)
         guesses = {
             "r2": align_adapter(run, aligner, prompts, checkpoint),
             "r2_generated": align_adapter(run, aligner, prompts, generated),

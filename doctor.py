@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import alignment
 import assets
 import collect
+import conditions
 import config
 import data
-import generator
 import lora
 import methods
 import policy
@@ -65,7 +65,7 @@ def show_config(run: Run) -> dict:
 
 def check(run: Run) -> dict:
     """Load every split, the model and the encoder's configuration: mistakes show before work."""
-    generator.check_encoder(run.cfg)
+    conditions.check_encoder(run.cfg)
     policy.check_search(run.cfg)
     tasks = data.load_tasks(run)
     layout = scoring.load_lm(run).layout

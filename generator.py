@@ -3,7 +3,7 @@
     python degaml.py stage=generator config=configs/smollm2.yaml
         -> generator/<left-out set>/generator.safetensors
 
-The file follows the data. A frozen encoder turns prompts into states. Collected checkpoints become
+The file follows the data. Prompts come as encoder states (`conditions`). Collected checkpoints become
 weight tokens. A hyper-convolutional decoder learns to map the states to the tokens, and then
 generates. All is leave-one-out: the generator of a training task is trained without that task, the
 one named `all` on every task.
@@ -28,184 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 import collect
+import conditions
 import data
 import lora
 import runtime
 import scoring
 from config import UserError
-from data import Example
 from fastconv import SameConv2d
 from lora import Adapter, Layout
 from runtime import Run
-
-FROM_TRAIN = ".train"  # ends the name of a training task's prompts from its train split
-
-
-def encode_prompts(run: Run) -> None:
-    """Cache the frozen encoder's token states of every task's prompts, once per prompt.
-
-    Writes prompts/<prompt set>/states.npy, (prompts, L, d) float16, and pooled.npy, (prompts, d)
-    float32.
-    """
-    names = list(data.load_tasks(run))
-    # a training task that is conditioned on test prompts as a target has others to learn from
-    if run.cfg.data.prompts_from == "test":
-        names += [task + FROM_TRAIN for task in run.cfg.data.train_tasks]
-    for name in run.deal(names):
-        unit = f"prompts/{name}"
-        if run.finished(unit, "prompts"):
-            continue
-        began = time.monotonic()
-        folder = run.path / unit
-        conditions = [condition_text(run, _as_example(text)) for text in _prompts(run, name)]
-        states, pooled = encode_texts(run, conditions, f"encode {name}")
-        runtime.save_array(folder / "states.npy", states.numpy())
-        runtime.save_array(folder / "pooled.npy", pooled.numpy())
-        run.finish(unit, "prompts", began)
-
-
-def prompt_set(cfg, task: str, left_out: str) -> str:
-    """Which of a task's prompts the models of a left-out set may see: a name under prompts/.
-
-    Those that learn from the task see prompts of its train split. Only as a target is it
-    conditioned on the prompts that `data.prompts_from` says.
-    """
-    learnt_from = task in data.training_tasks(cfg, left_out)
-    if learnt_from and cfg.data.prompts_from == "test":
-        return task + FROM_TRAIN
-    return task
-
-
-def _prompts(run, name):
-    """The unlabelled prompts of a prompt set."""
-    tasks = data.load_tasks(run)
-    if name.endswith(FROM_TRAIN):
-        return tasks[name.removesuffix(FROM_TRAIN)].train_prompts
-    return tasks[name].prompts
-
-
-def _as_example(prompt):
-    return Example("", prompt, ("",))
-
-
-def task_texts(run: Run, name: str) -> list[str]:
-    """The prompts of a prompt set exactly as the base model reads them."""
-    lm = scoring.load_lm(run)
-    return [scoring.input_text(lm, _as_example(prompt)) for prompt in _prompts(run, name)]
-
-
-def condition_text(run: Run, example: Example) -> str:
-    """What the encoder reads of a question: `generator.condition`.
-
-    input: exactly what the base model reads. prompt: the question alone, without system line and
-    chat markup (DeGAML; Drag-and-Drop). In cloze format they are the same.
-    """
-    if run.cfg.generator.condition == "prompt":
-        return example.text
-    return scoring.input_text(scoring.load_lm(run), example)
-
-
-def check_encoder(cfg) -> None:
-    """Look at the encoder's configuration alone, before the hours of collection.
-
-    Raises: UserError: the encoder is not to be had, or generator.flow begins with another width.
-    """
-    from transformers import AutoConfig
-
-    g = cfg.generator
-    try:
-        width = AutoConfig.from_pretrained(g.encoder).hidden_size
-    except (OSError, ValueError) as error:
-        raise _no_encoder(g.encoder, error) from None
-    if g.flow[0][2] != width:
-        raise UserError(
-            f"generator.flow: its first entry ends in {g.flow[0][2]}, the width of {g.encoder} "
-            f"is {width}"
-        )
-
-
-def _no_encoder(name, why):
-    first_line = str(why).splitlines()[0]
-    return UserError(
-        f"generator.encoder={name}: cannot be loaded ({first_line[:120]}); run `make assets` or "
-        "name a folder or hub id"
-    )
-
-
-def _load_encoder(run):
-    """The frozen SentenceTransformer, loaded once per process. Raises: UserError."""
-    if "encoder" not in run.cache:
-        check_encoder(run.cfg)
-        # Imported here because it takes seconds, and most commands encode nothing.
-        from huggingface_hub import is_offline_mode
-        from sentence_transformers import SentenceTransformer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        name = run.cfg.generator.encoder
-        # Nobody asks the hub where it has nothing to give: it would warn of being out of reach.
-        local = Path(name).is_dir() or is_offline_mode()
-        try:
-            encoder = SentenceTransformer(name, device=run.device, local_files_only=local)
-        except (OSError, ValueError) as error:
-            raise _no_encoder(name, error) from None
-        run.cache["encoder"] = encoder.eval()
-    return run.cache["encoder"]
-
-
-@torch.no_grad()
-def encode_texts(run: Run, texts: list[str], label: str = "encode") -> tuple[Tensor, Tensor]:
-    """What the encoder makes of texts: states of its last hidden layer, and their mean.
-
-    Returns: (n, L, d) float16 states at all L positions, padding included, and (n, d) float32
-        embeddings, mean-pooled over the text and L2-normalised.
-    Source: DeGAML, E.1 (all-MiniLM-L6-v2, last hidden state, no pooling).
-    """
-    encoder = _load_encoder(run)
-    states = []
-    pooled = []
-    starts = range(0, len(texts), 32)
-    for at in run.track(starts, label):
-        # The decoder convolves over positions, so every text takes all L of them.
-        tokens = encoder.tokenizer(
-            texts[at : at + 32],
-            padding="max_length",
-            truncation=True,
-            max_length=run.cfg.generator.max_length,
-            return_tensors="pt",
-        ).to(run.device)
-        # The transformer alone: the encoder's own pooling may be another than the mean.
-        hidden = encoder[0](tokens)["token_embeddings"]
-        states.append(hidden.half().cpu())
-
-        # Padding has states too, which say nothing about the text.
-        is_text = tokens["attention_mask"][..., None]
-        mean = (hidden * is_text).sum(1) / is_text.sum(1)
-        mean = F.normalize(mean, dim=-1)
-        pooled.append(mean.cpu())
-    return torch.cat(states), torch.cat(pooled)
-
-
-def load_states(run: Run, name: str) -> np.ndarray:
-    """(prompts, L, d) float16 of a prompt set, memory-mapped. Raises: UserError: not made."""
-    return runtime.load_array(run.path / f"prompts/{name}/states.npy", "r")
-
-
-def load_pooled(run: Run, name: str) -> Tensor:
-    """(prompts, d) float32 embeddings of a prompt set. Raises: UserError: none, or damaged."""
-    path = run.path / f"prompts/{name}/pooled.npy"
-    return torch.from_numpy(runtime.load_array(path))
-
-
-def draw_prompts(cfg, task: str, count: int, *key) -> np.ndarray:
-    """Indices of one prompt batch: `num_prompts` of `count`, drawn without replacement.
-
-    A task with fewer prompts repeats its shuffled order cyclically.
-    """
-    g = cfg.generator
-    rng = runtime.rng_for(g.seed, "prompts", task, *key)
-    order = rng.permutation(count)
-    return np.resize(order, g.num_prompts)
 
 
 def to_tokens(adapter: Adapter, layout: Layout) -> Tensor:
@@ -387,7 +218,7 @@ def train_generators(run: Run) -> dict:
     Writes generator/<left-out set>/generator.safetensors.
     """
     cfg = run.cfg
-    encode_prompts(run)
+    conditions.encode_prompts(run)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
     needed = {data.left_out_for(cfg, target) for target in targets}
     # The longest first. Sorted, because ranks take units by number and a set has no order.
@@ -524,7 +355,7 @@ def _prepare_lessons(run, left_out, tasks, folder, ranks):
     layout = lm.layout
     states = {}
     for task in tasks:
-        states[task] = load_states(run, prompt_set(run.cfg, task, left_out))
+        states[task] = conditions.load_states(run, conditions.prompt_set(run.cfg, task, left_out))
 
     # The constants of an element code are those of all checkpoints; dnd has none.
     code = TokenCode(g.scale_code, layout, {})
@@ -666,7 +497,7 @@ def draw_pairs(cfg, states: dict, targets: dict, step: int) -> list[tuple]:
         task = tasks[(i + step * g.batch_size) % len(tasks)]
         # The pool is never written out: a pair's number seeds its prompts and its checkpoint.
         number = int(rng.integers(g.pairs_per_task))
-        prompts = draw_prompts(cfg, task, len(states[task]), "pair", number)
+        prompts = conditions.draw_prompts(cfg, task, len(states[task]), "pair", number)
         of_pair = runtime.rng_for(g.seed, "pair", task, number)
         checkpoint = int(of_pair.integers(len(targets[task])))
         pairs.append((task, prompts, checkpoint))
@@ -804,8 +635,8 @@ def generate_adapter(
         left_out = data.left_out_for(run.cfg, target)
     generator = load_generator(run, left_out)
     source = prompts_of or target
-    states = load_states(run, prompt_set(run.cfg, source, left_out))
-    index = draw_prompts(run.cfg, source, len(states), "generate", batch)
+    states = conditions.load_states(run, conditions.prompt_set(run.cfg, source, left_out))
+    index = conditions.draw_prompts(run.cfg, source, len(states), "generate", batch)
     condition = torch.from_numpy(states[index])[None]
     with _autocast(run):
         out = generator.decoder(condition.float().to(run.device))

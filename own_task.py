@@ -14,9 +14,9 @@ import dataclasses
 from pathlib import Path
 
 import baselines
+import conditions
 import data
 import evaluate
-import generator
 import lora
 import methods
 import policy
@@ -46,7 +46,7 @@ def adapt_own(run: Run) -> dict:
     # the stages of a run, on this one task
     if not task.support:
         run = _label_free(run)
-    generator.encode_prompts(run)
+    conditions.encode_prompts(run)
     policy.adapt_targets(run)
     if task.support:
         baselines.train_baselines(run)
@@ -288,8 +288,8 @@ def _load_router(folder, count, run):
     in_order = [batches[name] for name in names]
 
     def embed(examples):
-        texts = [generator.condition_text(run, example) for example in examples]
-        return generator.encode_texts(run, texts)[1]
+        texts = [conditions.condition_text(run, example) for example in examples]
+        return conditions.encode_texts(run, texts)[1]
 
     return Router(in_order, embed)
 

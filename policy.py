@@ -33,6 +33,7 @@ import yaml
 
 import alignment
 import answers
+import conditions
 import data
 import generator
 import lora
@@ -69,11 +70,11 @@ def make_target(
     """
     cfg = run.cfg
     left_out = left_out or data.left_out_for(cfg, task.name)
-    prompts = generator.prompt_set(cfg, task.name, left_out)
+    prompts = conditions.prompt_set(cfg, task.name, left_out)
 
     def embed(examples):
-        texts = [generator.condition_text(run, example) for example in examples]
-        return generator.encode_texts(run, texts)[1]
+        texts = [conditions.condition_text(run, example) for example in examples]
+        return conditions.encode_texts(run, texts)[1]
 
     # TTS asks for several batches, and `evaluate` asks again: a batch is generated once
     @functools.cache
@@ -88,8 +89,8 @@ def make_target(
     start, _ = draw(0)
     source = Source(
         draw,
-        texts=generator.task_texts(run, prompts),
-        pooled=generator.load_pooled(run, prompts),
+        texts=conditions.task_texts(run, prompts),
+        pooled=conditions.load_pooled(run, prompts),
         embed=embed,
     )
     return Target(task.name, scoring.load_lm(run), start, cfg.strategies, cfg.seed, source)

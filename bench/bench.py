@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules measured
+import conditions
 import config
 import data
-import generator
 import lora
 import policy
 import proposals
@@ -353,13 +353,13 @@ def generator_steps(watch: Stopwatch, case: tuple, plain: bool) -> dict:
     adamw = torch.optim.AdamW(decoder.parameters(), lr=1e-4)
     prompts = data.load_tasks(run)["arc_e"].prompts
     texts = list(prompts[: pairs * settings.num_prompts])
-    cached, _ = generator.encode_texts(run, texts)  # what our training reads from a file
+    cached, _ = conditions.encode_texts(run, texts)  # what our training reads from a file
     target = torch.randn(pairs, *tokens)
 
     def step():
         states = cached
         if plain:
-            states, _ = generator.encode_texts(run, texts)
+            states, _ = conditions.encode_texts(run, texts)
         batch = states.float().unflatten(0, (pairs, -1))
         with torch.autocast("cpu", torch.bfloat16, enabled=not plain):
             made = decoder(batch)

@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub library is first importe
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import collect
+import conditions
 import config
 import degaml
 import generator
@@ -353,7 +354,7 @@ def collected(tiny_args, tmp_path, tmp_path_factory) -> list[str]:
         folder = tmp_path_factory.mktemp("collected") / "run"
         run = make_run(tiny_args, f"run={folder}")
         collect.collect_adapters(run)
-        generator.encode_prompts(run)
+        conditions.encode_prompts(run)
         MADE["collected"] = folder
     shutil.copytree(MADE["collected"], tmp_path / "run")
     return tiny_args

@@ -14,6 +14,7 @@ from conftest import MADE, make_run
 from torch import nn
 
 import collect
+import conditions
 import config
 import data
 import generator
@@ -99,7 +100,7 @@ def test_encoder_states(tiny_args, tiny_encoder_dir, tmp_path, monkeypatch, capf
     run = make_run(tiny_args, f"generator.encoder={name}")
     texts = ["Is the river near the stone?", "candle", "which word follows the copper? " * 9]
     capfd.readouterr()
-    states, pooled = generator.encode_texts(run, texts)
+    states, pooled = conditions.encode_texts(run, texts)
     assert capfd.readouterr() == ("", ""), "no progress bar, no warning"
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder_dir)
@@ -117,13 +118,13 @@ def test_encoder_states(tiny_args, tiny_encoder_dir, tmp_path, monkeypatch, capf
 def test_prompts_are_encoded_once(collected, monkeypatch):
     """States are cached in the run folder; a second call encodes nothing."""
     run = make_run(collected)
-    states = generator.load_states(run, "alpha")
+    states = conditions.load_states(run, "alpha")
     assert states.shape == (16, 16, 32) and states.dtype == np.float16
-    norms = generator.load_pooled(run, "alpha").norm(dim=1)
+    norms = conditions.load_pooled(run, "alpha").norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(16))
 
-    monkeypatch.setattr(generator, "encode_texts", None)
-    generator.encode_prompts(run)
+    monkeypatch.setattr(conditions, "encode_texts", None)
+    conditions.encode_prompts(run)
 
 
 def test_prompt_batches_are_seeded_and_independent(tiny_args):
@@ -132,7 +133,7 @@ def test_prompt_batches_are_seeded_and_independent(tiny_args):
     other, _ = config.load_config([*tiny_args, "generator.seed=2"])
 
     def draw(cfg, task, batch):
-        return generator.draw_prompts(cfg, task, 16, "generate", batch).tolist()
+        return conditions.draw_prompts(cfg, task, 16, "generate", batch).tolist()
 
     first = draw(cfg, "alpha", 0)
     assert first == draw(cfg, "alpha", 0)
@@ -145,7 +146,7 @@ def test_few_prompts_are_repeated_cyclically(tiny_args):
     """A task with fewer prompts than a batch needs repeats its one shuffled order."""
     flow = "generator.flow=[[10, 16, 32], [8, 8, 8]]"
     cfg, _ = config.load_config([*tiny_args, "generator.num_prompts=10", flow])
-    index = generator.draw_prompts(cfg, "alpha", 4, "generate", 0).tolist()
+    index = conditions.draw_prompts(cfg, "alpha", 4, "generate", 0).tolist()
     assert sorted(index[:4]) == [0, 1, 2, 3]
     assert index == (index[:4] * 3)[:10]
 
@@ -574,28 +575,28 @@ def test_untrained_generator_is_asked_for(collected):
 def test_only_the_target_is_conditioned_on_test_prompts(tiny_args, monkeypatch):
     """Models learn from prompts of a training task's train split, whatever a target has."""
     run = make_run(tiny_args, "data.prompts_from=test")
-    generator.encode_prompts(run)
+    conditions.encode_prompts(run)
     task = data.load_tasks(run)["beta"]
     inputs = {split: {e.text for e in getattr(task, split)} for split in ("train", "test")}
     sets = {"beta": inputs["test"], "beta.train": inputs["train"]}
     for name, wanted in sets.items():
-        assert set(generator.task_texts(run, name)) <= wanted
-        assert len(generator.load_states(run, name)) == len(generator.task_texts(run, name))
+        assert set(conditions.task_texts(run, name)) <= wanted
+        assert len(conditions.load_states(run, name)) == len(conditions.task_texts(run, name))
 
     # learnt from where it is not left out; a target where it is, or out of domain
     cfg = run.cfg
-    assert generator.prompt_set(cfg, "beta", "alpha") == "beta.train"
-    assert generator.prompt_set(cfg, "beta", "beta") == "beta"
-    assert generator.prompt_set(cfg, "delta", "all") == "delta"
+    assert conditions.prompt_set(cfg, "beta", "alpha") == "beta.train"
+    assert conditions.prompt_set(cfg, "beta", "beta") == "beta"
+    assert conditions.prompt_set(cfg, "delta", "all") == "delta"
     inductive = make_run(tiny_args).cfg
-    assert generator.prompt_set(inductive, "beta", "alpha") == "beta"
+    assert conditions.prompt_set(inductive, "beta", "alpha") == "beta"
 
     # and so are the lessons of a generator
     adapter = lora.init_adapter(scoring.load_lm(run).layout, 0)
     monkeypatch.setattr(collect, "checkpoint_names", lambda run, task: ["step_0001"])
     monkeypatch.setattr(collect, "load_checkpoints", lambda run, lm, task: iter([adapter]))
     _, lessons = generator._prepare_lessons(run, "alpha", ["beta"], run.path / "targets", 1)
-    assert np.array_equal(lessons.states["beta"], generator.load_states(run, "beta.train"))
+    assert np.array_equal(lessons.states["beta"], conditions.load_states(run, "beta.train"))
 
 
 @pytest.mark.parametrize("condition", ["input", "prompt"])
@@ -603,23 +604,23 @@ def test_the_condition_may_be_the_question_alone(tiny_args, condition):
     """input: with system line and chat markup; prompt: without. Routing compares like with like."""
     run = make_run(tiny_args, "data.format=letter", f"generator.condition={condition}")
     example = data.load_tasks(run)["alpha"].test[0]
-    text = generator.condition_text(run, example)
+    text = conditions.condition_text(run, example)
     whole = scoring.input_text(scoring.load_lm(run), example)
     assert example.text in whole
     assert (text == whole) == (condition == "input")
     assert (data.LETTER_SYSTEM in text) == (condition == "input")
-    generator.encode_prompts(run)
+    conditions.encode_prompts(run)
     prompts = data.load_tasks(run)["alpha"].prompts
-    _, pooled = generator.encode_texts(
-        run, [generator.condition_text(run, data.Example("", prompt, ("",))) for prompt in prompts]
+    _, pooled = conditions.encode_texts(
+        run, [conditions.condition_text(run, data.Example("", prompt, ("",))) for prompt in prompts]
     )
-    torch.testing.assert_close(generator.load_pooled(run, "alpha"), pooled)
+    torch.testing.assert_close(conditions.load_pooled(run, "alpha"), pooled)
 
 
 def test_targets_are_mapped_files(collected):
     """No checkpoint is held: values are read from a file that every rank of a node maps."""
     run = make_run(collected, DELTA, "generator.scale_code=dnd")
-    generator.encode_prompts(run)
+    conditions.encode_prompts(run)
     folder = run.path / "targets"
     code, lessons = generator._prepare_lessons(run, "all", ["alpha", "beta"], folder, 1)
     lm = scoring.load_lm(run)
