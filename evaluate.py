@@ -102,6 +102,11 @@ def _evaluate_task(run, task, method_ids):
         runtime.write_jsonl(folder / f"{task.name}.jsonl", rows)
         runtime.write_json(folder / f"{task.name}.meta.json", cost)
         run.finish(f"scores/{method}/{task.name}", "evaluate", began, method)
+        if rows and "text" in rows[0]:
+            each = (
+                f"{seconds / len(rows):.3f} s and {cost['written_tokens'] / len(rows):.1f} tokens"
+            )
+            run.log(f"{method} {task.name}: {each} generated per answer", True)
 
 
 def _is_due(run, task, method):

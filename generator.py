@@ -3,8 +3,8 @@
     python degaml.py stage=generator config=configs/smollm2.yaml
         -> generator/<left-out set>/generator.safetensors
 
-The file follows the data. Prompts come as encoder states (`conditions`). Collected checkpoints become
-weight tokens. A hyper-convolutional decoder learns to map the states to the tokens, and then
+The file follows the data. Prompts come as encoder states (`conditions`). Collected checkpoints
+become weight tokens. A hyper-convolutional decoder learns to map the states to the tokens, and then
 generates. All is leave-one-out: the generator of a training task is trained without that task, the
 one named `all` on every task.
 """
