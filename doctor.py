@@ -543,7 +543,7 @@ def refuse(needs: dict, memory: float, disk: float, device: str) -> None:
         if need.host > host_memory():
             faults.append(
                 f"stage={name} needs about {need.host / GIB:.0f} GiB of a node's main memory, "
-                f"{host_memory() / GIB:.0f} are there: lower collect.save_last or align.draws, "
+                f"{host_memory() / GIB:.0f} are there: lower align.draws, "
                 "or start fewer ranks"
             )
     total = sum(need.disk for need in needs.values())

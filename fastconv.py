@@ -23,11 +23,11 @@ class SameConv2d(nn.Conv2d):
     wide = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda" and self.wide:
+        if x.device.type != "cuda":
+            if not self.wide or x.is_meta:  # shapes alone have no autocast
+                return super().forward(x)
             with torch.autocast(x.device.type, enabled=False):
                 return super().forward(x.float())
-        if x.device.type != "cuda":
-            return super().forward(x)
         # Autocast does not look into a Function of our own.
         dtype = x.dtype
         if torch.is_autocast_enabled("cuda"):

@@ -130,16 +130,19 @@ def test_what_cannot_fit_is_refused_by_key(tmp_path, monkeypatch, untimed):
     assert "collect.save_last" in str(e.value)
 
 
-def test_four_ranks_share_a_nodes_main_memory(tmp_path, monkeypatch, untimed):
-    """Each rank holds the generator's targets in its node's memory; that is refused by key too."""
+def test_four_ranks_read_one_copy_of_the_targets(tmp_path, monkeypatch, untimed):
+    """The generator's targets are files that all ranks map: 125 checkpoints of each task, once."""
     run = replace(open_run(tmp_path, "qwen2.5-1.5b"), world=4, device="cuda")
     case = doctor.open_case(run)
     needs = {}
     for ranks in (1, 4):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         needs[ranks] = doctor.predict(case)["generator"]
-    targets = 6 * 50 * 4 * 4508 * 18 * 258  # tasks, checkpoints, float32, tokens
-    assert needs[4].host - needs[1].host == pytest.approx(3 * targets)
+    targets = 6 * 125 * 4 * 4508 * 18 * 258  # tasks, checkpoints, float32, tokens
+    assert needs[4].host == needs[1].host < 40 * GIB
+    run.cfg.collect.save_last = 25
+    fewer = doctor.predict(case)["generator"]
+    assert needs[4].disk - fewer.disk == pytest.approx(0.8 * targets)
     assert needs[4].memory < 40 * GIB
 
     alone = doctor.predict(replace(case, run=replace(run, world=1)))["generator"]
@@ -148,8 +151,8 @@ def test_four_ranks_share_a_nodes_main_memory(tmp_path, monkeypatch, untimed):
     spared = 8 * (doctor.size_of(case.decoder) - largest)
     assert alone.memory - needs[4].memory == pytest.approx(spared), "shared out"
 
-    monkeypatch.setattr(doctor, "host_memory", lambda: 64 * GIB)
-    with pytest.raises(UserError, match="main memory, 64 are there: lower collect.save_last"):
+    monkeypatch.setattr(doctor, "host_memory", lambda: 16 * GIB)
+    with pytest.raises(UserError, match="main memory, 16 are there: lower"):
         doctor.refuse({"generator": needs[4]}, 80 * GIB, 1000 * GIB, "cuda")
 
 
