@@ -298,23 +298,34 @@ def draw_proposals(
     """The proposals of one round, each as text and as a strategy; None where it is none.
 
     With `policy.distinct` whatever repeats an earlier proposal, or is no strategy, is sampled
-    again, at most `TRIES` times. A sample stays tied to its family.
+    again, at most `TRIES` times. A sample stays tied to its family. A free one is tied to any
+    family then, for the settings of the policy's favourite may be used up.
     Args: key: of the seeds.
     """
     explore = runtime.rng_for(*key, "explore")
-    schemas = _round_schemas(cfg, families, explore)
-    drawn = [("", None)] * len(schemas)
-    open_places = list(range(len(schemas)))
+    plan = plan_families(families, cfg.policy.proposals, cfg.policy.min_per_family)
+    drawn = [("", None)] * len(plan)
+    open_places = list(range(len(plan)))
     tries = TRIES if cfg.policy.distinct else 0
     for attempt in range(1 + tries):
         # the first round is seeded by the key alone, whatever comes after it
         again = ("again", attempt) if attempt else ()
+        schemas = []
+        for place in open_places:
+            offered = plan[place]
+            if attempt and offered == families:
+                offered = [families[explore.integers(len(families))]]
+            # left alone, a small policy proposes the same few settings every time: a sample that
+            # is tied to a family, or sampled again, sees a random half of each grid
+            free = offered == families and not attempt
+            half = None if free else explore
+            schemas.append(strategies.proposal_schema(cfg.strategies, offered, half))
         texts = sample_proposals(
             lm,
             layout,
             policy_adapter,
             prompt,
-            [schemas[place] for place in open_places],
+            schemas,
             cfg.policy,
             runtime.seed_for(*key, *again),
         )
@@ -323,8 +334,6 @@ def draw_proposals(
         open_places = repeated_places([strategy for _, strategy in drawn])
         if not open_places:
             break
-        # another half of each grid, for a small one is soon used up
-        schemas = _round_schemas(cfg, families, explore)
     return drawn
 
 
@@ -345,16 +354,3 @@ def _parse(text, bounds, families):
         return strategies.parse_strategy(text, bounds, families)
     except ValueError:
         return None
-
-
-def _round_schemas(cfg, families, explore):
-    """The grammar of each sample of a round."""
-    settings = cfg.policy
-    schemas = []
-    for offered in plan_families(families, settings.proposals, settings.min_per_family):
-        # left alone, a small policy proposes the same few settings every time: a sample that is
-        # tied to a family sees a random half of them
-        tied = len(offered) < len(families)
-        half = explore if tied else None
-        schemas.append(strategies.proposal_schema(cfg.strategies, offered, half))
-    return schemas

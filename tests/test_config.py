@@ -132,6 +132,25 @@ def test_faults_across_two_keys(word, start):
     assert faults(word)[1].startswith("  " + start)
 
 
+@pytest.mark.parametrize(
+    "words, start",
+    [
+        (
+            ["policy.steps=2", "policy.families=[TTS, Latent]", "policy.min_per_family=0"],
+            "policy.steps (command line): 2 steps, but none of ['TTS', 'Latent'] can be chained",
+        ),
+        (
+            ["evaluate.methods=[maml_qvo]", "baselines.maml.modules=[q_proj, foo_proj]"],
+            "baselines.maml.modules (command line): ['foo_proj'] not adapted in this run; "
+            "model.modules has [",
+        ),
+    ],
+)
+def test_faults_across_sections(words, start):
+    """A chain that no family continues, a baseline of modules that have no adapter."""
+    assert faults(*words)[1].startswith("  " + start)
+
+
 def test_cross_checks_join_the_other_faults():
     """A fault across two keys is not held back until the unknown keys are mended."""
     lines = "\n".join(faults("policy.folds=30", "generator.stepz=10"))

@@ -592,9 +592,10 @@ def test_only_the_target_is_conditioned_on_test_prompts(tiny_args, monkeypatch):
     assert conditions.prompt_set(inductive, "beta", "alpha") == "beta"
 
     # and so are the lessons of a generator
-    adapter = lora.init_adapter(scoring.load_lm(run).layout, 0)
-    monkeypatch.setattr(collect, "checkpoint_names", lambda run, task: ["step_0001"])
-    monkeypatch.setattr(collect, "load_checkpoints", lambda run, lm, task: iter([adapter]))
+    layout = scoring.load_lm(run).layout
+    adapters = [lora.init_adapter(layout, seed) for seed in (0, 1)]
+    monkeypatch.setattr(collect, "checkpoint_names", lambda run, task: ["step_0001", "step_0002"])
+    monkeypatch.setattr(collect, "load_checkpoints", lambda run, lm, task: iter(adapters))
     _, lessons = generator._prepare_lessons(run, "alpha", ["beta"], run.path / "targets", 1)
     assert np.array_equal(lessons.states["beta"], conditions.load_states(run, "beta.train"))
 

@@ -97,6 +97,28 @@ def test_sampling_again_is_bounded(run, monkeypatch):
     assert proposals.repeated_places([strategy for _, strategy in drawn]) == [1, 2, 3]
 
 
+def test_a_policy_with_a_favourite_still_proposes_distinct_settings(run, monkeypatch):
+    """What it proposes twice is sampled again from any family: the favourite has few settings."""
+    real = proposals.sample_proposals
+    favourite = json.dumps({"family": "LORA", "lambda": 0.5})
+
+    def sample(lm, layout, adapter, prompt, schemas, *more):
+        texts = real(lm, layout, adapter, prompt, schemas, *more)
+        free = [len(schema["anyOf"]) > 1 for schema in schemas]
+        return [favourite if is_free else text for is_free, text in zip(free, texts, strict=True)]
+
+    monkeypatch.setattr(proposals, "sample_proposals", sample)
+    cfg, _ = load_config(["config=configs/smollm2.yaml", "policy.proposals=12"])
+    cfg.policy.max_new_tokens = 300  # the tiny tokenizer writes a token per letter
+    cfg.policy.min_per_family = 0
+    lm = scoring.load_lm(run)
+    layout = policy.policy_layout(run)
+    for distinct, repeated in [(False, 11), (True, 0)]:
+        cfg.policy.distinct = distinct
+        drawn = proposals.draw_proposals(lm, layout, None, "Adapt.", LABEL_FREE, cfg, ("seed",))
+        assert len(proposals.repeated_places([strategy for _, strategy in drawn])) == repeated
+
+
 TEMPLATE = """Be brief.
 ---
 Context: {context}

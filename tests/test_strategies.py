@@ -82,10 +82,11 @@ def examples_of(task, count) -> list:
     return [data.make_example(task, row, "cloze") for row in tiny_rows(task, count)]
 
 
-def embed(texts) -> torch.Tensor:
-    """Unit vectors that depend on the text."""
+def embed(examples) -> torch.Tensor:
+    """Unit vectors that depend on the question."""
     vectors = []
-    for text in texts:
+    for example in examples:
+        text = example.prompt
         g = torch.Generator().manual_seed(len(text) * 1000 + ord(text[-2]))
         vectors.append(torch.randn(6, generator=g))
     return torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
@@ -98,8 +99,9 @@ def target(tiny_lm) -> Target:
     for batch in range(4):
         adapter = random_adapter(tiny_lm.layout, 10 + batch)
         drawn[batch] = adapter, np.arange(4) + batch
-    texts = [example.text for example in examples_of("delta", 12)]
-    source = Source(drawn.__getitem__, texts, embed(texts), embed)
+    examples = examples_of("delta", 12)
+    texts = [example.prompt for example in examples]
+    source = Source(drawn.__getitem__, texts, embed(examples), embed)
     start = random_adapter(tiny_lm.layout, 0)
     return Target("delta", tiny_lm, start, BOUNDS.model_copy(), seed=1, source=source)
 
@@ -542,7 +544,7 @@ def test_tts_draws_independent_batches(target, method):
 def routed(batches, questions, method) -> list[int]:
     """The batch chosen for each question; both are given by their embeddings."""
     batches = [torch.tensor(batch) for batch in batches]
-    router = Router(batches, lambda texts: torch.tensor(questions))
+    router = Router(batches, lambda examples: torch.tensor(questions))
     refined = Refined([{}] * len(batches), method, router=router)
     return strategies.route(refined, ["?"] * len(questions))
 
@@ -577,7 +579,7 @@ def test_mean_embedding_is_never_farther(monkeypatch):
     g = torch.Generator().manual_seed(0)
     pooled = torch.randn(20, 5, generator=g)
     batches = [pooled[0:20:2], pooled[:7], pooled[12:20]]
-    router = Router(batches, lambda texts: torch.ones(3, 5))
+    router = Router(batches, lambda examples: torch.ones(3, 5))
     monkeypatch.setattr(torch, "stack", spy)
     for method in ROUTERS:
         strategies.route(Refined([{}] * 3, method, router=router), ["?"] * 3)
@@ -601,7 +603,7 @@ def test_routed_scores_come_back_in_order(target, monkeypatch):
             scores.append(Scores((adapter["number"],), (place,)))
         return scores
 
-    monkeypatch.setattr(strategies, "route", lambda refined, texts: wanted)
+    monkeypatch.setattr(strategies, "route", lambda refined, examples: wanted)
     monkeypatch.setattr(scoring, "score_examples", score)
     adapters = [{"number": i} for i in range(4)]
     refined = Refined(adapters, "avg_sim_score", router=Router([], embed))
