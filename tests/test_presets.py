@@ -38,7 +38,7 @@ GROWS = ("policy.max_new_tokens",)
 SMALLER = {
     "model.token_width": 16,
     "data.num_train": 24,
-    "data.num_support": 8,
+    "data.num_support": 4,
     "data.num_prompts": 12,
     "data.max_tokens": 512,
     "collect.pretrain_steps": 3,
@@ -63,6 +63,7 @@ SMALLER = {
     "policy.proposals": 10,
     "policy.iterations": 1,
     "policy.epochs": 1,
+    "policy.folds": 2,
     "policy.max_new_tokens": 200,
     "baselines.union.step_share": 0.2,
     "baselines.maml.meta_steps": 2,
