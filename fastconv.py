@@ -28,7 +28,7 @@ class SameConv2d(nn.Conv2d):
                 return super().forward(x)
             with torch.autocast(x.device.type, enabled=False):
                 return super().forward(x.float())
-        # Autocast does not look into a Function of our own.
+        # Autocast does not cast what enters a Function of our own.
         dtype = x.dtype
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
@@ -53,7 +53,9 @@ class _GPUConv2d(torch.autograd.Function):
         if wide:  # cuDNN multiplies in TF32, which holds every bfloat16, and adds in float32
             x = x.float()
             flipped = flipped.float()
-        return _conv_transpose(x, flipped.transpose(0, 1))
+        # it would cast what the Function calls, and what that returns
+        with torch.autocast(x.device.type, enabled=False):
+            return _conv_transpose(x, flipped.transpose(0, 1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

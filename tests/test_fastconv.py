@@ -35,9 +35,24 @@ def test_values_and_gradients_are_those_of_conv2d(inputs, outputs, height, width
     torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-9)
 
 
+def test_wide_it_writes_float32_under_autocast():
+    """Inputs of bfloat16, their sum in float32: nothing is rounded on the way out."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, 6, 7).bfloat16()
+    weight = torch.randn(17, 40, 5, 5).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _GPUConv2d.apply(x, weight, True)
+    want = F.conv2d(x.double(), weight.double(), padding=2)
+    assert found.dtype == torch.float32
+    assert (found - want).norm() < 1e-5 * want.norm()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_module_on_a_gpu_in_both_dtypes():
-    """With its bias, in float64 and under autocast in bfloat16, it equals the CPU's."""
+    """With its bias, in float64 and under autocast in bfloat16, it equals the CPU's.
+
+    Wide, it writes float32 under autocast.
+    """
     torch.manual_seed(0)
     conv = SameConv2d(260, 256, 5, padding=2).double()
     x = torch.randn(2, 260, 6, 7, dtype=torch.float64)
@@ -49,3 +64,8 @@ def test_the_module_on_a_gpu_in_both_dtypes():
         half = conv.float()(x.float().cuda())
     assert half.dtype == torch.bfloat16
     assert (half.cpu() - want).norm() < 0.01 * want.norm()
+
+    conv.wide = True
+    with torch.autocast("cuda", torch.bfloat16):
+        wide = conv(x.float().cuda())
+    assert wide.dtype == torch.float32
