@@ -266,6 +266,32 @@ def test_abmll_outer_loss_has_its_kl(trained, monkeypatch):
     torch.testing.assert_close(moved, torch.full_like(moved, -0.01), rtol=1e-3, atol=1e-6)
 
 
+def test_maml_is_second_order_with_one_state(trained, monkeypatch):
+    """Inner updates at the inner rate, then one outer update at its own; the moments go on."""
+    settings = ["meta_steps=2", "tasks_per_step=1", "inner_lr=2e-3", "outer_lr=3e-3"]
+    run = make_run(trained, *[f"baselines.maml.{word}" for word in settings])
+    updates = []
+    orders = []
+    update = baselines.shared_update
+    gradient = baselines.meta_gradient
+
+    def watched_update(theta, grad, old, lr, decay):
+        updates.append((old.t, lr, decay))
+        return update(theta, grad, old, lr, decay)
+
+    def watched_gradient(*args, order):
+        orders.append(order)
+        return gradient(*args, order)
+
+    monkeypatch.setattr(baselines, "shared_update", watched_update)
+    monkeypatch.setattr(baselines, "meta_gradient", watched_gradient)
+    baselines._train_maml(run, baselines.Draws(run, "all", "maml"))
+    decay = baselines.WEIGHT_DECAY
+    rates = [2e-3, 3e-3, 2e-3, 3e-3]
+    assert updates == [(t, rate, decay) for t, rate in enumerate(rates)]
+    assert orders == [2, 2]
+
+
 def test_maml_qvo_trains_its_own_part_at_its_own_scale(trained, steps):
     """TEMPO, appendix H: q, v, o, alpha 16, ten steps at one rate; the folder fits the run."""
     more = ["modules=[q_proj, v_proj]", "alpha=16", "test_steps=10", "meta_steps=2"]
