@@ -256,14 +256,18 @@ def zero_of(lm):
 
 
 def test_abmll_outer_loss_has_its_kl(trained, monkeypatch):
-    """theta moves by the rate along the KL's gradient, with no decay."""
+    """theta moves by the rate along the KL's gradient, clipped and with no decay."""
     run = abmll_run(trained, monkeypatch)
+    seen = watch(monkeypatch, torch.optim, "AdamW")
     lm = scoring.load_lm(run)
     first = lora.flatten_adapter(lora.init_adapter(lm.layout, run.cfg.seed), lm.layout)
     start, _, losses, _ = baselines._train_abmll(run, baselines.Draws(run, "all", "abmll"))
     moved = lora.flatten_adapter(start, lm.layout) - first
     assert losses == [0.0]
     torch.testing.assert_close(moved, torch.full_like(moved, -0.01), rtol=1e-3, atol=1e-6)
+    (group,) = seen
+    assert group["weight_decay"] == 0.0
+    assert group["norm"] == pytest.approx(1.0, rel=1e-3), "one per entry before"
 
 
 def test_maml_is_second_order_with_one_state(trained, monkeypatch):
