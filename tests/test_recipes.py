@@ -7,6 +7,7 @@ and still lowers its loss. So what it does is watched here where it does it.
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_run
@@ -145,7 +146,10 @@ def test_generator_targets_get_a_tenth_of_the_noise(collected, monkeypatch):
 
 
 def test_kl_of_the_vae_rises_from_zero(trained, monkeypatch):
-    """Linear over the meta-epochs; one SGD step inside, Adam outside (TEMPO)."""
+    """Linear over the meta-epochs; one SGD step inside, Adam outside (TEMPO).
+
+    No pair of a query batch is in the support batch of its epoch.
+    """
     run = make_run(trained, "align.meta_epochs=5", "align.kl_weight=0.005", "align.draws=2")
     weights = []
     real = alignment.fomaml_gradient
@@ -155,9 +159,21 @@ def test_kl_of_the_vae_rises_from_zero(trained, monkeypatch):
         weights.append(kl_weight)
         return real(vae, support, query, inner_lr, kl_weight)
 
+    batches = []
+    real_batch = alignment.make_batch
+
+    def batch(run, aligner, pairs, rng):
+        batches.append({id(pair) for pair in pairs})
+        return real_batch(run, aligner, pairs, rng)
+
+    monkeypatch.setattr(alignment, "make_batch", batch)
     monkeypatch.setattr(alignment, "fomaml_gradient", gradient)
     seen = watch(monkeypatch, torch.optim, "Adam")
     alignment.make_aligner(run, "all")
+    for epoch in range(5):
+        support, query = batches[2 * epoch : 2 * epoch + 2]
+        assert len(support) == len(query) == 2
+        assert not support & query
     assert weights == pytest.approx([0, 0.00125, 0.0025, 0.00375, 0.005])
     assert [group["lr"] for group in seen] == [run.cfg.align.meta_lr] * 5
     assert {group["weight_decay"] for group in seen} == {0}
@@ -170,6 +186,32 @@ def test_rest_em_anneals_by_a_cosine(run, steps):
     policy.improve_policy(run, samples, "delta", "degaml", 0)
     # two proposals a row: the first prompt has two rows, the second one, in each of three epochs
     assert steps == pytest.approx([cosine(1e-3, step, 9) for step in range(9)])
+
+
+def test_rest_em_weighs_proposals_alike(run, monkeypatch):
+    """The loss is a mean over proposals of their mean over tokens, whatever their lengths."""
+    losses = []
+    real = AdapterTrainer.backward
+
+    def backward(trainer, loss):
+        losses.append(float(loss.detach()))
+        return real(trainer, loss)
+
+    monkeypatch.setattr(AdapterTrainer, "backward", backward)
+    run.cfg.policy.epochs = 1
+    samples = {"first": ["{}", '{"family": "TTT", "ttl_steps": 2}']}
+    policy.improve_policy(run, samples, "delta", "degaml", 0)
+
+    # the first step begins at the bare base model
+    lm = scoring.load_lm(run)
+    rng = np.random.default_rng(0)
+    (row,) = policy._improve_rows(lm, samples, run.cfg.policy, rng)
+    means = []
+    for branch in row.branches:
+        alone = scoring.Row(row.context, (branch,), (0,), (1,))
+        means.append(float(scoring._mean_nll(lm, [alone]).detach()))
+    assert losses == pytest.approx([sum(means) / 2], abs=1e-4)
+    assert abs(means[0] - means[1]) > 0.1
 
 
 def test_rest_em_learns_ten_proposals_at_most():
@@ -233,15 +275,22 @@ def test_union_is_the_shuffled_concatenation(tiny_args):
     assert passes[0] != passes[1], "shuffled anew"
 
 
-def abmll_run(trained, monkeypatch) -> Run:
-    """One outer step of which the KL alone has a gradient: 1 per entry of the posterior's mean."""
+def test_union_trains_by_collections_rates(tiny_args, steps):
+    """Both phases, each as much longer as there are tasks (DeGAML, footnote 3)."""
+    run = make_run(tiny_args)
+    baselines._train_union(run, baselines.Draws(run, "alpha", "union"))
+    assert steps == pytest.approx([5e-3, *[1e-2] * 11, *[1e-3] * 6])
+
+
+def abmll_run(trained, monkeypatch, counts: str) -> Run:
+    """One outer step of which one term alone has a gradient: 1 per entry of a mean."""
     more = ["meta_steps=1", "tasks_per_step=1", "inner_steps=1", "beta=1", "outer_lr=0.01"]
     run = make_run(trained, *[f"baselines.abmll.{word}" for word in more])
-    zero = {
-        "gaussian_kl": lambda m, s, m0, s0: m.sum(),
-        "negative_log_prior": lambda m, s: 0 * m.sum(),
+    terms = {
+        "gaussian_kl": lambda m, s, m0, s0: (counts == "gaussian_kl") * m.sum(),
+        "negative_log_prior": lambda m, s: (counts == "negative_log_prior") * m.sum(),
     }
-    for name, fn in zero.items():
+    for name, fn in terms.items():
         monkeypatch.setattr(baselines, name, fn)
     monkeypatch.setattr(scoring, "lm_loss", lambda lm, rows: 0 * zero_of(lm))
     return run
@@ -255,9 +304,10 @@ def zero_of(lm):
     return total
 
 
-def test_abmll_outer_loss_has_its_kl(trained, monkeypatch):
-    """theta moves by the rate along the KL's gradient, clipped and with no decay."""
-    run = abmll_run(trained, monkeypatch)
+@pytest.mark.parametrize("counts", ["gaussian_kl", "negative_log_prior"])
+def test_abmll_outer_loss_has_its_kl_and_its_prior(trained, monkeypatch, counts):
+    """theta moves by the rate along the gradient of each, clipped and with no decay."""
+    run = abmll_run(trained, monkeypatch, counts)
     seen = watch(monkeypatch, torch.optim, "AdamW")
     lm = scoring.load_lm(run)
     first = lora.flatten_adapter(lora.init_adapter(lm.layout, run.cfg.seed), lm.layout)
