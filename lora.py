@@ -77,10 +77,12 @@ def find_layout(model: nn.Module, rank: int, alpha: int, width: int, modules: li
     Raises: UserError: a name that matches nothing, or a token width that does not divide every
         dimension.
     """
+    # a model of images has towers of its own beside its text decoder: they are never adapted
+    decoder = {id(module) for module in model.get_decoder().modules()}
     found = []
     linears = set()
     for path, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, LoraLinear)):
+        if not isinstance(module, (nn.Linear, LoraLinear)) or id(module) not in decoder:
             continue
         name = _last_name(path)
         # a linear outside the numbered layers, as the head, is never adapted

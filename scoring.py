@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor
 
 import data
@@ -164,14 +165,29 @@ def load_base(name: str, revision: str, dtype: torch.dtype, device: str):
 
 
 def chat_prompt(tokenizer, system: str, user: str) -> str:
-    """A system and a user message up to where the assistant answers."""
+    """A system and a user message up to where the assistant answers, without thinking aloud.
+
+    The system text opens the user's message where the template has no system role.
+    """
     if tokenizer.chat_template is None:
         return f"{system}\n\n{user}\n"
-    messages = [
-        {"role": "system", "content": system},
-        {"role": "user", "content": user},
-    ]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    of_user = {"role": "user", "content": user}
+    try:
+        text = _render(tokenizer, [{"role": "system", "content": system}, of_user])
+    except TemplateError:  # Gemma's says no
+        text = ""
+    # others drop it without a word
+    if system.strip() not in text:
+        of_user["content"] = f"{system}\n\n{user}"
+        text = _render(tokenizer, [of_user])
+    return text
+
+
+def _render(tokenizer, messages):
+    # a template that knows no thinking passes over the word
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
 
 
 def input_text(lm: LM, example: Example) -> str:
@@ -384,6 +400,10 @@ def _packed_attention(module, query, key, value, mask, **options):
     weights = weights.view(batch, heads, length, -1)
     if cap:
         weights = cap * torch.tanh(weights / cap)
+    if mask is None and length > 1:
+        # transformers leaves out a mask that is merely causal; keys may be cached before
+        seen = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device)
+        mask = seen.tril(key.shape[2] - length)
     if mask is not None:
         lowest = torch.finfo(weights.dtype).min
         weights = weights.masked_fill(~mask, lowest)
@@ -430,10 +450,23 @@ def project(lm: LM, hidden: Tensor) -> Tensor:
     logits = lm.model.get_output_embeddings()(hidden)
     wide = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(wide)
-    cap = getattr(lm.model.config, "final_logit_softcapping", None)  # Gemma 2
+    scale = logit_scale(lm)
+    if scale != 1:
+        logits = scale * logits
+    cap = getattr(_text_config(lm), "final_logit_softcapping", None)  # Gemma 2
     if cap:
         logits = cap * torch.tanh(logits / cap)
     return logits
+
+
+def logit_scale(lm: LM) -> float:
+    """What a model multiplies its logits by behind the head: Cohere and Granite do."""
+    shapes = _text_config(lm)
+    return getattr(shapes, "logit_scale", None) or 1 / getattr(shapes, "logits_scaling", 1.0)
+
+
+def _text_config(lm):
+    return lm.model.config.get_text_config()
 
 
 def _scored_positions(rows, starts):
@@ -625,8 +658,9 @@ def slot_deltas(
     if not live or not steps:
         return deltas
 
-    # The head is linear: logits(delta) = z0 + W delta, and the loss's gradient is
-    # W^T mean(p - y). So z0 and W^T mean(y) are computed once, and no autograd runs.
+    # The head is linear: logits(delta) = z0 + c W delta, and the loss's gradient is
+    # c W^T mean(p - y). So z0 and W^T mean(y) are computed once, and no autograd runs.
+    scale = logit_scale(lm)
     targets = []
     bases = []
     for i in live:
@@ -646,11 +680,11 @@ def slot_deltas(
     mean = torch.zeros_like(delta)
     square = torch.zeros_like(delta)
     for step in range(1, steps + 1):
-        shift = F.linear(delta.to(weight.dtype), weight).float()
+        shift = scale * F.linear(delta.to(weight.dtype), weight).float()
         shift -= shift.amax(1, keepdim=True)
         expected = _mean_softmax(bases, shift.exp_())
         gradient = F.linear(expected.to(weight.dtype), weight.t()).float()
-        gradient -= target
+        gradient = scale * (gradient - target)
         mean.mul_(0.9).add_(gradient, alpha=0.1)
         square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
         corrected = mean / (1 - 0.9**step)

@@ -121,6 +121,23 @@ def test_layout_of_any_decoder(kind, tiny_architecture):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_a_vision_tower_is_not_adapted():
+    """Of a model of images and text the layout is that of the text decoder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape["num_attention_heads"] = 4
+    text = shape | {"vocab_size": 400, "num_key_value_heads": 2, "head_dim": 8}
+    vision = shape | {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layout = lora.find_layout(model, 4, 8, 16, ["q_proj"])
+    assert [path for path, *_ in layout.modules] == [
+        f"model.language_model.layers.{i}.self_attn.q_proj" for i in (0, 1)
+    ]
+
+
 def test_layout_faults_name_the_way_out(tiny_lm):
     """A module name that matches nothing, a width that divides nothing: the legal are listed."""
     with pytest.raises(UserError, match=r"\['c_attn'\] not found .*'down_proj', 'gate_proj'"):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load_lm, save_tiny
 from test_lora import random_adapter
 
 import data
@@ -90,7 +91,10 @@ def score(lm, adapter=None, examples=EXAMPLES, **more):
     return scoring.score_examples(lm, adapter, examples, **more)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "cohere", "olmo2", "smollm3")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_packed_scores_equal_separate_forwards(kind, tiny_architecture):
     """Options and rows of one batch score as if each were alone in a plain model, of any kind."""
     folder = tiny_architecture(kind)
@@ -101,6 +105,76 @@ def test_packed_scores_equal_separate_forwards(kind, tiny_architecture):
     assert_close(score(LM(model, tokenizer, layout, budget=4096)), expected, 1e-3)
     gaps = [abs(a - b) for values in expected for a, b in zip(values, values[1:], strict=False)]
     assert max(gaps) > 1
+
+
+def scaled_model(folder):
+    """A tiny Granite, which divides its logits by 8, and the same in plain transformers."""
+    folder = save_tiny(folder, "granite", logits_scaling=8.0)
+    return load_lm(folder, 4, 8, 16, ["q_proj", "v_proj"]), plain_model(folder)
+
+
+def test_a_scale_behind_the_head_counts(tmp_path):
+    """Scores are those of the model's own logits."""
+    lm, plain = scaled_model(tmp_path)
+    assert_close(score(lm), expected_scores(plain, lm.tokenizer), 1e-3)
+
+
+def test_steering_with_a_scale_behind_the_head(tmp_path):
+    """Its one step is AdamW's on the gradient that autograd finds."""
+    lm, plain = scaled_model(tmp_path)
+    row = scoring.make_row(lm, EXAMPLES[0])
+    with torch.no_grad():
+        hidden, starts = scoring.hidden_states(lm, [row])
+        found = scoring.slot_deltas(lm, [row], hidden, starts, 1, 0.1)[0]
+        ids = torch.tensor([row.context])
+        states = plain.model(ids).last_hidden_state[0, :-1]
+    delta = torch.zeros(states.shape[1], requires_grad=True)
+    logits = plain.lm_head(states + delta) / 8
+    (grad,) = torch.autograd.grad(F.cross_entropy(logits, ids[0, 1:]), delta)
+    want = -0.1 * grad / (grad.abs() + 1e-5)
+    torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-4)
+
+
+def test_gemma2_is_causal_without_a_mask(tiny_architecture):
+    """A changed last token moves nothing before it, in one pass and behind a cache."""
+    model, _ = scoring.load_base(str(tiny_architecture("gemma2")), "main", torch.float32, "cpu")
+    ids = torch.arange(5, 17)[None]
+    other = ids.clone()
+    other[0, -1] = 40
+    with torch.no_grad():
+        whole = model(ids).logits
+        torch.testing.assert_close(model(other).logits[:, :-1], whole[:, :-1])
+        first = model(ids[:, :6], use_cache=True)
+        rest = model(ids[:, 6:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(rest, whole[:, 6:], rtol=1e-4, atol=1e-4)
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}"
+)
+DROPS_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<u>{{ m['content'] }}</u>{% endif %}"
+    "{% endfor %}"
+)
+THINKS = (
+    "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, want",
+    [
+        (NO_SYSTEM, "<u>Be brief.\n\nWhy?</u>"),
+        (DROPS_SYSTEM, "<u>Be brief.\n\nWhy?</u>"),
+        (THINKS, "<u>Be brief.</u><u>Why?</u><think></think>"),
+    ],
+)
+def test_any_chat_template_carries_the_system_text(tiny_lm, template, want):
+    """In the user's message where there is no system role; thinking is turned off."""
+    tiny_lm.tokenizer.chat_template = template
+    assert scoring.chat_prompt(tiny_lm.tokenizer, "Be brief.", "Why?") == want
 
 
 @pytest.mark.parametrize("budget", [1, 128, 4096])
