@@ -31,6 +31,7 @@ import data
 import lora
 import methods
 import policy
+import proof
 import runtime
 import scoring
 from alignment import FusionVAE
@@ -64,11 +65,14 @@ def show_config(run: Run) -> dict:
 
 
 def check(run: Run) -> dict:
-    """Load every split, the model and the encoder's configuration: mistakes show before work."""
+    """Load every split and the encoder's configuration, and prove the base model, before work."""
     conditions.check_encoder(run.cfg)
     policy.check_search(run.cfg)
     tasks = data.load_tasks(run)
-    layout = scoring.load_lm(run).layout
+    lm = scoring.load_lm(run)
+    for line in proof.prove_model(lm):
+        print(line)
+    layout = lm.layout
     print(
         f"{len(tasks)} tasks, {layout.num_tokens} weight tokens of "
         f"({layout.rank}, {layout.width}), D = {layout.size:,}: ready"

@@ -1,0 +1,176 @@
+"""Is the base model what this code takes it for? Proved on the model itself, before the hours.
+
+    python degaml.py stage=check config=configs/smollm2.yaml
+
+All scores rest on packed rows: the options of several questions share a forward pass and must not
+see each other. Layers that are not attention (Mamba, linear attention, convolutions), windows
+shorter than a row, or a head that scales its logits otherwise give numbers that look like scores
+and are none. So some questions are scored both as everywhere here, and option by option with
+transformers' own attention.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import lora
+import scoring
+from config import UserError
+from data import Example
+from lora import Layout
+from scoring import LM, Row
+
+# Nats per token that two ways to compute the same score may differ: SmolLM2-135M had 0.16 in
+# bfloat16 and less than 1e-4 in float32. A model that mixes options differs by whole nats.
+TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.2}
+
+QUESTIONS = (
+    ("Which gas do plants take in from the air?", ("oxygen", "carbon dioxide", "pure nitrogen")),
+    ("What is two and two?", ("four", "five or six", "nothing at all")),
+    ("Who keeps bees?", ("a beekeeper", "the captain of a ship", "nobody")),
+)
+SENTENCE = "The old town lies at the river between two hills, and its market opens on Monday. "
+
+
+def prove_model(lm: LM) -> list[str]:
+    """Refuse a base model that cannot be scored or trained as this code does it.
+
+    Returns: what a user should know of it, a line each.
+    Raises: UserError: one sentence that says what differs, by how much, and what to do.
+    """
+    _check_tokenizer(lm)
+    short = []
+    for number, (question, options) in enumerate(QUESTIONS):
+        text = f"Question: {question}\nAnswer:"
+        short.append(scoring.make_row(lm, Example(str(number), text, options, 0)))
+    _compare(lm, short, "options of several questions in one pass")
+    _compare(lm, [_longest_row(lm, short[0])], f"a question of {lm.max_tokens} tokens")
+    _check_gradients(lm, short[:1])
+    return _not_adapted(lm)
+
+
+def _check_tokenizer(lm):
+    """Raises: UserError: it knows tokens that the model has no embedding for."""
+    rows = lm.model.get_input_embeddings().weight.shape[0]
+    if len(lm.tokenizer) > rows:
+        raise UserError(
+            f"model.name: the tokenizer has {len(lm.tokenizer)} tokens and the embedding {rows} "
+            "rows; they are not of the same model"
+        )
+
+
+def _longest_row(lm, row):
+    """A row of as many tokens before its options as `data.max_tokens` allows."""
+    sentence = scoring.encode(lm, SENTENCE)
+    times = 1 + lm.max_tokens // len(sentence)
+    before = (sentence * times)[: max(0, lm.max_tokens - len(row.context))]
+    context = (*before, *row.context)
+    return Row(context, row.branches, row.starts, row.chars, row.gold)
+
+
+@torch.no_grad()
+def _compare(lm, rows, what):
+    """Raises: UserError: packed scores are not those of each option alone."""
+    name = lm.model.name_or_path
+    try:
+        hidden, starts = scoring.hidden_states(lm, rows)
+        packed = scoring.branch_logprobs(lm, rows, hidden, starts)
+    except Exception as error:  # whatever a foreign model's own code raises
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"model.name={name}: cannot compute {what} ({type(error).__name__}: {reason}); "
+            "use a decoder whose layers are all attention"
+        ) from None
+
+    largest = 0.0
+    for row, scores in zip(rows, packed, strict=True):
+        for branch, start, score in zip(row.branches, row.starts, scores.tolist(), strict=True):
+            alone = _score_alone(lm, [*row.context, *branch], len(branch) - start)
+            largest = max(largest, abs(score - alone) / (len(branch) - start))
+    if largest > TOLERANCE[lm.model.dtype]:
+        raise UserError(
+            f"model.name={name}: {what} score differently than each option alone, by up to "
+            f"{largest:.2g} nats a token ({_reason(lm)}); {_remedy(lm, what)}"
+        )
+
+
+def _score_alone(lm, ids, scored):
+    """Log-probability of a sequence's last tokens, by the attention that its authors wrote."""
+    ids = torch.tensor([ids], device=lm.model.device)
+    before = lm.model.config._attn_implementation
+    lm.model.set_attn_implementation("eager")
+    try:
+        logits = lm.model(input_ids=ids, use_cache=False).logits[0, -scored - 1 : -1]
+    finally:
+        lm.model.set_attn_implementation(before)
+    return -float(F.cross_entropy(logits.float(), ids[0, -scored:], reduction="sum"))
+
+
+def _layer_kinds(lm):
+    kinds = getattr(lm.model.config.get_text_config(), "layer_types", None) or []
+    return sorted(set(kinds))
+
+
+def _reason(lm):
+    kinds = _layer_kinds(lm)
+    if kinds:
+        return f"its layers are of {', '.join(kinds)}"
+    return f"its type is {lm.model.config.model_type}"
+
+
+def _remedy(lm, what):
+    window = getattr(lm.model.config.get_text_config(), "sliding_window", None)
+    if "tokens" in what and window:
+        return f"lower data.max_tokens below its window of {window}"
+    return "use a decoder whose layers are all full attention"
+
+
+def _check_gradients(lm, rows):
+    """Raises: UserError: a module whose A or B the loss does not depend on; all are named."""
+    layout = lm.layout
+    adapter = lora.init_adapter(layout, 0)
+    for _, _, b, _ in layout.keys():
+        adapter[b] = torch.full_like(adapter[b], 0.01)
+    views = {}
+    for key, tensor in adapter.items():
+        views[key] = tensor.to(lm.model.device, lm.model.dtype).requires_grad_()
+
+    lora.swap_adapter(lm.model, layout, views)
+    try:
+        loss = scoring.lm_loss(lm, rows)
+        gradients = torch.autograd.grad(loss, list(views.values()), allow_unused=True)
+    finally:
+        lora.clear_adapters(lm.model)
+
+    idle = set()
+    for key, gradient in zip(views, gradients, strict=True):
+        if gradient is None or not bool(gradient.isfinite().all()) or not bool(gradient.any()):
+            idle.add(key.removeprefix(lora.PREFIX).rsplit(".lora_", 1)[0])
+    if idle:
+        raise UserError(
+            f"model.modules: no finite gradient reaches {len(idle)} adapted modules, such as "
+            f"{min(idle)}; leave their names out of model.modules"
+        )
+
+
+def _not_adapted(lm):
+    """Which weights of the decoder's layers have no adapter, counted by name."""
+    layout: Layout = lm.layout
+    adapted = {path for path, *_ in layout.modules}
+    counts = {}
+    for path, parameter in lm.model.get_decoder().named_parameters():
+        # a matrix of a linear layer has two dimensions, those of all experts together three
+        if parameter.dim() < 2 or "layers." not in path:
+            continue
+        place = path.removesuffix(".weight").removesuffix(".base")
+        if any(whole.endswith(place) for whole in adapted):
+            continue
+        name = place.rsplit(".", 1)[-1]
+        if "experts" in place:
+            name = f"experts' {name}"
+        counts[name] = counts.get(name, 0) + 1
+    if not counts:
+        return []
+    listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+    return [f"not adapted, as model.modules does not name them: {listed}"]

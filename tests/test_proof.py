@@ -1,0 +1,88 @@
+"""The base model is proved before the hours: architectures that are read right, and others."""
+
+import pytest
+from conftest import load_lm, save_tiny
+
+import degaml
+import proof
+from config import UserError
+
+ALL_ATTENTION = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "cohere", "granite"]
+HYBRID = {
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "gpt_oss": {},  # attention sinks
+    "mamba": {},
+}
+
+
+def open_lm(folder, kind, modules=("q_proj", "v_proj"), **shape):
+    return load_lm(save_tiny(folder, kind, **shape), 4, 8, 16, list(modules))
+
+
+@pytest.mark.parametrize("kind", ALL_ATTENTION)
+def test_layers_of_attention_are_ready(tmp_path, kind):
+    lm = open_lm(tmp_path, kind)
+    (line,) = proof.prove_model(lm)
+    assert "down_proj (2)" in line
+    assert "q_proj" not in line
+    assert lm.model.config._attn_implementation == "packed"
+
+
+@pytest.mark.parametrize("kind", HYBRID)
+def test_other_layers_are_refused(tmp_path, kind):
+    """In one sentence, with how far the scores are off or what the model's code says."""
+    modules = ["in_proj"] if kind == "mamba" else ["q_proj", "v_proj"]
+    lm = open_lm(tmp_path, kind, modules, **HYBRID[kind])
+    with pytest.raises(UserError) as e:
+        proof.prove_model(lm)
+    assert "nats a token" in str(e.value) or "cannot compute" in str(e.value)
+    assert "attention" in str(e.value)
+
+
+def test_a_window_shorter_than_a_row_is_refused(tmp_path):
+    """A mask of our own replaces the window: rows must fit into it."""
+    shape = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+    lm = open_lm(tmp_path, "gemma3_text", **shape)
+    lm.max_tokens = 48
+    proof.prove_model(lm)
+    lm.max_tokens = 256
+    with pytest.raises(UserError, match="lower data.max_tokens below its window of 64"):
+        proof.prove_model(lm)
+
+
+def test_experts_without_an_adapter_are_named(tmp_path):
+    shape = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    (line,) = proof.prove_model(open_lm(tmp_path, "qwen3_moe", **shape))
+    assert "experts' gate_up_proj (2)" in line
+
+
+def test_a_module_without_gradient_is_named(tmp_path):
+    """A layer that is there and not used."""
+    lm = open_lm(tmp_path, "llama")
+    attention = lm.model.model.layers[1].self_attn
+    real = attention.forward
+    attention.forward = lambda *args, **more: (0 * real(*args, **more)[0], None)
+    with pytest.raises(UserError, match=r"such as model.layers.1.self_attn.q_proj"):
+        proof.prove_model(lm)
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    lm = open_lm(tmp_path, "llama", vocab_size=300)
+    with pytest.raises(UserError, match="400 tokens and the embedding 300 rows"):
+        proof.prove_model(lm)
+
+
+def test_check_refuses_and_says_what_is_left_out(tiny_args, tmp_path, capsys):
+    assert degaml.main([*tiny_args, "stage=check", "model.modules=[q_proj, v_proj]"]) == 0
+    assert "not adapted, as model.modules does not name them: down_proj" in capsys.readouterr().out
+    folder = save_tiny(tmp_path / "hybrid", "lfm2", **HYBRID["lfm2"])
+    words = [f"model.name={folder}", "model.modules=[q_proj, v_proj]"]
+    assert degaml.main([*tiny_args, "stage=check", *words]) == 2
+    assert "its layers are of conv, full_attention" in capsys.readouterr().err
