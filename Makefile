@@ -7,9 +7,7 @@ RESTARTS ?= 0
 PYTHON  ?= python3
 
 # ranks: one per GPU, else one per core, as long as each finds 6 GiB of memory and one of the twelve tasks
-NPROC   ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); if [ $$n -eq 0 ]; then n=$$(nproc 2>/dev/null || echo 1); \
-  m=$$(awk '/MemAvailable/ {print int($$2 / 6291456)}' /proc/meminfo 2>/dev/null || echo 12); \
-  for c in $${m:-12} 12; do [ $$n -gt $$c ] && n=$$c; done; fi; [ $$n -gt 0 ] && echo $$n || echo 1)
+NPROC   ?= $(shell $(PYTHON) -c 'import limits; print(limits.ranks())')
 
 PY       = .venv/bin/python
 RUN      = runs/$(basename $(notdir $(CONFIG)))

@@ -28,6 +28,7 @@ import collect
 import conditions
 import config
 import data
+import limits
 import lora
 import methods
 import policy
@@ -95,7 +96,10 @@ def examine(run: Run) -> dict:
         print(f"assets     {count} files, each with the hash it was extracted with")
     seen = runtime.environment(run)
     print(f"versions   torch {seen['torch']}, transformers {seen['transformers']}")
-    print(f"machine    {run.device}, {memory / GIB:.0f} GiB, {disk / GIB:.0f} GiB of free disk")
+    print(
+        f"machine    {run.device}, {limits.cores()} core(s), {memory / GIB:.0f} GiB, "
+        f"{disk / GIB:.0f} GiB of free disk"
+    )
 
     case = open_case(run)
     tokens, rows, columns = token_shape(cfg, case.layout)
@@ -534,8 +538,8 @@ def machine(run: Run) -> tuple:
 
 
 def host_memory() -> int:
-    """Bytes of this machine's main memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of main memory: the machine's, or what a container may take of it."""
+    return limits.total_memory()
 
 
 def refuse(needs: dict, memory: float, disk: float, device: str) -> None:

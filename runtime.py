@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import resource
 import shutil
 import sys
@@ -36,6 +35,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import config
+import limits
 import methods
 from config import Config, UserError
 
@@ -81,6 +81,15 @@ _CHOICES = (
     "generator.save_every",
 )
 _LOG_EVERY_S = 15
+# The choice of `dtype: auto`: bfloat16 where its products are so many times as fast as float32's,
+# in a measurement of so many seconds on up to so many tokens. A GPU needs many, or it only waits.
+CLEARLY_FASTER = 1.2
+MEASURE_S = 0.1
+FEWEST_TOKENS = 16
+MOST_TOKENS = {"cpu": 128, "cuda": 4096}
+# Hidden and intermediate width: those of SmolLM2-135M, and the widest that is measured.
+USUAL_WIDTHS = (576, 1536)
+WIDEST = 2048
 
 
 @dataclass
@@ -93,6 +102,7 @@ class Run:
         rank, world: of torchrun; 0 and 1 without it.
         device, dtype: of the frozen base model.
         store: what the ranks count units in; None for a single rank.
+        auto_dtype: what `dtype: auto` means in this folder, of `choose_dtype`; {} if never asked.
         quiet: log to the file alone.
         cache: base model, encoder and tasks, loaded once per process.
     """
@@ -104,6 +114,7 @@ class Run:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     store: dist.Store | None = None
+    auto_dtype: dict = field(default_factory=dict)
     quiet: bool = False
     cache: dict = field(default_factory=dict)
     _deals: int = 0
@@ -271,10 +282,16 @@ def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = _pick_device(cfg.device)
     lock = _lock_folder(path, rank)
+    # torch starts a thread for each core of the machine; a container may have fewer
+    if limits.cores() < torch.get_num_threads():
+        torch.set_num_threads(limits.cores())
     store = None
     if world > 1:
         store, rank, world = _join_ranks(rank, world, device)
-    run = Run(path, cfg, rank, world, device, _pick_dtype(cfg.dtype, device), store)
+
+    settled = _settle_dtype(cfg, path, device, rank, store)
+    dtype = getattr(torch, settled["dtype"])
+    run = Run(path, cfg, rank, world, device, dtype, store, auto_dtype=settled["auto"])
     run.cache["lock"] = lock  # held as long as the run lives
     if rank == 0:
         _describe(run, stage, argv)
@@ -323,7 +340,7 @@ def _join_ranks(rank: int, world: int, device: str) -> tuple[dist.Store, int, in
         gpu = torch.device("cuda", local)
         torch.cuda.set_device(local)
         # torchrun gives a rank one thread, which suits ranks that compute on the CPU
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+        torch.set_num_threads(max(1, limits.cores() // beside))
     dist.init_process_group(
         "gloo" if device == "cpu" else "nccl",
         store=store,
@@ -339,6 +356,7 @@ def _join_ranks(rank: int, world: int, device: str) -> tuple[dist.Store, int, in
 
 def _describe(run: Run, stage: str, argv: list[str]) -> None:
     """Say what begins, and keep how the results were made."""
+    kept = _recorded_choice(run.path) != {}
     makes_results = not run.cfg.task and stage not in config.ASIDE
     if makes_results:
         # a command that is refused later must not describe the folder anew
@@ -351,8 +369,21 @@ def _describe(run: Run, stage: str, argv: list[str]) -> None:
         f"{run.cfg.name}: stage {stage} | {run.device} {_dtype_name(run)} | {run.world} rank(s) x "
         f"{torch.get_num_threads()} thread(s) | run folder {run.path}"
     )
+    if run.cfg.dtype == "auto":
+        run.log(_explain_dtype(run, kept))
     with open(run.path / "log.txt", "a") as f:
         f.write("not the default: " + json.dumps(config.differences(run.cfg)) + "\n")
+
+
+def _explain_dtype(run: Run, kept: bool) -> str:
+    """A line that says why `dtype: auto` is what it is. Args: kept: from when the folder began."""
+    parts = [f"dtype auto: {_dtype_name(run)}"]
+    rates = [f"{name} {rate:.0f}" for name, rate in run.auto_dtype["gflops"].items()]
+    if rates:
+        parts.append("measured GFLOP/s: " + ", ".join(rates))
+    if kept:
+        parts.append("as when this run folder began")
+    return " | ".join(parts)
 
 
 def record_stage(run: Run, name: str, took: float, summary: dict) -> None:
@@ -403,10 +434,11 @@ def environment(run: Run) -> dict:
         "numpy": np.__version__,
         "machine": platform.machine(),
         "cpu": _cpu_facts("model name"),
-        "cores": os.cpu_count(),
+        "cores": limits.cores(),
         "ranks": run.world,
         "device": run.device,
         "dtype": _dtype_name(run),
+        "auto_dtype": run.auto_dtype,
     }
 
 
@@ -431,15 +463,11 @@ def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still take: its GPU's, or its share of the machine's."""
+    """Bytes that this rank may still take: its GPU's, or its share of main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        available = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return 1024 * int(available[1]) // ranks
-    except OSError:  # no Linux: a size that any machine has
-        return 4 * 2**30
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return limits.free_memory() // ranks
 
 
 def peak_memory(device: str) -> float:
@@ -470,13 +498,114 @@ def _pick_device(wish: str) -> str:
     return wish
 
 
-def _pick_dtype(wish: str, device: str) -> torch.dtype:
-    """`auto`: bfloat16 where the device multiplies it, else float32."""
-    if wish != "auto":
-        return getattr(torch, wish)
-    flags = _cpu_facts("flags")
-    native = device == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
-    return torch.bfloat16 if native else torch.float32
+def _settle_dtype(cfg: Config, path: Path, device: str, rank: int, store) -> dict:
+    """The base model's dtype: {"dtype": its name, "auto": what `dtype: auto` means here}.
+
+    Rank 0 decides for all ranks. A run folder keeps what it chose when it began: its units must not
+    be made in two dtypes, and another machine must be able to continue it.
+    """
+    if rank:
+        return json.loads(store.get("dtype"))  # waits for rank 0
+
+    auto = _recorded_choice(path)
+    dtype = cfg.dtype
+    if dtype == "auto":
+        auto = auto or choose_dtype(cfg, device)
+        dtype = auto["dtype"]
+    settled = {"dtype": dtype, "auto": auto}
+    if store is not None:
+        store.set("dtype", json.dumps(settled))
+    return settled
+
+
+def _recorded_choice(path: Path) -> dict:
+    """What `choose_dtype` returned when this run folder began; {} if it was not asked."""
+    file = path / "env.json"
+    if not file.is_file():
+        return {}
+    env = read_json(file)
+    # an older folder names only what it computed in
+    if "auto_dtype" not in env and "dtype" in env:
+        return {"dtype": env["dtype"], "gflops": {}}
+    return env.get("auto_dtype", {})
+
+
+def choose_dtype(cfg: Config, device: str) -> dict:
+    """What `dtype: auto` means on this machine, by a measurement of a tenth of a second.
+
+    bfloat16 costs precision, so it has to be clearly faster than float32. A flag of the processor
+    does not tell: some have its instructions and run them at half of float32's rate.
+
+    Returns: {"dtype": name, "gflops": {name: measured rate of the model's matrix products}}.
+    """
+    if device == "mps":
+        return {"dtype": "float32", "gflops": {}}
+
+    # float16 is measured for the record and never chosen. Its gradients need a scaled loss: what
+    # is below 6e-8 becomes zero. States above 65,504, which some base models have, become infinite.
+    names = ["float32", "float16"]
+    # an older GPU emulates bfloat16, at the cost of other operations than the one measured
+    if device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+        names.append("bfloat16")
+    rates = measure_rates(names, device, *_model_widths(cfg))
+
+    chosen = "float32"
+    if rates.get("bfloat16", 0) >= CLEARLY_FASTER * rates["float32"]:
+        chosen = "bfloat16"
+    return {"dtype": chosen, "gflops": rates}
+
+
+def _model_widths(cfg: Config) -> tuple[int, int]:
+    """(hidden, intermediate) width of the base model, or usual ones where they are not known yet.
+
+    Only what is on this machine is read: a hub that cannot be reached answers after many seconds.
+    """
+    from transformers import AutoConfig
+
+    try:
+        shapes = AutoConfig.from_pretrained(
+            cfg.model.name, revision=cfg.model.revision, local_files_only=True
+        )
+        text = shapes.get_text_config()
+        widths = text.hidden_size, text.intermediate_size
+    except Exception:  # a faulty model is reported where it is loaded
+        return USUAL_WIDTHS
+    return min(widths[0], WIDEST), min(widths[1], WIDEST)
+
+
+def measure_rates(names: list[str], device: str, width: int, inner: int) -> dict[str, float]:
+    """GFLOP/s of products of states (tokens, width) with a matrix (width, inner), by dtype.
+
+    Args: names: dtypes. They take turns, and the best of each counts: others may be at work here.
+    """
+    weights = {}
+    for name in names:
+        dtype = getattr(torch, name)
+        weights[name] = torch.full((inner, width), 0.01, dtype=dtype, device=device)
+        _time_product(weights[name], FEWEST_TOKENS)  # the first use of a kernel is slow
+
+    began = time.perf_counter()
+    best = dict.fromkeys(names, 0.0)
+    tokens = FEWEST_TOKENS  # few at first: a dtype that is not built in may be very slow
+    while time.perf_counter() - began < MEASURE_S:
+        for name, weight in weights.items():
+            seconds = _time_product(weight, tokens)
+            rate = 2 * tokens * weight.numel() / seconds / 1e9
+            best[name] = max(best[name], rate)
+        tokens = min(2 * tokens, MOST_TOKENS[device])
+    return {name: round(rate, 1) for name, rate in best.items()}
+
+
+def _time_product(weight: torch.Tensor, tokens: int) -> float:
+    """Seconds of one product."""
+    states = torch.full((tokens, weight.shape[1]), 0.01, dtype=weight.dtype, device=weight.device)
+    if weight.is_cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    torch.nn.functional.linear(states, weight)
+    if weight.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _pin(rank: int, local_world: int) -> None:

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import file_size_limit
+from conftest import file_size_limit, run_command
 from torch.distributed import HashStore
 
 import config
@@ -374,3 +374,51 @@ def test_metrics_are_appended_as_whole_lines(tmp_path):
 def test_track_yields_every_item(tmp_path):
     """Progress changes nothing about what is iterated."""
     assert list(make_run(tmp_path).track(range(5), "x")) == list(range(5))
+
+
+AMX = {"float32": 200.0, "bfloat16": 426.0, "float16": 90.0}
+NO_AMX = {"float32": 157.0, "bfloat16": 84.0, "float16": 155.0}
+
+
+@pytest.mark.parametrize("rates, want", [(AMX, "bfloat16"), (NO_AMX, "float32")])
+def test_dtype_is_chosen_by_what_the_machine_does(tiny_args, monkeypatch, rates, want):
+    """A Xeon with avx512_bf16 and without AMX multiplies bfloat16 at half of float32's rate."""
+    cfg, _ = config.load_config(tiny_args)
+    monkeypatch.setattr(runtime, "measure_rates", lambda names, *_: {n: rates[n] for n in names})
+    assert runtime.choose_dtype(cfg, "cpu") == {"dtype": want, "gflops": rates}
+
+
+def test_a_card_without_bfloat16_computes_in_float32(tiny_args, monkeypatch):
+    """A T4 emulates it: PyTorch says so when it is asked for the hardware's own."""
+    cfg, _ = config.load_config(tiny_args)
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(1)
+    )
+    monkeypatch.setattr(runtime, "measure_rates", lambda names, *_: {n: AMX[n] for n in names})
+    found = runtime.choose_dtype(cfg, "cuda")
+    assert asked == [1]
+    assert found["dtype"] == "float32"
+    assert "bfloat16" not in found["gflops"]
+
+
+def test_rates_are_measured():
+    """Of products that are computed: finite, positive, and all three."""
+    rates = runtime.measure_rates(["float32", "float16", "bfloat16"], "cpu", 64, 128)
+    assert set(rates) == {"float32", "float16", "bfloat16"}
+    assert min(rates.values()) > 0
+
+
+def test_a_run_folder_keeps_its_dtype(tiny_args, monkeypatch, capsys):
+    """Another machine, or a busy one, continues in what the folder began with."""
+    words = [*tiny_args, "dtype=auto", "stage=collect"]
+    choice = {"dtype": "bfloat16", "gflops": AMX}
+    monkeypatch.setattr(runtime, "choose_dtype", lambda cfg, device: choice)
+    assert run_command(words) == 0
+    assert "dtype auto: bfloat16 | measured GFLOP/s: float32 200" in capsys.readouterr().out
+
+    choice = {"dtype": "float32", "gflops": NO_AMX}
+    assert run_command(words) == 0
+    said = capsys.readouterr().out
+    assert "dtype auto: bfloat16" in said
+    assert "as when this run folder began" in said
