@@ -178,44 +178,21 @@ HUB = {
 }
 
 
-def hub_record(row: dict, known: HubSet | None, columns: Columns | None = None) -> dict:
-    """One row as a record: by its columns where they are given, else as of a known data set."""
-    record = _by_columns(columns, row) if columns else known.read(row)
+def hub_record(row: dict, known: HubSet) -> dict:
+    """One row of a known data set as a record; `gold` is None where its label is hidden."""
+    record = known.read(row)
     if "gold" in record:
-        # what the user says comes before what we know
-        record["gold"] = _read_label(record, None if columns else known)
+        record["gold"] = _read_label(record, known.first_label)
     return record
 
 
-def _read_label(record, known):
-    """The index of the right option; None where the label is hidden.
-
-    A label of a known data set is what its card says. Of any other it is an option's own text,
-    a letter or an index from 0.
-    Raises: ValueError: such a label names no option.
-    """
-    label = record["gold"]
-    choices = record["choices"]
-    said = str(label).strip()
-    # how data sets hide the labels of a test split
-    if label is None or said in ("", "-1"):
-        return None
-    if not isinstance(choices, list):
-        raise ValueError("`choices` must be a list of at least two texts")
-    # an option "2" would else be taken for a place; a known set never labels by the text
-    if not known and isinstance(label, str) and choices.count(label) == 1:
-        return choices.index(label)
+def _read_label(record, first_label):
+    """The index of the right option by its letter or number; None for what names no option."""
+    said = str(record["gold"]).strip()
     index = letter_index(said)
     if said.isdecimal():
-        index = int(said) - (known.first_label if known else 0)
-    if 0 <= index < len(choices):
-        return index
-    if known:
-        return None
-    raise ValueError(
-        f"its label {label!r} names none of its {len(choices)} options (an index from 0, a letter "
-        "or an option's text); use data.jsonl={task: file.jsonl}"
-    )
+        index = int(said) - first_label
+    return index if 0 <= index < len(record["choices"]) else None
 
 
 def letter_index(text: str) -> int:

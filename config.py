@@ -9,6 +9,7 @@ differs. `key=value` on the command line wins over both. All faults are reported
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -75,11 +76,14 @@ class Model(_Section):
 
 
 class Columns(_Section):
-    """Which columns of a hub data set hold what; `choices` is a column, or a column per option."""
+    """Which columns of a file or a hub data set hold what.
+
+    `choices` is a column, a column per option, or the classes that the numbers in `gold` count.
+    """
 
     question: str
-    choices: str | list[str]
     gold: str
+    choices: str | list[str] = ""
     context: str = ""
 
 
@@ -504,7 +508,7 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
         section = ""
     if not name:
         return [
-            f"task (command line): got {source!r}; expected a .jsonl, .json or .csv file, "
+            f"task (command line): got {source!r}; expected a file ({', '.join(FILES)}), "
             f"hf:org/name or one of {known}"
         ]
     if (name in known and name != source) or name == "all":
@@ -512,6 +516,8 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
             f"task (command line): {source} would be called {name}, which is a name of the run's "
             "own; rename it"
         ]
+    if section:
+        name = _free_name(flat["run"], name, place)
     flat["task"] = name
     flat["data.targets"] = [name]
     if section:
@@ -524,6 +530,8 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
     return []
 
 
+OWN_TASKS = "own_tasks.json"
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _TAKEN_IN = {
     "data.train_tasks": list,
     "data.test_tasks": list,
@@ -542,10 +550,30 @@ def _locate(source: str) -> tuple[str, str, str]:
     if on_hub and not path.is_dir():
         # org/name and org/name/configuration are called by their name
         name = path.parts[:2][-1]
-    elif on_hub or path.suffix.lower() in (".jsonl", ".json", ".csv"):
+    elif on_hub or path.suffix.lower() in FILES:
         name = path.name if on_hub else path.stem
         place = str(path.absolute())
     return re.sub(r"\W+", "_", name), section, place
+
+
+def own_tasks(run: str | Path) -> dict[str, str]:
+    """{name: file or hub id} of the users' tasks that a run has been adapted to."""
+    record = ROOT / str(run) / OWN_TASKS
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _free_name(run, name, place):
+    """The name, with a number behind it where another file has it already in this run."""
+    taken = own_tasks(run)
+    number = 1
+    free = name
+    while taken.get(free, place) != place:
+        number += 1
+        free = f"{name}_{number}"
+    return free
 
 
 def _cross_checks(cfg: Config, where: dict, samples: bool) -> list[str]:

@@ -20,9 +20,10 @@ import yaml
 
 import benchmarks
 import config
-import formats
+import records
 import runtime
 from config import Config, UserError
+from records import Table, is_labelled
 from runtime import Run
 
 LETTER_SYSTEM = (
@@ -76,29 +77,32 @@ class Task:
     train_prompts: tuple[str, ...] = ()  # of a training task: what models learn from
 
 
-def read_records(cfg: Config, name: str) -> dict[str, list[dict]]:
-    """{split: records} from the configured source. Raises: UserError."""
+def read_records(cfg: Config, name: str) -> Table:
+    """The records of a task from its configured source. Raises: UserError."""
+    # unlabelled rows of the user's own task are prompts
+    labels = name != cfg.task
     # a place that is given for one task wins over the source of all
     if name in cfg.data.jsonl:
-        return _read_user_files(cfg.data.jsonl[name], labels=name != cfg.task)
+        return records.read_files(
+            _user_files(cfg.data.jsonl[name]),
+            labels,
+            columns=cfg.data.columns.get(name),
+            free=records.is_free(cfg, name),
+            task=name,
+        )
     if _is_embedded(cfg, name):
-        return _read_assets(config.ROOT / cfg.data.dir, name)
+        return Table(_read_assets(config.ROOT / cfg.data.dir, name))
     if cfg.data.source == "hub" or name in cfg.data.hub:
-        return _read_hub(cfg, name)
+        return records.read_hub(cfg, name, labels)
     raise UserError(
         f"data.jsonl: no file for task {name}; add `data.jsonl: {{{name}: {name}.jsonl}}`"
     )
 
 
-def is_labelled(row: dict) -> bool:
-    """Does a record say what the right answer is?"""
-    return row.get("gold") is not None or row.get("answer") is not None
-
-
 def _read_assets(folder, name):
     """Records of an embedded benchmark: a train and a test file, or one file of all."""
     one_pool = (folder / f"{name}.all.jsonl.gz").exists()
-    records = {}
+    rows_of = {}
     for split in ("all",) if one_pool else ("train", "test"):
         file = folder / f"{name}.{split}.jsonl.gz"
         if not file.exists() and name not in benchmarks.TABLE:
@@ -110,227 +114,20 @@ def _read_assets(folder, name):
             raise UserError(f"{file}: missing; run `make assets`")
         try:
             with gzip.open(file, "rt") as lines:
-                records[split] = [json.loads(line) for line in lines]
+                rows_of[split] = [json.loads(line) for line in lines]
         except (OSError, EOFError, ValueError) as e:
             raise UserError(f"{file}: damaged ({e}); delete it and run `make assets`") from None
         if not one_pool:
             # both files count from 0: without the split an id would name two examples
-            for row in records[split]:
+            for row in rows_of[split]:
                 row["id"] = row["id"].replace("-", f"-{split}-", 1)
-    return records
-
-
-def _read_user_files(pattern, labels):
-    """Records of one file, or of one file per split."""
-    # the files share one name space of ids
-    seen = {}
-    records = {}
-    for split, path in _user_files(pattern).items():
-        records[split] = read_user_file(path, seen, labels)
-    return records
+    return rows_of
 
 
 def _user_files(pattern):
     """{split: path} of one file, or of `my_{split}.jsonl` for the splits train and test."""
     splits = ("train", "test") if "{split}" in pattern else ("all",)
     return {split: Path(pattern.replace("{split}", split)) for split in splits}
-
-
-def read_user_file(
-    path: Path, seen: dict[str, str] | None = None, labels: bool | None = True
-) -> list[dict]:
-    """Read and check a user's JSON lines, JSON array or CSV.
-
-    A row is {question, choices, gold} or {question, answer}, or one of the published forms that
-    `formats.released_record` reads.
-
-    Args:
-        seen: {id: where} of rows read before; this file's are added.
-        labels: must every row be labelled? None: labels do not matter.
-    Raises: UserError: the file and line of the first bad row, with an example of a good one.
-    """
-    seen = {} if seen is None else seen
-    rows = []
-    first_labelled = None
-    for line, number, row in formats.read_rows(path):
-        try:
-            if isinstance(row, str):
-                row = formats.parse_row(row)
-            if formats.released_form(row):
-                row = formats.released_record(row)
-            # a row without an id is called by its place
-            row = check_row({"id": f"{path.stem}-{number}", **row}, labels)
-            if row["id"] in seen:
-                raise ValueError(f"id {row['id']!r} was used before, at {seen[row['id']]}")
-            # options are compared and free answers generated: a task does one or the other
-            if is_labelled(row):
-                first_labelled = first_labelled or row
-                if ("choices" in row) != ("choices" in first_labelled):
-                    raise ValueError("rows with and without `choices` in one file")
-        except ValueError as e:
-            raise formats.bad_row(path, line, e) from None
-        seen[row["id"]] = f"{path}:{line}"
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: no rows; expected JSON lines such as {formats.GOOD_ROW}")
-    return rows
-
-
-def check_row(row: dict, labels: bool | None) -> dict:
-    """One record as the rest expects it. Raises: ValueError: its first fault."""
-    row = {**row, "id": str(row["id"]), "question": row.get("question", row.get("prompt"))}
-    if not isinstance(row["question"], str) or not row["question"].strip():
-        raise ValueError("`question` is missing or empty")
-    # what prompts and distractors are made of
-    for key in ("context", "kind", "solution", "system"):
-        if not isinstance(row.get(key) or "", str):
-            raise ValueError(f"`{key}` must be a text")
-
-    # options make a choice of it, whose answer `gold` names
-    if row.get("choices") is not None:
-        _check_choices(row, labels)
-        row.pop("answer", None)
-        return row
-    # without options a question has a free answer, a number as well as a text, or none
-    answer = row.pop("answer", None)
-    for key in ("choices", "gold"):
-        row.pop(key, None)
-    if answer is not None and str(answer).strip():
-        row["answer"] = str(answer).strip()
-    elif labels:
-        raise ValueError("neither `choices` with `gold` nor `answer` is given")
-    return row
-
-
-def _check_choices(row, labels):
-    """Check the options of a row, and make its `gold` an index."""
-    choices = row["choices"]
-    texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
-    if not texts or len(choices) < 2:
-        raise ValueError("`choices` must be a list of at least two texts")
-    for i, choice in enumerate(choices):
-        if not choice.strip():
-            raise ValueError(f"option {i} is empty")
-
-    gold = row.get("gold")
-    if gold is None and labels is not None:
-        # a label under another name would be lost without a word
-        for key, value in row.items():
-            is_label = key.lower() in ("answer", "label", "answerkey", "gold")
-            if is_label and value not in (None, ""):
-                raise ValueError(
-                    f"`{key}` is not read beside `choices`: name the right option in `gold`"
-                )
-    if gold is None and labels:
-        if "read_as" in row:
-            raise ValueError("no answer is given; expected the right option, such as [A]")
-        raise ValueError("`gold` is missing: the index of the right option, or its letter")
-    if gold is not None:
-        row["gold"] = _read_gold(gold, len(choices))
-
-
-def _read_gold(gold, count):
-    index = benchmarks.letter_index(gold) if isinstance(gold, str) else gold
-    # not isinstance: true is an int
-    if type(index) is not int or not 0 <= index < count:
-        raise ValueError(
-            f"`gold` is {gold!r}, expected 0..{count - 1} or A..{benchmarks.LETTERS[:count][-1]}"
-        )
-    return index
-
-
-def _read_hub(cfg, name):
-    """Records of a hub id or a local folder of parquet or JSON files, by `load_dataset`."""
-    from datasets import load_dataset
-
-    known = benchmarks.HUB.get(name, benchmarks.HubSet("", {}))
-    path = cfg.data.hub.get(name, known.path)
-    configs = known.configs
-    if not path:
-        raise UserError(
-            f"task {name}: no hub data set known (JAMA is licensed: bring your own file); use "
-            f"data.jsonl={{{name}: file.jsonl}} or data.hub={{{name}: org/name}}"
-        )
-    # a folder has no configurations
-    if Path(path).is_dir():
-        configs = (None,)
-    elif name not in benchmarks.HUB and path.count("/") == 2:
-        path, _, subset = path.rpartition("/")  # org/name/configuration
-        configs = (subset,)
-
-    records = {}
-    for subset in configs:
-        try:
-            loaded = load_dataset(path, subset)
-            # of the twelve it is known which split the papers test on
-            splits = known.splits or _our_splits(loaded)
-            found = {ours: loaded[theirs] for ours, theirs in splits.items()}
-        except Exception as e:  # the library raises many types; each means the same to the user
-            raise UserError(
-                f"data.hub.{name}={path}: cannot load it ({type(e).__name__}: {str(e)[:160]}); "
-                f"check the network, or set data.hub={{{name}: org/name, org/name/configuration "
-                f"or a folder of parquet or JSON files}} or data.jsonl={{{name}: file.jsonl}}"
-            ) from None
-        for split, rows in found.items():
-            # rows are counted per configuration and split: both make an id unique
-            prefix = f"{name}-{subset}-{split}" if len(configs) > 1 else f"{name}-{split}"
-            records.setdefault(split, [])
-            records[split] += _hub_records(cfg, name, path, rows, prefix)
-    return records
-
-
-def _our_splits(loaded):
-    """{our split: theirs} of any data set; one without a test split is one pool, which we cut."""
-    for test in ("test", "validation"):
-        if test in loaded and "train" in loaded:
-            return {"train": "train", "test": test}
-    return {"all": next(iter(loaded))}
-
-
-def _hub_records(cfg, name, path, rows, prefix):
-    """Rows of a hub data set as records; rows whose label is hidden are left out.
-
-    Raises: UserError: columns that nobody named or that are not there; a row that is no question.
-    """
-    columns = cfg.data.columns.get(name)
-    known = benchmarks.HUB.get(name)
-    published = formats.released_form(rows.column_names)
-    found = (
-        f"{path} has the columns {rows.column_names}; set data.columns={{{name}: "
-        "{question: …, choices: … or […, …], gold: …}}"
-    )
-    if columns is None and not published and (known is None or known.read is None):
-        raise UserError(f"data.columns.{name}: not given; {found}")
-    revision = _hub_revision(rows)
-    records = []
-    for i, row in enumerate(rows):
-        key = f"{prefix}-{i}"
-        try:
-            if published and not columns:
-                record = formats.released_record(row)
-            else:
-                record = benchmarks.hub_record(row, known, columns)
-            record |= {"id": key, "revision": revision}
-            if not is_labelled(record):
-                continue
-            # of the twelve it is known that their rows are questions
-            if columns or published:
-                record = check_row(record, True)
-        except (KeyError, IndexError) as e:
-            raise UserError(f"data.columns.{name}: no {e}; {found}") from None
-        except ValueError as e:
-            raise UserError(f"data.hub.{name}={path}, row {key}: {e}") from None
-        records.append(record)
-    return records
-
-
-def _hub_revision(rows):
-    """The commit of a hub data set, by which its cached files are filed; "" for a local folder."""
-    for file in rows.cache_files:
-        found = re.search(r"/([0-9a-f]{40})/", file["filename"])
-        if found:
-            return found[1]
-    return ""
 
 
 def make_example(name: str, record: dict, form: str) -> Example:
@@ -529,21 +326,23 @@ def load_tasks(run: Run, names: list[str] | None = None) -> dict[str, Task]:
     for name in names:
         if name not in cache:
             cache[name] = load_task(run.cfg, name)
+            for note in cache[name].data.get("notes", ()):
+                run.log(f"{name}: {note}")
     return {name: cache[name] for name in names}
 
 
 def load_task(cfg: Config, name: str) -> Task:
     """Read, format and split one task. Raises: UserError."""
     d = cfg.data
-    records = read_records(cfg, name)
-    pools = {split: _examples(cfg, name, rows) for split, rows in records.items()}
+    table = read_records(cfg, name)
+    pools = {split: _examples(cfg, name, rows) for split, rows in table.splits.items()}
     train, support, test = make_splits(cfg, name, pools)
     if name in d.train_tasks and not train:
         raise UserError(
             f"task {name}: no training examples remain after {len(test)} for the test and "
             f"{len(support)} for the support set; add rows, or lower data.num_test"
         )
-    rows = list(chain.from_iterable(records.values()))
+    rows = list(chain.from_iterable(table.splits.values()))
     prompts = _choose_prompts(cfg, name, rows, train, support, test, d.prompts_from)
     train_prompts = ()
     if name in d.train_tasks:
@@ -557,7 +356,7 @@ def load_task(cfg: Config, name: str) -> Task:
         name=name,
         title=known.title,
         domain="id" if name in d.train_tasks else "ood",
-        data=describe_data(cfg, name, records),
+        data=describe_data(cfg, name, table),
         stand_in_for=known.stand_in_for if stands_in else "",
         context=read_contexts(cfg).get(name, ""),
         train=train[: d.num_train],
@@ -583,9 +382,12 @@ def _gets_options(cfg, rows):
     return free and cfg.data.math_form == "choice"
 
 
-def describe_data(cfg: Config, name: str, records: dict[str, list[dict]]) -> dict:
-    """Which data a task has, for tasks.json: source, form, number of rows; hashes of files."""
-    rows = list(chain.from_iterable(records.values()))
+def describe_data(cfg: Config, name: str, table: Table) -> dict:
+    """Which data a task has, for tasks.json: source, form, number of rows; hashes of files.
+
+    Where the reader has them, also its notes, and the classes that are the options of every row.
+    """
+    rows = list(chain.from_iterable(table.splits.values()))
     about = {"source": "", "form": _data_form(cfg, name, rows), "rows": len(rows)}
     if _is_embedded(cfg, name):
         about["source"] = benchmarks.TABLE[name].source
@@ -600,9 +402,13 @@ def describe_data(cfg: Config, name: str, records: dict[str, list[dict]]) -> dic
     else:
         known = benchmarks.HUB.get(name, benchmarks.HubSet("", {}))
         about["source"] = cfg.data.hub.get(name, known.path)
-        about["revision"] = rows[0]["revision"]
+        about["revision"] = table.revision
         if about["revision"]:
             about["source"] += f" at {about['revision'][:12]}"
+    if table.notes:
+        about["notes"] = table.notes
+    if table.classes:
+        about["classes"] = list(table.classes)
     return about
 
 

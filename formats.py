@@ -1,66 +1,119 @@
-"""Rows as others write them: JSON lines, JSON arrays, CSV, and the columns of published files.
+"""Files as others write them: JSON lines, JSON arrays, CSV, TSV, parquet, and published forms.
 
-data.py checks what comes out. The published forms are those of DeGAML-LLM's and Drag-and-Drop's
-releases, and of MC-Evaluation (github.com/Geralt-Targaryen/MC-Evaluation).
+records.py makes records of the rows. The published forms are those of DeGAML-LLM's and
+Drag-and-Drop's releases, chats and Alpaca's.
 """
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import benchmarks
 from config import UserError
 
 GOOD_ROW = '{"id": "q1", "question": "Which ...?", "choices": ["one", "two"], "gold": 0}'
 
-
-def bad_row(path: Path, line: int, what: object) -> UserError:
-    """One fault of a file, with an example of a good row."""
-    return UserError(f"{path}:{line}: {what}; a good row: {GOOD_ROW}")
+# a field of a CSV may be a whole document
+csv.field_size_limit(2**31 - 1)
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, int, str | dict]]:
-    """Yield (line, number, row): a row of JSON as its text, a row of a CSV as a record.
+class Row(NamedTuple):
+    """One row of a source: where it stands, what it is called without an id, what it holds."""
 
-    Rows are numbered by their lines, the items of a JSON array by their order.
-    Raises: UserError: unreadable, or not JSON or CSV.
+    place: str
+    name: str
+    cells: dict
+
+
+def bad_row(place: object, what: object) -> UserError:
+    """One fault of a source, with an example of a good row."""
+    return UserError(f"{place}: {what}; a good row: {GOOD_ROW}")
+
+
+def read_file(path: Path) -> tuple[list[Row], dict[str, list[str]]]:
+    """(rows, names of classes by column) of JSON lines, a JSON array, CSV, TSV or parquet.
+
+    Rows are numbered by their lines, those of an array or of parquet by their order.
+    Raises: UserError: unreadable, or none of these.
     """
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(
             f"{path}: cannot read ({e}); expected UTF-8 JSON lines such as {GOOD_ROW}"
         ) from None
-    if path.suffix.lower() == ".csv":
-        yield from _csv_rows(path, text)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        found = _csv_rows(path, text)
     elif text.lstrip().startswith("["):
-        yield from _array_items(path, text)
+        found = _array_items(path, text)
     else:
-        # not splitlines(): other separators than a newline may stand inside a JSON text
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield number, number, line
+        found = _json_lines(path, text)
+    rows = [Row(f"{path}:{line}", f"{path.stem}-{number}", cells) for line, number, cells in found]
+    return rows, {}
+
+
+def _read_parquet(path):
+    from datasets import Dataset, disable_progress_bars  # slow to import
+
+    disable_progress_bars()
+    try:
+        # the library copies what it reads into a cache, which nobody needs again
+        with tempfile.TemporaryDirectory() as cache:
+            table = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+            cells = list(table)
+    except Exception as e:  # the library raises many types; each means the same to the user
+        cause = e.__cause__ or e
+        raise UserError(f"{path}: cannot read it as parquet ({str(cause)[:120]})") from None
+    rows = [Row(f"{path}:{i}", f"{path.stem}-{i}", row) for i, row in enumerate(cells, 1)]
+    return rows, class_names(table)
+
+
+def class_names(table) -> dict[str, list[str]]:
+    """{column: names of its classes} of a `datasets.Dataset`, whose labels are then numbers."""
+    features = table.features.items()
+    return {column: feature.names for column, feature in features if hasattr(feature, "names")}
+
+
+def _json_lines(path, text):
+    # not splitlines(): other separators than a newline may stand inside a JSON text
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, number, _parse_row(path, number, line)
 
 
 def _csv_rows(path, text):
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
     try:
-        reader.fieldnames = [_column_name(cell) for cell in reader.fieldnames or ()]
+        # spreadsheets put spaces around a name
+        reader.fieldnames = [cell.strip() for cell in reader.fieldnames or ()]
         for cells in reader:
             if None in cells:
                 raise csv.Error("more cells than the header has columns")
-            yield reader.line_num, reader.line_num, _from_cells(cells)
+            # an empty cell is no value, and a row may have fewer cells than the header
+            row = {column: cell or None for column, cell in cells.items()}
+            yield reader.line_num, reader.line_num, row
     except csv.Error as e:
-        raise bad_row(path, max(1, reader.line_num), f"not CSV ({e})") from None
+        raise bad_row(f"{path}:{max(1, reader.line_num)}", f"not CSV ({e})") from None
+
+
+def _delimiter(text):
+    """What stands most often between the names of the header; a comma where nothing does."""
+    header = re.sub(r'"[^"]*"', "", text.lstrip("\n").split("\n", 1)[0])
+    return max(",;\t|", key=header.count)
 
 
 def _array_items(path, text):
-    """Yield (line where it begins, number from 1, text) of each item of a JSON array."""
+    """Yield (line where it begins, number from 1, cells) of each item of a JSON array."""
     decoder = json.JSONDecoder()
     between = re.compile(r"[\s,]*")
     end = text.index("[") + 1
@@ -75,35 +128,29 @@ def _array_items(path, text):
         try:
             _, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as e:
-            raise bad_row(path, getattr(e, "lineno", line), _not_json(e)) from None
+            place = f"{path}:{getattr(e, 'lineno', line)}"
+            raise bad_row(place, _not_json(e)) from None
 
         number += 1
-        yield line, number, text[start:end]
+        yield line, number, _parse_row(path, line, text[start:end])
         line += text.count("\n", start, end)
 
 
-def _column_name(cell):
-    """As we write it: spreadsheets put spaces around a name, and capitals into it."""
-    name = cell.strip()
-    return name if len(name) == 1 else name.lower()
+def parse_list(text: str) -> list | None:
+    """A list that stands as text in a cell, as JSON or Python writes it; None if it is none."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return list(parse(text))
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return None
 
 
-def _from_cells(cells):
-    """Options are the columns choice1, choice2, … or A, B, C, …; empty cells are no values."""
-    # a row may have fewer cells than the header has columns
-    row = {column: cell for column, cell in cells.items() if cell}
-    options = []
-    for column in cells:
-        if re.fullmatch(r"choice_?\d+|[A-J]", column):
-            options.append(row.pop(column, ""))
-    # a row may have fewer options than the header; a gap is a fault
-    while options and not options[-1]:
-        options.pop()
-    if options:
-        row["choices"] = options
-    if row.get("gold", "").isdecimal():
-        row["gold"] = int(row["gold"])
-    return row
+def _parse_row(path, line, text):
+    try:
+        return parse_row(text)
+    except ValueError as e:
+        raise bad_row(f"{path}:{line}", e) from None
 
 
 def parse_row(text: str) -> dict:
@@ -123,19 +170,24 @@ def _not_json(error):
     return f"not JSON ({str(error)[:80]})"
 
 
-# the forms in which others publish multiple choice, as a run's records name them
+# the forms in which others publish rows, as a run's records name them
 RELEASE = "release (prompt, response, system)"
-MC_EVALUATION = "MC-Evaluation"
+CHAT = "chat (messages)"
+ALPACA = "Alpaca (instruction, input, output)"
 
 
 def released_form(columns: Iterable[str]) -> str:
     """The published form that rows with these columns have; an empty text for none."""
     columns = set(columns)
     ours = {"question", "choices", "gold", "answer"}
-    if "prompt" in columns and columns & {"response", "system"} and not columns & ours:
+    if columns & ours:
+        return ""
+    if "prompt" in columns and columns & {"response", "system"}:
         return RELEASE
-    if {"Question", "A", "B"} <= columns:
-        return MC_EVALUATION
+    if columns & {"messages", "conversations"}:
+        return CHAT
+    if {"instruction", "output"} <= columns:
+        return ALPACA
     return ""
 
 
@@ -143,11 +195,47 @@ def released_record(row: dict) -> dict:
     """A row in a published form as a record, beside what the row itself holds.
 
     `read_as` names the form. `letters_in_prompt` are a prompt's own names of its options.
-    Raises: ValueError: its answer names no option.
+    Raises: ValueError: its answer names no option, or it is no question and answer.
     """
     form = released_form(row)
-    read = _read_release if form == RELEASE else _read_mc_evaluation
-    return {**row, "read_as": form, **read(row)}
+    readers = {RELEASE: _read_release, CHAT: _read_chat, ALPACA: _read_alpaca}
+    return {**row, "read_as": form, **readers[form](row)}
+
+
+def _read_chat(row):
+    """One question and one answer of {messages: [{role, content}, …]}, or of {from, value}."""
+    messages = row.get("messages") or row.get("conversations")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("`messages` must be a list of {role, content}")
+    turns = []
+    record = {}
+    for message in messages:
+        role = message.get("role") or message.get("from")
+        content = message.get("content") or message.get("value")
+        if not isinstance(content, str):
+            raise ValueError("`content` of a message must be a text")
+        if role == "system":
+            record["system"] = content
+        else:
+            turns.append((role, content))
+    roles = [role for role, _ in turns]
+    if roles not in (["user"], ["human"], ["user", "assistant"], ["human", "gpt"]):
+        raise ValueError(f"a chat of {roles}: expected one question of the user and one answer")
+    record["question"] = turns[0][1]
+    if len(turns) == 2:
+        record["answer"] = turns[1][1].strip()
+    return record
+
+
+def _read_alpaca(row):
+    """{instruction, input, output}: the input goes on with the question."""
+    parts = [row["instruction"], row.get("input") or ""]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("`instruction` and `input` must be texts")
+    record = {"question": "\n".join(part for part in parts if part.strip())}
+    if row["output"] is not None:
+        record["answer"] = str(row["output"]).strip()
+    return record
 
 
 def _read_release(row):
@@ -213,26 +301,15 @@ def _read_solution(question, response):
     if "####" in response:
         return benchmarks.read_gsm8k({"question": question, "answer": response})
     answer = benchmarks.last_boxed(response)
+    # "[B]" names an option, any other text is the answer itself
+    if not answer and not re.fullmatch(r"\[\S{1,5}\]", response.strip()):
+        return {"question": question, "answer": response.strip()}
     if not answer:
         raise ValueError(
             f"`response` is {response[:40]!r}, which names no option of its row; expected options "
             "as last lines `A: …` of `prompt`, or [True], [False] or a solution in `response`"
         )
     return {"question": question, "answer": answer, "solution": response}
-
-
-def _read_mc_evaluation(row):
-    """{Question, A, B, C, D, Answer: "B"} of GSM8K-MC and MATH-MC."""
-    choices = []
-    for letter in benchmarks.LETTERS:
-        # rows with fewer options have empty columns, or none
-        if row.get(letter) in (None, ""):
-            break
-        choices.append(str(row[letter]))
-    record = {"question": row["Question"], "choices": choices}
-    if row.get("Answer") not in (None, ""):
-        record["gold"] = _named_option("Answer", row["Answer"], benchmarks.LETTERS[: len(choices)])
-    return record
 
 
 def _named_option(key, said, letters):

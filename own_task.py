@@ -15,11 +15,13 @@ from pathlib import Path
 
 import baselines
 import conditions
+import config
 import data
 import evaluate
 import lora
 import methods
 import policy
+import records
 import report
 import results
 import runtime
@@ -42,6 +44,12 @@ def adapt_own(run: Run) -> dict:
             "run with stage=all (stage=collect and stage=generator, where its methods need none), "
             "or name a finished one by run="
         )
+
+    # the next file of this name gets another one
+    place = cfg.data.jsonl.get(cfg.task) or cfg.data.hub.get(cfg.task)
+    if place and run.rank == 0:
+        known = config.own_tasks(run.path)
+        runtime.write_json(run.path / config.OWN_TASKS, {**known, cfg.task: place})
 
     # the stages of a run, on this one task
     if not task.support:
@@ -146,6 +154,7 @@ def export_adapter(run: Run) -> dict:
         # what they fit
         "base_model": cfg.model.name,
         "format": cfg.data.format,
+        "options": data.load_tasks(run)[cfg.task].data.get("classes", []),
     }
     runtime.write_json(folder / "strategy.json", facts)
     print("\n".join(usage(cfg, folder, refined, lm)))
@@ -223,9 +232,10 @@ def usage(cfg: Config, folder: Path, refined: Refined, lm: LM) -> list[str]:
     return lines
 
 
-def load_exported(folder: Path, run: Run) -> tuple[str, Refined]:
-    """An exported folder, ready to score. Returns: the name of its task, and what it holds.
+def load_exported(folder: Path, run: Run) -> tuple[str, tuple[str, ...], Refined]:
+    """An exported folder, ready to score.
 
+    Returns: the name of its task, the options of rows that have none, and what it holds.
     Raises: UserError: a file is missing, damaged, or names what this code does not know.
     """
     facts = runtime.read_json(folder / "strategy.json")
@@ -235,7 +245,8 @@ def load_exported(folder: Path, run: Run) -> tuple[str, Refined]:
     router = None
     if combine in strategies.ROUTERS:
         router = _load_router(folder, count, run)
-    return str(facts.get("task")), Refined(adapters, combine, slot, router)
+    options = tuple(map(str, facts.get("options") or ()))
+    return str(facts.get("task")), options, Refined(adapters, combine, slot, router)
 
 
 def _checked_facts(folder, facts, cfg):
@@ -313,8 +324,8 @@ def predict(run: Run) -> dict:
         )
     # the folder, and the inputs: prompts have the form of the adapter's task
     lm = scoring.load_lm(run)
-    task_name, refined = load_exported(folder, run)
-    rows = data.read_user_file(Path(cfg.input), labels=None)
+    task_name, options, refined = load_exported(folder, run)
+    rows = records.read_file(Path(cfg.input), labels=None, free=True, options=options)
     examples = [data.make_example(task_name, row, cfg.data.format) for row in rows]
 
     answers = [{"id": row["id"]} for row in rows]

@@ -15,7 +15,7 @@ from config import load_config
 
 
 def read(name):
-    return data.read_records(load_config([])[0], name)["all"]
+    return data.read_records(load_config([])[0], name).splits["all"]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 
 import data
 import formats
+import records
 import scoring
 from config import UserError, load_config
 
@@ -24,7 +25,7 @@ def release(prompt, response="[A]", **more):
 
 def examples_of(path, name="mine"):
     """The examples of a user's file in both formats."""
-    rows = data.read_user_file(path)
+    rows = records.read_file(path)
     return [[data.make_example(name, row, form) for row in rows] for form in ("letter", "cloze")]
 
 
@@ -132,7 +133,7 @@ def test_mc_evaluation(tmp_path):
 def test_solutions_of_the_releases(tmp_path, response, answer):
     """GSM8K and MATH as worked solutions: free answers."""
     rows = [{"prompt": "How many?", "response": response}]
-    (row,) = data.read_user_file(array(tmp_path / "GSM8K_train.json", rows))
+    (row,) = records.read_file(array(tmp_path / "GSM8K_train.json", rows))
     assert (row["question"], row["answer"]) == ("How many?", answer)
 
 
@@ -145,13 +146,12 @@ def test_solutions_of_the_releases(tmp_path, response, answer):
         ),
         (release("Why?\nA: x\nB: y", "x"), "`response` is 'x', which names no option"),
         (release("Why?", "[A]"), r"`response` is '\[A\]', which names no option .* last lines"),
-        (release("Why?\nA: x\nB: y", None), r"no answer is given; expected .* such as \[A\]"),
         (release("Why?\nA: x\nB: y", 3), "`prompt` and `response` must be texts"),
         (release("\nA: x\nB: y"), "`question` is missing or empty"),
         (release("Why?\nA: x\nB: y", system=["s"]), "`system` must be a text"),
         (
             {"Question": "1?", "A": "1", "B": "2", "Answer": "C"},
-            r"`Answer` is 'C', which names no option of its row; expected \[A\], \[B\]",
+            "`Answer` is 'C', expected 0..1, A..B or the text of an option",
         ),
         ({"Question": "1?", "A": "1", "B": None, "Answer": "A"}, "`choices` must be a list"),
         ("Why?", "expected an object, got str"),
@@ -161,7 +161,7 @@ def test_row_whose_answer_names_no_option(tmp_path, row, complaint):
     """The line where the item begins, what was found there, and what is expected."""
     path = array(tmp_path / "t.json", [release("Why?\nA: x\nB: y"), row])
     with pytest.raises(UserError, match=rf"^{path}:7: {complaint}.*; a good row: "):
-        data.read_user_file(path)
+        records.read_file(path)
 
 
 @pytest.mark.parametrize(
@@ -178,14 +178,14 @@ def test_arrays_that_are_none(tmp_path, text, complaint):
     path = tmp_path / "t.json"
     path.write_text(text)
     with pytest.raises(UserError, match=f"^{path}{complaint}"):
-        data.read_user_file(path)
+        records.read_file(path)
 
 
 def test_an_array_in_one_line(tmp_path):
     """Items are called by their order, as they share a line."""
     path = tmp_path / "t.json"
     path.write_text(json.dumps([release(f"Why {i}?\nA: x\nB: y") for i in range(3)]))
-    assert [row["id"] for row in data.read_user_file(path)] == ["t-1", "t-2", "t-3"]
+    assert [row["id"] for row in records.read_file(path)] == ["t-1", "t-2", "t-3"]
 
 
 def test_own_rows_are_no_release(tmp_path):
@@ -209,13 +209,13 @@ def test_hub_set_in_a_published_form(tmp_path, monkeypatch):
         (folder / f"{split}.jsonl").write_text("".join(lines))
     for name in ("mine", "gsm8k"):
         cfg, _ = load_config([f"data.hub={{{name}: {folder}}}"])
-        records = data.read_records(cfg, name)
-        assert [row["gold"] for row in records["test"]] == [0, 1, 0, 1]
-        assert records["train"][0]["choices"] == ["1", "2"]
-        about = data.describe_data(cfg, name, records)
-        assert about == {"source": str(folder), "form": "MC-Evaluation", "rows": 8, "revision": ""}
+        table = data.read_records(cfg, name)
+        assert [row["gold"] for row in table.splits["test"]] == [0, 1, 0, 1]
+        assert table.splits["train"][0]["choices"] == ["1", "2"]
+        about = data.describe_data(cfg, name, table)
+        assert about["source"] == str(folder) and about["form"] == "question and options"
 
     # one wrong answer is named by its row
     (folder / "test.jsonl").write_text(json.dumps(rows[0] | {"Answer": "D"}) + "\n")
-    with pytest.raises(UserError, match=r"row gsm8k-test-0: `Answer` is 'D', which names no"):
+    with pytest.raises(UserError, match=r"row gsm8k-test-0: `Answer` is 'D', expected 0..1"):
         data.read_records(cfg, "gsm8k")

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import config
-import data
 import lora
 import methods
 import policy
+import records
 import runtime
 import scoring
 import strategies
@@ -99,11 +99,11 @@ def test_any_bytes_as_jsonl(tmp_path, raw):
     file.write_bytes(raw)
     for labels in (True, False):
         try:
-            rows = data.read_user_file(file, labels=labels)
+            rows = records.read_file(file, labels=labels)
         except UserError as e:
             assert "fuzz.jsonl" in str(e)
         else:
-            assert rows and (not labels or all(map(data.is_labelled, rows)))
+            assert rows and (not labels or all(map(records.is_labelled, rows)))
 
 
 ROW = st.fixed_dictionaries(
@@ -126,7 +126,7 @@ def test_any_rows_are_checked(tmp_path, rows, labels):
     file = tmp_path / "fuzz.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     try:
-        found = data.read_user_file(file, labels=labels)
+        found = records.read_file(file, labels=labels)
     except UserError as e:
         assert "fuzz.jsonl:" in str(e)
         return
@@ -147,7 +147,7 @@ def test_any_cells_as_csv(tmp_path, table):
     file = tmp_path / "fuzz.csv"
     file.write_bytes(out.getvalue().encode("utf-8", "replace"))
     try:
-        assert data.read_user_file(file, labels=False)
+        assert records.read_file(file, labels=False)
     except UserError as e:
         assert "fuzz.csv" in str(e)
 

@@ -14,6 +14,7 @@ import data
 import lora
 import own_task
 import policy
+import records
 import scoring
 import strategies
 from config import UserError, load_config
@@ -221,8 +222,8 @@ def test_hub_data_set_by_name(copy, tmp_path):
     task = task_of(copy, f"hf:{folder}", f"data.columns={{openbook: {columns}}}")
     assert (len(task.test), len(task.support)) == (12, 8)
     assert task.test[0].options
-    with pytest.raises(UserError, match=r"data\.columns\.openbook.*question"):
-        task_of(copy, f"hf:{folder}")
+    # the columns have usual names: they need not be given
+    assert same_examples(task_of(copy, f"hf:{folder}"), task)
     with pytest.raises(UserError, match=r"org/name/configuration"):
         task_of(copy, "hf:org/nothing")
 
@@ -234,6 +235,20 @@ def test_changed_file_is_not_mixed_with_its_old_adapter(copy, own, capsys):
     assert adapt(copy, own) == 2
     assert "data.jsonl" in capsys.readouterr().err
     assert adapt(copy, own, "overwrite=true") == 0
+
+
+def test_two_files_of_one_name(copy, tmp_path, capsys):
+    """The second gets a name of its own; neither takes the other's adapter."""
+    files = []
+    for folder, start in (("a", 0), ("b", 20)):
+        (tmp_path / folder).mkdir()
+        files.append(write_rows(tmp_path / folder / "x.jsonl", fresh_rows(30, start)))
+    assert adapt(copy, files[0]) == 0
+    assert export(copy, f"task={files[1]}") == 2
+    assert "task=x_2: generator was not adapted" in capsys.readouterr().err
+    assert adapt(copy, files[1]) == 0
+    assert read_json(copy / "export/x_2/strategy.json")["task"] == "x_2"
+    assert task_of(copy, files[0]).name == "x" and task_of(copy, files[1]).name == "x_2"
 
 
 def test_replaced_by_prompts_alone_it_is_not_the_old_refined_adapter(copy, own):
@@ -303,9 +318,23 @@ def test_a_gap_among_a_csv_rows_options_is_a_fault(tmp_path):
     file = tmp_path / "gap.csv"
     file.write_text("question,A,B,C,D,gold\nWhich?,one,,three,four,C\n")
     with pytest.raises(UserError, match=r"gap\.csv:2: option 1 is empty"):
-        data.read_user_file(file)
+        records.read_file(file)
     file.write_text("question,A,B,C,D,gold\nWhich?,one,two,,,B\n")
-    assert data.read_user_file(file)[0]["choices"] == ["one", "two"]
+    assert records.read_file(file)[0]["choices"] == ["one", "two"]
+
+
+def test_classes_of_the_task_are_options_of_new_rows(copy, answers, tmp_path):
+    """Adapted to reviews that are good or bad, it answers new ones with these words."""
+    rows = []
+    for i, row in enumerate(fresh_rows(30)):
+        rows.append({"text": row["question"], "label": ("good", "bad")[i % 2]})
+    assert adapt(copy, write_rows(tmp_path / "reviews.jsonl", rows)) == 0
+    folder = copy / "export/reviews"
+    assert read_json(folder / "strategy.json")["options"] == ["bad", "good"]
+    new = write_rows(tmp_path / "new.jsonl", [{"text": "It is fine."}] * 2)
+    assert predict(copy, new, answers, f"adapter={folder}") == 0
+    assert {row["prediction"] for row in read_jsonl(answers)} <= {"bad", "good"}
+    assert len(read_jsonl(answers)) == 2
 
 
 PREDICT = ["stage=predict", "input=a.jsonl", "output=b.jsonl"]
@@ -314,7 +343,10 @@ PREDICT = ["stage=predict", "input=a.jsonl", "output=b.jsonl"]
 @pytest.mark.parametrize(
     "mistake, complaint",
     [
-        (["stage=adapt", "task=nothing.txt"], "expected a .jsonl, .json or .csv file"),
+        (
+            ["stage=adapt", "task=nothing.txt"],
+            "expected a file (.jsonl, .json, .csv, .tsv, .parquet)",
+        ),
         (["stage=collect", "task=a.jsonl"], "stage=adapt, export or predict"),
         (["stage=adapt", "task=alpha.jsonl"], "rename it"),
         (["stage=adapt", "task=all.jsonl"], "rename it"),
@@ -376,7 +408,7 @@ def test_predict_executes_what_is_no_adapter(copy, tmp_path, capsys, chosen):
     task = data.load_task(cfg, "delta")
     test = list(task.test)
     inside = strategies.execute(policy.make_target(run, task), Strategy.from_dict(chosen))
-    name, exported = own_task.load_exported(out, run)
+    name, _, exported = own_task.load_exported(out, run)
     want = strategies.score_refined(lm, inside, test)
     got = strategies.score_refined(lm, exported, test)
     assert name == "delta"

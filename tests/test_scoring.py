@@ -261,7 +261,7 @@ def harness_requests(name, record):
 @pytest.mark.parametrize("name", ["arc_e", "hellaswag", "boolq", "winogrande"])
 def test_real_model_agrees_with_lm_eval(real_lm, name):
     """On the embedded model, log-likelihoods equal lm-evaluation-harness' within 1e-3."""
-    records = data.read_records(load_config([])[0], name)["test"][:40]
+    records = data.read_records(load_config([])[0], name).splits["test"][:40]
     records = sorted(records, key=lambda record: len(str(record)))[:3]
     expected = []
     for record in records:
