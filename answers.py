@@ -120,17 +120,20 @@ def _plan(lm, rows, max_new_tokens, slot):
     """Row numbers in batches of similar length, each as large as memory allows."""
     room = runtime.free_memory(lm.model.device) // 2
     tokens = room // _token_bytes(lm)
+    before = max_new_tokens
+    if lm.shots:
+        before += lm.shots.tokens  # each row of a batch has them
     # steering keeps the logits of every prompt token, as the scoring pass does
     if slot is not None:
         tokens = min(tokens, lm.budget)
 
     batches = []
     for i in sorted(range(len(rows)), key=lambda i: -rows[i].length):
-        width = rows[i].length + max_new_tokens
+        width = rows[i].length + before
         # the first row of a batch is its longest
         full = True
         if batches:
-            longest = rows[batches[-1][0]].length + max_new_tokens
+            longest = rows[batches[-1][0]].length + before
             full = longest * (len(batches[-1]) + 1) > tokens or width < SHORTEST * longest
         if full:
             batches.append([])
@@ -176,9 +179,19 @@ def continue_rows(
     width = ids.shape[1]
     mask = torch.arange(width, device=device) >= (width - lengths)[:, None]
     positions = (mask.cumsum(1) - 1).clamp_min(0)
+    lm.read += int(lengths.sum())
+    cache = None
+    if lm.shots:
+        # every prompt goes on where the solved examples end
+        lm.read += len(rows) * lm.shots.tokens
+        mask = torch.cat([mask.new_ones(len(rows), lm.shots.tokens), mask], 1)
+        positions = positions + lm.shots.tokens
+        cache = lm.shots.cache(len(rows))
 
     # the prompts, read once
-    out = decoder(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    out = decoder(
+        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
     hidden = out.last_hidden_state
     cache = out.past_key_values
     steering = torch.zeros(len(rows), 1, device=device)

@@ -71,6 +71,8 @@ def _cost(cfg, task, method_ids):
     characters = 0
     for example in task.test:
         characters += len(example.prompt) + len("".join(example.options))
+    if "icl" in method_ids:
+        passes += 2  # attention to the solved examples costs as much as twice a row, about
     return passes * characters
 
 
@@ -92,6 +94,7 @@ def _evaluate_task(run, task, method_ids):
         began = time.monotonic()
         passes = lm.forwards
         written = lm.written
+        read = lm.read
         rows = _test_rows(run, task, target, method, memo)
 
         # beside the unit's folder, which holds its record alone
@@ -99,6 +102,7 @@ def _evaluate_task(run, task, method_ids):
         seconds = round(time.monotonic() - began, 1)
         cost = {"seconds": seconds, "forwards": lm.forwards - passes}
         cost["written_tokens"] = lm.written - written
+        cost["read_tokens"] = lm.read - read
         runtime.write_jsonl(folder / f"{task.name}.jsonl", rows)
         runtime.write_json(folder / f"{task.name}.meta.json", cost)
         run.finish(f"scores/{method}/{task.name}", "evaluate", began, method)
@@ -150,6 +154,8 @@ def method_variants(run: Run, task: Task, target: Target | None, method: str) ->
             variants.append(Refined([adapter]))
         return variants
 
+    if method == "icl":
+        return [Refined([None], shots=task.support)]
     return [Refined([_one_adapter(run, task, method)])]
 
 
@@ -229,7 +235,7 @@ def _answer(run, task, target, refined, memo):
     test = list(task.test)
     # two methods have the same answers if their adapters hold the same numbers
     hashes = [a and lora.adapter_hash(a) for a in refined.adapters]
-    key = (refined.combine, refined.slot, *hashes)
+    key = (refined.combine, refined.slot, refined.shots, *hashes)
     if key not in memo:
         cache = target.cache if target else None
         tokens = answers.answer_tokens(run.cfg.evaluate, test)

@@ -57,9 +57,10 @@ class Method:
         return (*STAGES_OF_START[self.start], *policy)
 
 
-# In the order of the tables. The first eight say "not run" where they have no scores.
+# In the order of the tables. The first nine say "not run" where they have no scores.
 TABLE = (
     Method("base", "Base model", "#000000", "o", "none"),
+    Method("icl", "Labels in the prompt (icl)", "#7F7F7F", "+", "none"),
     Method("generator", "Generalization (generator)", "#0072B2", "s", "generated"),
     Method("degaml", "Adaptation (DeGAML)", "#D55E00", "D", "generated", LABEL_FREE),
     Method("degaml_plus", "Adaptation, SFT allowed", "#CC79A7", "D", "generated", WITH_LABELS),
@@ -81,7 +82,7 @@ TABLE = (
     Method("degaml_latent", "DeGAML, Latent only", "#E69F00", "H", "generated", ("Latent",)),
 )
 METHODS = {method.id: method for method in TABLE}
-ALWAYS_SHOWN = tuple(METHODS)[:8]
+ALWAYS_SHOWN = tuple(METHODS)[:9]
 # by `make families`: degaml with one strategy family each
 SINGLE_FAMILY = ("degaml_ttt", "degaml_lora", "degaml_tts", "degaml_latent")
 # by `make reproduce-all`

@@ -234,7 +234,11 @@ def render(result: dict, folder: Path) -> dict[str, list]:
         "Every metric": [average_table(result)],
         "Strategies": [kept_table(result), draw_search(result, folder)],
         "Training": [draw_losses(result, folder)],
-        "Cost": [budget_table(result), make_table("By stage", ["Stage", "Seconds"], seconds)],
+        "Cost": [
+            budget_table(result),
+            answer_table(result),
+            make_table("By stage", ["Stage", "Seconds"], seconds),
+        ],
         "Data and provenance": source_tables(result),
     }
     runtime.write_text(folder / "report.md", markdown_text(result, sections))
@@ -482,6 +486,15 @@ def budget_table(result: dict) -> Table:
         rows.append([label(method), meta, per_target, labels, ", ".join(failed) or "no"])
     header = ["Method", "Meta-training", "Adaptation per target", "Labels", "Diverged"]
     return make_table("By method", header, rows)
+
+
+def answer_table(result: dict) -> Table:
+    """What an answer costs: with labels in the prompt it is paid every time."""
+    rows = []
+    # not in older results
+    for method, spent in result.get("answers", {}).items():
+        rows.append([label(method), f"{spent['read_tokens']:,.0f}", f"{spent['seconds']:.3f}"])
+    return make_table("Per answer", ["Method", "Tokens read", "Seconds"], rows)
 
 
 def source_tables(result: dict) -> list[Table]:

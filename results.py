@@ -49,6 +49,10 @@ PAIRS = [
     ("generator", "mean"),
     ("generator", "wrong_prompts"),
     ("mean", "base"),
+    ("icl", "base"),
+    ("generator", "icl"),
+    ("degaml_plus", "icl"),
+    ("no_meta", "icl"),
     ("degaml", "generator"),
     ("degaml_plus", "generator"),
     ("degaml_plus", "no_meta"),
@@ -107,6 +111,7 @@ def build_results(run_path: Path, cfg: Config) -> dict:
         "seconds": {},
         "search": summarise_searches(run_path, tasks),
         "budget": read_budget(run_path),
+        "answers": read_answer_costs(run_path, tasks),
         "provenance": read_provenance(run_path, tasks),
     }
     for task, about in tasks.items():
@@ -491,6 +496,29 @@ def read_budget(run_path: Path) -> dict[str, dict]:
             spent["labels"] = strategy.get("n_support", spent["labels"])
         budget[method.id] = spent
     return budget
+
+
+def read_answer_costs(run_path: Path, tasks: dict) -> dict[str, dict]:
+    """What an answer to a test example costs, by method.
+
+    Returns: {method: {"answers", "read_tokens", "seconds"}}, the last two per answer. A method
+        whose answers are another's, as the adapter is the same, has no costs of its own.
+    """
+    costs = {}
+    for method in methods.METHODS:
+        total = {"answers": 0, "read_tokens": 0, "seconds": 0.0}
+        for task, about in tasks.items():
+            spent = _read_if_there(run_path / f"scores/{method}/{task}.meta.json", {})
+            if not spent.get("read_tokens"):
+                continue
+            total["answers"] += about["n_test"]
+            total["read_tokens"] += spent["read_tokens"]
+            total["seconds"] += spent["seconds"]
+        if total["answers"]:
+            for key in ("read_tokens", "seconds"):
+                total[key] = round(total[key] / total["answers"], 4)
+            costs[method] = total
+    return costs
 
 
 def _records(run_path: Path, pattern: str) -> dict[Path, dict]:

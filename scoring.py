@@ -38,7 +38,8 @@ class LM:
         max_tokens: of a row's context.
         budget: tokens per forward pass.
         forwards, backwards: passes so far, counted in rows, for cost reports.
-        written: tokens generated so far.
+        written, read: tokens generated and read so far.
+        shots: solved examples before every row (`icl.Shots`), or None.
     """
 
     model: torch.nn.Module
@@ -50,6 +51,8 @@ class LM:
     forwards: int = 0
     backwards: int = 0
     written: int = 0
+    read: int = 0
+    shots: object = None
 
 
 @dataclass(frozen=True)
@@ -164,22 +167,31 @@ def load_base(name: str, revision: str, dtype: torch.dtype, device: str):
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def chat_prompt(tokenizer, system: str, user: str) -> str:
+def chat_prompt(
+    tokenizer, system: str, user: str, turns: list[tuple[str, str]] | tuple = ()
+) -> str:
     """A system and a user message up to where the assistant answers, without thinking aloud.
 
-    The system text opens the user's message where the template has no system role.
+    The system text opens the user's first message where the template has no system role.
+    Args: turns: questions and answers before.
     """
     if tokenizer.chat_template is None:
-        return f"{system}\n\n{user}\n"
-    of_user = {"role": "user", "content": user}
+        before = "".join(f"{question}\n{answer}\n\n" for question, answer in turns)
+        return f"{system}\n\n{before}{user}\n"
+
+    messages = []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": user})
     try:
-        text = _render(tokenizer, [{"role": "system", "content": system}, of_user])
+        text = _render(tokenizer, [{"role": "system", "content": system}, *messages])
     except TemplateError:  # Gemma's says no
         text = ""
     # others drop it without a word
     if system.strip() not in text:
-        of_user["content"] = f"{system}\n\n{user}"
-        text = _render(tokenizer, [of_user])
+        messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
+        text = _render(tokenizer, messages)
     return text
 
 
@@ -191,9 +203,13 @@ def _render(tokenizer, messages):
 
 
 def input_text(lm: LM, example: Example) -> str:
-    """The exact text the model reads before it answers."""
+    """The exact text the model reads before it answers, behind the solved examples if any."""
     if lm.form == "cloze":
         return example.text
+    if lm.shots:
+        turns = [(shot.prompt, shot.answer) for shot in lm.shots.examples]
+        whole = chat_prompt(lm.tokenizer, lm.shots.system, example.prompt, turns)
+        return whole[len(lm.shots.text) :]
     system = data.LETTER_SYSTEM if example.options else data.GENERATE_SYSTEM
     return chat_prompt(lm.tokenizer, example.system or system, example.prompt)
 
@@ -202,8 +218,8 @@ def encode(lm: LM, text: str) -> list[int]:
     """Token ids, with an opening token where the tokenizer puts one, and no closing token."""
     tokenizer = lm.tokenizer
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    # a chat template writes the opening token itself
-    if _opens(tokenizer) and not text.startswith(tokenizer.bos_token):
+    # a chat template writes the opening token itself, and solved examples begin with one
+    if not lm.shots and _opens(tokenizer) and not text.startswith(tokenizer.bos_token):
         ids = [tokenizer.bos_token_id, *ids]
     return ids
 
@@ -221,7 +237,7 @@ def make_row(lm: LM, example: Example) -> Row:
     Context and continuation are tokenised together, then cut where the context alone ends. The
     tokens that all options share become the row's context.
     """
-    pairs = _continuations(lm, example)
+    pairs = continuations(lm, example)
     contexts = {context for context, _ in pairs}  # mostly a single one
     lengths = {context: len(encode(lm, context)) for context in contexts}
     ends = [lengths[context] for context, _ in pairs]
@@ -246,8 +262,8 @@ def make_row(lm: LM, example: Example) -> Row:
     )
 
 
-def _continuations(lm, example):
-    """[(context, scored text)] of every option."""
+def continuations(lm: LM, example: Example) -> list[tuple[str, str]]:
+    """[(context, scored text)] of every option; a free answer is the only one."""
     answers = example.options or (example.answer,)
     if lm.form == "letter":
         text = input_text(lm, example)
@@ -307,13 +323,14 @@ def _similar_lengths(rows, enough):
     return groups
 
 
-def pack(rows: list[Row], device: str):
+def pack(rows: list[Row], device: str, width: int = 0):
     """Lay rows into as few sequences of one width as they need, masked from each other.
 
+    Args: width: at least this many tokens.
     Returns: ids (S, T), positions (S, T), mask (S, 1, T, T) bool, and for each row where its
         tokens start in the flattened (S * T) order.
     """
-    width = max(row.length for row in rows)
+    width = max(width, *(row.length for row in rows))
     # training batches mix lengths: a wider sequence has room for several short rows
     if torch.is_grad_enabled() and len(rows) > 1:
         width = max(96, width)
@@ -418,6 +435,7 @@ def _packed_attention(module, query, key, value, mask, **options):
 def hidden_states(lm: LM, rows: list[Row]):
     """(S * T, d) final hidden states after the last norm, and where each row starts in them."""
     lm.forwards += len(rows)
+    lm.read += sum(row.length for row in rows)
     if torch.is_grad_enabled():
         lm.backwards += len(rows)
 
@@ -433,8 +451,11 @@ def hidden_states(lm: LM, rows: list[Row]):
     offset = 0
     for group in _similar_lengths(rows, enough):
         members = [rows[i] for i in group]
-        ids, positions, mask, begins = pack(members, lm.model.device)
-        out = decoder(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        if lm.shots:
+            ids, begins, out = _behind_shots(lm, decoder, members)
+        else:
+            ids, positions, mask, begins = pack(members, lm.model.device)
+            out = decoder(ids, attention_mask=mask, position_ids=positions, use_cache=False)
         states.append(out.last_hidden_state.flatten(0, 1))
         for i, begin in zip(group, begins, strict=True):
             starts[i] = offset + begin
@@ -443,6 +464,22 @@ def hidden_states(lm: LM, rows: list[Row]):
     if len(states) == 1:  # mostly, and then nothing is copied
         return states[0], starts
     return torch.cat(states), starts
+
+
+def _behind_shots(lm, decoder, rows):
+    """Rows that all see the solved examples: in one sequence, so that these are there once."""
+    lm.read += len(rows) * lm.shots.tokens
+    total = sum(row.length for row in rows)
+    ids, positions, mask, begins = pack(rows, lm.model.device, total)
+    before = mask.new_ones(*mask.shape[:-1], lm.shots.tokens)
+    out = decoder(
+        ids,
+        attention_mask=torch.cat([before, mask], -1),
+        position_ids=positions + lm.shots.tokens,
+        past_key_values=lm.shots.cache(len(ids)),
+        use_cache=True,
+    )
+    return ids, begins, out
 
 
 def project(lm: LM, hidden: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 import answers
+import icl
 import lora
 import runtime
 import scoring
@@ -321,12 +322,14 @@ class Refined:
         combine: "" for one adapter, else a TTS method.
         slot: (steps, learning rate) of latent steering, or None.
         router: of a TTS method that routes, else None.
+        shots: solved examples before every question (`icl`).
     """
 
     adapters: list[Adapter]
     combine: str = ""
     slot: tuple | None = None
     router: Router | None = None
+    shots: tuple[Example, ...] = ()
     notes: dict = field(default_factory=dict)
 
 
@@ -574,6 +577,9 @@ def score_refined(
     """
     if refined.router is not None:
         return _score_routed(lm, refined, examples, tokens)
+    if refined.shots and examples:
+        with icl.in_front(lm, refined.shots, examples, tokens):
+            return answers.answer_examples(lm, None, examples, tokens=tokens)
 
     cache = {} if cache is None else cache
     ids = tuple(example.id for example in examples)
