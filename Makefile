@@ -1,5 +1,6 @@
 # Thin: prints what it runs. On a CPU one rank per core with one thread each; ranks change speed only.
 CONFIG  ?= configs/smollm2.yaml
+TASK    ?=
 ARGS    ?=
 SEEDS   ?=
 METHODS ?= $(shell $(PYTHON) -c 'import methods; print("[" + ",".join(methods.REPRODUCED) + "]")')
@@ -14,10 +15,11 @@ RUN      = runs/$(basename $(notdir $(CONFIG)))
 PIP      = $(PY) -m pip install --disable-pip-version-check -q
 TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --max-restarts=$(RESTARTS) --log-dir .cache/torchrun
 
-.PHONY: help install assets demo reproduce reproduce-all families test reliability harness bench report lint format clean
+.PHONY: help install assets demo adapter reproduce reproduce-all families test reliability harness bench report lint format clean
 
 help:
 	@echo "make demo           a slice of the real data through the whole pipeline"
+	@echo "make adapter        TASK=my_task.jsonl: an adapter for your own file, and whether it is worth using"
 	@echo "make reproduce      all twelve tasks with CONFIG=$(CONFIG)"
 	@echo "make reproduce-all  the same with the baselines and TEMPO, in the same folder"
 	@echo "make families       degaml with one strategy family each, in the same folder"
@@ -53,6 +55,13 @@ assets: .venv/.done   # also brings back what is missing
 demo: assets/.done
 	$(PY) degaml.py stage=check config=configs/demo.yaml $(ARGS)
 	$(TORCHRUN) degaml.py stage=all config=configs/demo.yaml $(ARGS)
+
+# From nothing to an adapter for your own file: what is missing of the run, and no more.
+adapter: assets/.done
+	@test -n "$(TASK)" || { echo 'error: name your file: make adapter TASK=my_task.jsonl'; exit 2; }
+	$(PY) degaml.py stage=check config=$(CONFIG) 'task=$(TASK)' $(ARGS)
+	$(TORCHRUN) degaml.py stage=prepare config=$(CONFIG) $(ARGS)
+	$(TORCHRUN) degaml.py stage=adapt run=$(RUN) 'task=$(TASK)' $(ARGS)
 
 reproduce: assets/.done
 	$(PY) degaml.py stage=check config=$(CONFIG) $(ARGS)

@@ -17,6 +17,7 @@ import numpy as np
 
 import data
 import lora
+import proof
 import runtime
 import scoring
 from config import UserError
@@ -36,6 +37,9 @@ def collect_adapters(run: Run) -> dict:
     tasks = data.load_tasks(run)
     names = run.cfg.data.train_tasks
     lm = scoring.load_lm(run)
+    # a model that is scored wrongly is not worth the hours
+    proof.ensure(run)
+    run.barrier()
 
     # the task with the longest texts first: no rank is left with it at the end
     longest_first = sorted(names, key=lambda name: -_text_length(tasks[name]))

@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     StrictBool,
     ValidationError,
     field_validator,
@@ -294,6 +295,12 @@ class Config(_Section):
     evaluate: Evaluate
     report: Report
     analyze: Analyze
+    # is `task` the user's own, none that the run was made with?
+    _own: bool = PrivateAttr(False)
+
+    def is_own(self, name: str) -> bool:
+        """Is this the user's own task, all of whose labelled rows may be used?"""
+        return self._own and name == self.task
 
 
 class _Loader(yaml.SafeLoader):
@@ -383,6 +390,7 @@ def load_config(args: list[str]) -> tuple[Config, str]:
     for key in ("adapter", "input", "output"):
         if flat[key] and isinstance(flat[key], str):
             flat[key] = str(Path(flat[key]).absolute())
+    known = [flat["data.train_tasks"], flat["data.test_tasks"]]
     # the user's own task becomes the one target of the run it is adapted with
     if flat["task"]:
         faults += _take_in(flat, str(flat["task"]), stage, "evaluate.methods" in words)
@@ -394,6 +402,7 @@ def load_config(args: list[str]) -> tuple[Config, str]:
     except ValidationError as e:
         faults += _schema_faults(e, flat, where)
     if cfg is not None:
+        cfg._own = bool(cfg.task) and not any(cfg.task in tasks for tasks in known)
         # a user's task and a run that is only read draw no proposals for the run's own methods
         samples = not cfg.task and stage not in (*READING, *USER_STAGES)
         faults += _cross_checks(cfg, where, samples)
@@ -491,8 +500,8 @@ def _schema_faults(error: ValidationError, flat: dict, where: dict) -> list[str]
 
 def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[str]:
     """Make `task=` the one target: a file, a hub data set or a task of the run. Returns faults."""
-    if stage not in ("adapt", *USER_STAGES):
-        stages = f"stage=adapt, {' or '.join(USER_STAGES)}"
+    if stage not in ("adapt", "check", *USER_STAGES):
+        stages = f"stage=adapt, check, {' or '.join(USER_STAGES)}"
         return [f"task (command line): goes with {stages}, not stage={stage}"]
     for key, kind in _TAKEN_IN.items():
         if not isinstance(flat[key], kind):
@@ -505,7 +514,8 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
     adapted = stage in USER_STAGES and re.fullmatch(r"\w+", source)
     if source in known or (adapted and not name):
         name = source
-        section = ""
+        place = own_tasks(flat["run"]).get(name, "")
+        section = _section_of(place) if place else ""
     if not name:
         return [
             f"task (command line): got {source!r}; expected a file ({', '.join(FILES)}), "
@@ -526,7 +536,9 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
         flat["data.test_tasks"] = [*flat["data.test_tasks"], name]
     # what a verdict needs: the base model, the adapter, what it is refined to, and the controls
     if not methods_given:
-        flat["evaluate.methods"] = ["base", "wrong_prompts", "generator", "degaml_plus", "no_meta"]
+        flat["evaluate.methods"] = [
+            *("base", "icl", "wrong_prompts", "generator", "degaml_plus", "no_meta")
+        ]
     return []
 
 
@@ -540,13 +552,19 @@ _TAKEN_IN = {
 }
 
 
+def _section_of(source):
+    """The key of the map that a user's data belongs into."""
+    suffix = Path(source).suffix.lower()
+    return "data.jsonl" if suffix in FILES and not source.startswith("hf:") else "data.hub"
+
+
 def _locate(source: str) -> tuple[str, str, str]:
     """(name, key of its map, place) of a user's data; three empty texts where it is none."""
     on_hub = source.startswith("hf:")
     place = source.removeprefix("hf:")
     path = Path(place).expanduser()
     name = ""
-    section = "data.hub" if on_hub else "data.jsonl"
+    section = _section_of(source)
     if on_hub and not path.is_dir():
         # org/name and org/name/configuration are called by their name
         name = path.parts[:2][-1]

@@ -80,7 +80,7 @@ class Task:
 def read_records(cfg: Config, name: str) -> Table:
     """The records of a task from its configured source. Raises: UserError."""
     # unlabelled rows of the user's own task are prompts
-    labels = name != cfg.task
+    labels = not cfg.is_own(name)
     # a place that is given for one task wins over the source of all
     if name in cfg.data.jsonl:
         return records.read_files(
@@ -212,7 +212,7 @@ def make_splits(
         if skips and not test:
             raise _skipped_too_far(cfg, name, f"{len(held_out)} test examples")
     else:
-        if skips and name in (cfg.task, *d.train_tasks):
+        if skips and (cfg.is_own(name) or name in d.train_tasks):
             # what is left of the one pool was trained on
             raise _skipped_too_far(cfg, name, "no test split of its own")
         test, rest = _cut_test(cfg, name, pools["all"])
@@ -222,7 +222,7 @@ def make_splits(
     rest = _without(rest, held_out, name)
     support = rest[: d.num_support]
     if len(support) < d.num_support:
-        if name == cfg.task:
+        if cfg.is_own(name):
             return (), (), tuple(test)  # too few labels to refine with: all of them test
         raise UserError(
             f"task {name}: {len(support)} examples remain for the support set, data.num_support="
@@ -248,9 +248,9 @@ def _cut_test(cfg, name, pool):
     d = cfg.data
     num_test = test_limit(d)
     left = len(pool) - d.num_support
-    if name == cfg.task:
-        # a user's file of any size: the support set is served first; fewer labels than that test
-        num_test = min(num_test, left) if left >= 0 else len(pool)
+    if cfg.is_own(name):
+        # the support set is served first, and all the rest tests; fewer labels than that test too
+        num_test = left if left >= 0 else len(pool)
     elif num_test > left:
         # a benchmark smaller than was asked for: the test takes all that the support set leaves,
         # or half of it where train or prompts need the rest
@@ -442,13 +442,13 @@ def _choose_prompts(cfg, name, rows, train, support, test, prompts_from):
             source.append(make_example(name, row, cfg.data.format))
     # transductive prompts are the papers' way: stated in every report
     source += test if prompts_from == "test" else train
-    if name == cfg.task and len(source) < cfg.generator.num_prompts:
+    if cfg.is_own(name) and len(source) < cfg.generator.num_prompts:
         source += support  # a small file
 
     prompts = _distinct_texts(source)[: cfg.data.num_prompts]
     if not prompts:
         how = "lower data.num_test or add rows"
-        if name == cfg.task:
+        if cfg.is_own(name):
             how = "add rows with nothing but a question"
         raise UserError(
             f"task {name}: no unlabelled prompts remain (data.prompts_from={prompts_from}); {how}"

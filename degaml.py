@@ -8,6 +8,7 @@ Order: default < config=file.yaml < key=value. The same command continues after 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import sys
@@ -26,6 +27,7 @@ import collect
 import config
 import doctor
 import evaluate
+import export
 import generator
 import methods
 import own_task
@@ -58,11 +60,34 @@ def run_all(run: Run) -> dict:
     return summary
 
 
+def prepare(run: Run) -> dict:
+    """What an adapter for your own task needs of a run: its checkpoints, and one generator.
+
+    The generator is the one that is trained on all tasks, as nothing is left out for a new one.
+    """
+    cfg = run.cfg
+    outside = cfg.data.test_tasks[:1]
+    if not outside:
+        raise UserError("stage=prepare: data.test_tasks is empty; name one task out of domain")
+
+    # a target out of domain asks for no leave-one-out set
+    section = cfg.data.model_copy(update={"targets": outside})
+    narrow = dataclasses.replace(run, cfg=cfg.model_copy(update={"data": section}))
+    if run.rank == 0:
+        run.log(doctor.forecast(narrow))
+    summary: dict = {}
+    for name in ("collect", "generator", "policy"):
+        if name not in methods.idle_stages(cfg.evaluate.methods):
+            summary |= run_stage(name, narrow)
+    return summary
+
+
 STAGES = {
     "all": run_all,
+    "prepare": prepare,
     **PIPELINE,
     "analyze": analysis.analyze,
-    "export": own_task.export_adapter,
+    "export": export.export_adapter,
     "predict": own_task.predict,
     "contexts": policy.write_contexts,
     "assets": assets.fetch_assets,

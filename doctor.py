@@ -70,10 +70,8 @@ def check(run: Run) -> dict:
     conditions.check_encoder(run.cfg)
     policy.check_search(run.cfg)
     tasks = data.load_tasks(run)
-    lm = scoring.load_lm(run)
-    for line in proof.prove_model(lm):
-        print(line)
-    layout = lm.layout
+    proof.ensure(run)
+    layout = scoring.load_lm(run).layout
     print(
         f"{len(tasks)} tasks, {layout.num_tokens} weight tokens of "
         f"({layout.rank}, {layout.width}), D = {layout.size:,}: ready"
@@ -116,6 +114,22 @@ def examine(run: Run) -> dict:
         print(f"{name:12} {gib} {need.seconds / 3600:9.2f}")
     refuse(needs, memory, disk, run.device)
     return {}
+
+
+def forecast(run: Run) -> str:
+    """How long it takes from nothing to the adapter of one target, from one step measured now."""
+    case = open_case(run)
+    needs = predict(case)
+    # ranks share the training tasks out; the rest is one unit each
+    sharing = {"collect": min(run.world, len(run.cfg.data.train_tasks))}
+    minutes = {}
+    for stage, need in needs.items():
+        minutes[stage] = need.seconds / sharing.get(stage, 1) / 60
+    parts = ", ".join(f"{stage} {value:.1f}" for stage, value in minutes.items())
+    return (
+        f"about {sum(minutes.values()):.0f} minutes to the adapter, if nothing is there yet "
+        f"({parts}; predicted from one measured step)"
+    )
 
 
 @dataclass(frozen=True)

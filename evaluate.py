@@ -169,10 +169,7 @@ def _one_adapter(run, task, method):
     if method == "full_data":
         return collect.last_checkpoint(run, lm, task.name)
     if method == "wrong_prompts":
-        # two places on in the list of tasks, never a twin such as ARC-c and ARC-e
-        names = run.cfg.data.train_tasks + run.cfg.data.test_tasks
-        place = names.index(task.name) + 2
-        other = names[place % len(names)]
+        other = generator.wrong_task(run, task.name)
         return generator.generate_adapter(run, task.name, 0, prompts_of=other)[0]
     # a baseline, or what a strategy made
     return lora.load_adapter(run.path / f"adapted/{method}/{task.name}", lm.layout)

@@ -642,3 +642,11 @@ def generate_adapter(
         out = generator.decoder(condition.float().to(run.device))
     tokens = generator.code.decode(out[0].cpu())
     return from_tokens(tokens, generator.code.layout), index
+
+
+def wrong_task(run: Run, name: str) -> str:
+    """The task whose prompts are the control `wrong_prompts` of a task."""
+    # two places on in the list of tasks, never a twin such as ARC-c and ARC-e
+    names = run.cfg.data.train_tasks + run.cfg.data.test_tasks
+    place = names.index(name) + 2
+    return names[place % len(names)]

@@ -18,7 +18,7 @@ import data
 import scoring
 from config import UserError
 from data import Example
-from scoring import LM
+from scoring import LM, Row
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,35 @@ class Shots:
             shape = (rows, -1, -1, -1)
             cache.update(keys.expand(shape), values.expand(shape), layer)
         return cache
+
+    def chat_behind(self, lm: LM, example: Example) -> str:
+        """What a chat goes on with when it asks this question, in the letter format."""
+        whole = scoring.chat_prompt(
+            lm.tokenizer, self.system, example.prompt, _turns(self.examples)
+        )
+        return whole[len(self.text) :]
+
+    def read_behind(self, lm: LM, rows: list[Row]):
+        """Rows in one sequence, so that the text is there once: (ids, starts, model's output)."""
+        lm.read += len(rows) * self.tokens
+        total = sum(row.length for row in rows)
+        ids, positions, mask, starts = scoring.pack(rows, lm.model.device, total)
+
+        # every row sees all of the text
+        seen = mask.new_ones(*mask.shape[:-1], self.tokens)
+        out = lm.model.get_decoder()(
+            ids,
+            attention_mask=torch.cat([seen, mask], -1),
+            position_ids=positions + self.tokens,
+            past_key_values=self.cache(len(ids)),
+            use_cache=True,
+        )
+        return ids, starts, out
+
+
+def _turns(examples):
+    """Questions and answers of a chat."""
+    return [(example.prompt, example.answer) for example in examples]
 
 
 @contextmanager
@@ -116,7 +145,7 @@ def _text(lm, chosen, system):
             solved.append(f"{context}{answer}\n\n")
         return "".join(solved)
     # whatever the template writes before two different questions
-    turns = [(example.prompt, example.answer) for example in chosen]
+    turns = _turns(chosen)
     wholes = [scoring.chat_prompt(lm.tokenizer, system, user, turns) for user in ("a", "b")]
     return os.path.commonprefix(wholes)
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import config
 import runtime
 from config import UserError
 
@@ -39,7 +40,7 @@ class Layout:
 
     modules: tuple[tuple[str, int, int, int], ...]
     rank: int
-    alpha: int
+    alpha: float
     width: int
 
     @property
@@ -360,9 +361,9 @@ def save_adapter(folder: Path, adapter: Adapter, layout: Layout, model_config) -
     runtime.save_tensors(folder / "adapter_model.safetensors", adapter, {"format": "pt"})
 
     modules = sorted({_last_name(path) for path, *_ in layout.modules})
-    config = LoraConfig(
+    settings = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model_config.name,
+        base_model_name_or_path=base_name(model_config),
         revision=model_config.revision,
         r=layout.rank,
         lora_alpha=layout.alpha,
@@ -370,8 +371,15 @@ def save_adapter(folder: Path, adapter: Adapter, layout: Layout, model_config) -
         inference_mode=True,
     )
     # PEFT's own writer is not whole-or-not-at-all, and it orders a set as the process hashes it
-    fields = config.to_dict() | {"target_modules": modules}
+    fields = settings.to_dict() | {"target_modules": modules}
     runtime.write_json(folder / "adapter_config.json", fields)
+
+
+def base_name(model_config) -> str:
+    """The base model as other tools find it from any folder: an absolute path, or a hub id."""
+    # relative paths of a configuration mean the repository's
+    folder = config.ROOT / model_config.name
+    return str(folder.absolute()) if folder.is_dir() else model_config.name
 
 
 def load_adapter(path: Path, layout: Layout) -> Adapter:
@@ -405,11 +413,15 @@ def _check_scale(file: Path, layout: Layout) -> None:
     """Raises: UserError: PEFT would apply the adapter with another alpha than this layout."""
     from peft import LoraConfig
 
-    config = LoraConfig.from_peft_type(**runtime.read_json(file))
-    if config.lora_alpha != layout.alpha:
+    settings = LoraConfig.from_peft_type(**runtime.read_json(file))
+    scale = settings.lora_alpha / settings.r
+    if settings.use_rslora:
+        scale = settings.lora_alpha / settings.r**0.5
+    if not math.isclose(scale, layout.scale):
         raise UserError(
-            f"{file}: lora_alpha is {config.lora_alpha}, expected {layout.alpha}; "
-            "the adapter was trained at another scale"
+            f"{file}: lora_alpha is {settings.lora_alpha}, r is {settings.r}, use_rslora is "
+            f"{settings.use_rslora}: a scale of {scale:g}, expected {layout.scale:g}; the adapter "
+            "was trained at another scale"
         )
 
 

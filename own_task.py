@@ -1,11 +1,10 @@
-"""Your own task: an adapter from its prompts, a folder other tools load, answers to new inputs.
+"""Your own task: an adapter from its prompts, a verdict on it, answers to new inputs.
 
     python degaml.py stage=adapt task=my_task.jsonl
-    python degaml.py stage=export task=arc_e output=my_adapter
     python degaml.py stage=predict adapter=my_adapter input=new.jsonl output=answers.jsonl
 
 Unlabelled prompts are enough for a generated adapter. With labelled rows the policy refines it, and
-rows held out tell the gain. `export` also takes a task of the run.
+all rows beyond the support set are held out: they tell whether it is worth using.
 """
 
 from __future__ import annotations
@@ -18,23 +17,21 @@ import conditions
 import config
 import data
 import evaluate
-import lora
+import export
 import methods
 import policy
+import proof
 import records
-import report
-import results
 import runtime
 import scoring
 import strategies
-from config import Config, UserError
+import verdict
+from config import UserError
 from runtime import Run
-from scoring import LM
-from strategies import Refined, Router
 
 
 def adapt_own(run: Run) -> dict:
-    """Generate, refine where labels allow, measure on held-out rows, export. Prints the outcome."""
+    """Generate, refine where labels allow, judge on held-out rows, export what is not worse."""
     cfg = run.cfg
     task = data.load_tasks(run)[cfg.task]
     left_out = data.left_out_for(cfg, cfg.task)
@@ -44,6 +41,9 @@ def adapt_own(run: Run) -> dict:
             "run with stage=all (stage=collect and stage=generator, where its methods need none), "
             "or name a finished one by run="
         )
+
+    proof.ensure(run)
+    run.barrier()
 
     # the next file of this name gets another one
     place = cfg.data.jsonl.get(cfg.task) or cfg.data.hub.get(cfg.task)
@@ -74,8 +74,18 @@ def adapt_own(run: Run) -> dict:
             f"fewer than data.num_support={cfg.data.num_support} labelled rows: the generated "
             "adapter, not refined"
         )
-    print("\n".join(held_out_table(run)))
-    return export_adapter(run)
+    method = export.adapted_method(run)
+    judged = verdict.judge(run, task, method)
+    print("\n".join([*judged.table, judged.text]))
+
+    # a worse adapter is not what anyone came for
+    if judged.decision == verdict.KEEP_BASE and cfg.method == "auto":
+        print(
+            f"not exported; stage=export run={cfg.run} task={cfg.task} method={method} exports it "
+            "all the same"
+        )
+        return {"exported": ""}
+    return export.export_adapter(run)
 
 
 def _label_free(run):
@@ -84,225 +94,6 @@ def _label_free(run):
     section = run.cfg.evaluate.model_copy(update={"methods": wanted})
     cfg = run.cfg.model_copy(update={"evaluate": section})
     return dataclasses.replace(run, cfg=cfg)
-
-
-def held_out_table(run: Run) -> list[str]:
-    """Accuracy of each method on the held-out rows, and its paired gains.
-
-    Gains are over the base model and over an adapter from a wrong task's prompts.
-    """
-    cfg = run.cfg
-    metric = cfg.evaluate.metric
-    frame = results.load_frame(run.path, [cfg.task])
-    lines = []
-    for method in cfg.evaluate.methods:
-        found = results.accuracy(frame, method, cfg.task, metric)
-        if found is None:
-            continue
-        line = f"  {method:14} {100 * found['mean']:5.1f} ± {report.in_percent(found['se'], 1)} %"
-        for other in ("base", "wrong_prompts"):
-            gain = results.paired(frame, method, other, cfg.task, metric)
-            if gain:
-                points = f"{100 * gain['diff']:+6.1f} ± {report.in_percent(gain['se'], 1)}"
-                line += f"   {points} vs {other}"
-        lines.append(line)
-    if not lines:
-        return ["no labelled rows are left to measure it on"]
-    return [f"held-out accuracy ({metric}), paired difference in points ± standard error", *lines]
-
-
-def export_adapter(run: Run) -> dict:
-    """What a method made of a task, as a folder: PEFT adapters and strategy.json. Prints its use.
-
-    The (first) adapter is at the top, where other tools look for it. Those of an ensemble are also
-    in adapter_0/, adapter_1/, and so on. Where a router chooses between them, routing.safetensors
-    holds the embeddings of each adapter's prompts, (prompts, d).
-    Raises: UserError: the task has no adapter in this run.
-    """
-    cfg = run.cfg
-    if run.rank:
-        return {}
-
-    # what the method chose
-    method = _adapted_method(run)
-    source = run.path / f"adapted/{method}/{cfg.task}"
-    strategy = strategies.KEEP
-    if method in methods.PROPOSING:
-        strategy = evaluate.load_strategy(source)
-
-    # an ensemble or steering is made again, any other choice is a stored adapter
-    lm = scoring.load_lm(run)
-    if strategy.family in strategies.REPEATED:
-        task = data.load_tasks(run)[cfg.task]
-        target = policy.make_target(run, task, aligned=method in methods.ALIGNED)
-        refined = strategies.execute(target, strategy)
-    else:
-        refined = Refined([lora.load_adapter(source, lm.layout)])
-
-    # the folder
-    folder = Path(cfg.output or run.path / "export" / cfg.task)
-    _save_adapters(cfg, folder, refined, lm)
-    facts = {
-        # where they come from
-        "task": cfg.task,
-        "method": method,
-        "strategy": strategy.as_dict(),
-        # how they are used
-        "adapters": len(refined.adapters),
-        "combine": refined.combine,
-        "slot": refined.slot,
-        # what they fit
-        "base_model": cfg.model.name,
-        "format": cfg.data.format,
-        "options": data.load_tasks(run)[cfg.task].data.get("classes", []),
-    }
-    runtime.write_json(folder / "strategy.json", facts)
-    print("\n".join(usage(cfg, folder, refined, lm)))
-    return {"exported": str(folder)}
-
-
-def _adapted_method(run):
-    """The method to export: `method`, or for `auto` the best one that adapted the task.
-
-    Raises: UserError: there is none; the methods that did are named.
-    """
-    cfg = run.cfg
-    if not cfg.task:
-        known = cfg.data.test_tasks or cfg.data.train_tasks
-        raise UserError(f"stage=export needs task=: a task of the run, such as task={known[0]}")
-
-    done = sorted(run.path.glob(f"adapted/*/{cfg.task}/DONE.json"))
-    adapted = [record.parent.parent.name for record in done]
-    method = cfg.method
-    if method == "auto":
-        # a refined adapter of an earlier file is passed over where no policy is asked for now
-        refines = "degaml_plus" in adapted and "degaml_plus" in cfg.evaluate.methods
-        method = "degaml_plus" if refines else "generator"
-    if method in adapted:
-        return method
-
-    hint = "run stage=adapt task=your_file.jsonl"
-    if adapted:
-        hint = f"method= may be {', '.join(adapted)}"
-    raise UserError(f"task={cfg.task}: {method} was not adapted in {run.path}; {hint}")
-
-
-def _save_adapters(cfg, folder, refined, lm):
-    """The adapters as PEFT folders, and what a router needs to choose between them."""
-    adapters = refined.adapters
-    # other tools look for an adapter at the top
-    places = {folder: adapters[0]}
-    if len(adapters) > 1:
-        places |= zip(_places(folder, len(adapters)), adapters, strict=True)
-    for place, adapter in places.items():
-        lora.save_adapter(place, adapter, lm.layout, cfg.model)
-    if refined.router is not None:
-        embeddings = {str(i): batch for i, batch in enumerate(refined.router.batches)}
-        runtime.save_tensors(folder / "routing.safetensors", embeddings)
-
-
-def _places(folder, count):
-    """Where the adapters of an exported folder lie."""
-    if count == 1:
-        return [folder]
-    return [folder / f"adapter_{i}" for i in range(count)]
-
-
-def usage(cfg: Config, folder: Path, refined: Refined, lm: LM) -> list[str]:
-    """The lines that load an exported folder elsewhere."""
-    model = cfg.model.name
-    # each is whole, to be copied
-    lines = [
-        f"adapter: {folder}",
-        f"  PEFT     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), "
-        f"{str(folder)!r})",
-        f"  vLLM     vllm serve {model} --enable-lora --max-lora-rank {lm.layout.rank} "
-        f"--lora-modules {cfg.task}={folder}",
-        f"  lm-eval  lm_eval --model hf --model_args pretrained={model},peft={folder} "
-        "--tasks <task>",
-        f"  here     python degaml.py stage=predict run={cfg.run} adapter={folder} "
-        "input=new.jsonl output=answers.jsonl",
-    ]
-    if refined.combine or refined.slot:
-        kind = refined.combine or "latent steering"
-        lines.append(
-            f"  note     the chosen strategy is not one adapter ({kind}): stage=predict executes "
-            "it, other tools load its first adapter alone"
-        )
-    return lines
-
-
-def load_exported(folder: Path, run: Run) -> tuple[str, tuple[str, ...], Refined]:
-    """An exported folder, ready to score.
-
-    Returns: the name of its task, the options of rows that have none, and what it holds.
-    Raises: UserError: a file is missing, damaged, or names what this code does not know.
-    """
-    facts = runtime.read_json(folder / "strategy.json")
-    count, combine, slot = _checked_facts(folder, facts, run.cfg)
-    layout = scoring.load_lm(run).layout
-    adapters = [lora.load_adapter(place, layout) for place in _places(folder, count)]
-    router = None
-    if combine in strategies.ROUTERS:
-        router = _load_router(folder, count, run)
-    options = tuple(map(str, facts.get("options") or ()))
-    return str(facts.get("task")), options, Refined(adapters, combine, slot, router)
-
-
-def _checked_facts(folder, facts, cfg):
-    """(number of adapters, how to combine them, latent steering) of a strategy.json.
-
-    Nothing in it may ask for more work than the configuration allows.
-    """
-    bounds = cfg.strategies
-    # the file may come from anywhere: its types are not to be relied on
-    try:
-        count = int(facts["adapters"])
-        combine = str(facts["combine"])
-        slot = facts["slot"]
-        allowed = 1 <= count <= bounds.max_prompt_batches
-        if slot:  # null: no steering
-            slot = (int(slot[0]), float(slot[1]))
-            allowed &= 1 <= slot[0] <= bounds.max_slot_steps
-            allowed &= 0 < slot[1] <= bounds.max_slot_lr
-        if not allowed:
-            raise ValueError("adapters or slot lie outside strategies.* of the configuration")
-        known = combine in ("", *strategies.TTS_METHODS)
-        if not known or bool(combine) != (count > 1):
-            raise ValueError(f"combine is {combine!r} for {count} adapter(s)")
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(
-            f"{folder}/strategy.json: {type(error).__name__} {error}; expected a folder made by "
-            "stage=export"
-        ) from None
-
-    # an adapter fits one base model, and one form of prompt
-    needed = {"base_model": cfg.model.name, "format": cfg.data.format}
-    keys = {"base_model": "model.name", "format": "data.format"}
-    for fact, here in needed.items():
-        if facts.get(fact) != here:
-            raise UserError(
-                f"{folder}/strategy.json: made for {keys[fact]}={facts.get(fact)}, here {here}; "
-                "name the run it came from by run="
-            )
-    return count, combine, slot
-
-
-def _load_router(folder, count, run):
-    """What chooses between the adapters. Raises: UserError: it is not for as many."""
-    file = folder / "routing.safetensors"
-    batches = runtime.load_tensors(file)
-    # in numbers' order, as 10 sorts before 2 in a file
-    names = [str(i) for i in range(count)]
-    if set(batches) != set(names):
-        raise UserError(f"{file}: holds {sorted(batches)}, expected one entry per adapter")
-    in_order = [batches[name] for name in names]
-
-    def embed(examples):
-        texts = [conditions.condition_text(run, example) for example in examples]
-        return conditions.encode_texts(run, texts)[1]
-
-    return Router(in_order, embed)
 
 
 def predict(run: Run) -> dict:
@@ -323,8 +114,9 @@ def predict(run: Run) -> dict:
             f"adapter={folder}: no such folder; stage=adapt task=… or stage=export task=… makes one"
         )
     # the folder, and the inputs: prompts have the form of the adapter's task
+    run, task_name, options, refined = export.load_exported(folder, run)
     lm = scoring.load_lm(run)
-    task_name, options, refined = load_exported(folder, run)
+    proof.ensure(run)
     rows = records.read_file(Path(cfg.input), labels=None, free=True, options=options)
     examples = [data.make_example(task_name, row, cfg.data.format) for row in rows]
 

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import transformers
 
 import lora
+import runtime
 import scoring
 from config import UserError
 from data import Example
 from lora import Layout
+from runtime import Run
 from scoring import LM, Row
 
 # Nats per token that two ways to compute the same score may differ: SmolLM2-135M had 0.16 in
@@ -31,6 +34,34 @@ QUESTIONS = (
     ("Who keeps bees?", ("a beekeeper", "the captain of a ship", "nobody")),
 )
 SENTENCE = "The old town lies at the river between two hills, and its market opens on Monday. "
+
+
+def ensure(run: Run) -> None:
+    """Prove the base model, unless this run folder's proof.json says it was proved as it is now.
+
+    Rank 0 does; a barrier behind it is the caller's.
+    Raises: UserError: as of `prove_model`.
+    """
+    if run.rank:
+        return
+    cfg = run.cfg
+    lm = scoring.load_lm(run)
+    case = {
+        "model": cfg.model.model_dump(),
+        "architecture": lm.model.config.model_type,
+        "format": cfg.data.format,
+        "max_tokens": cfg.data.max_tokens,
+        "device": str(lm.model.device),
+        "dtype": str(lm.model.dtype),
+        "versions": [torch.__version__, transformers.__version__],
+    }
+    file = run.path / "proof.json"
+    if file.is_file() and runtime.read_json(file).get("case") == case:
+        return
+    notes = prove_model(lm)
+    runtime.write_json(file, {"case": case, "notes": notes})
+    for note in notes:
+        run.log(note)
 
 
 def prove_model(lm: LM) -> list[str]:

@@ -22,8 +22,8 @@ from formats import Row
 SYNONYMS = {
     "id": "id uid qid questionid",
     "question": "question prompt text sentence query problem questionstem stem goal input "
-    "instruction hypothesis review content",
-    "context": "context passage paragraph article premise",
+    "instruction hypothesis sentence2 review content",
+    "context": "context passage paragraph article premise sentence1",
     "choices": "choices options endings candidates alternatives",
     "gold": "gold labeltext labelname label answerkey answerindex answeridx correctanswer "
     "correctoption correct answer target class category output completion response",

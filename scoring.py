@@ -207,9 +207,7 @@ def input_text(lm: LM, example: Example) -> str:
     if lm.form == "cloze":
         return example.text
     if lm.shots:
-        turns = [(shot.prompt, shot.answer) for shot in lm.shots.examples]
-        whole = chat_prompt(lm.tokenizer, lm.shots.system, example.prompt, turns)
-        return whole[len(lm.shots.text) :]
+        return lm.shots.chat_behind(lm, example)
     system = data.LETTER_SYSTEM if example.options else data.GENERATE_SYSTEM
     return chat_prompt(lm.tokenizer, example.system or system, example.prompt)
 
@@ -452,7 +450,7 @@ def hidden_states(lm: LM, rows: list[Row]):
     for group in _similar_lengths(rows, enough):
         members = [rows[i] for i in group]
         if lm.shots:
-            ids, begins, out = _behind_shots(lm, decoder, members)
+            ids, begins, out = lm.shots.read_behind(lm, members)
         else:
             ids, positions, mask, begins = pack(members, lm.model.device)
             out = decoder(ids, attention_mask=mask, position_ids=positions, use_cache=False)
@@ -464,22 +462,6 @@ def hidden_states(lm: LM, rows: list[Row]):
     if len(states) == 1:  # mostly, and then nothing is copied
         return states[0], starts
     return torch.cat(states), starts
-
-
-def _behind_shots(lm, decoder, rows):
-    """Rows that all see the solved examples: in one sequence, so that these are there once."""
-    lm.read += len(rows) * lm.shots.tokens
-    total = sum(row.length for row in rows)
-    ids, positions, mask, begins = pack(rows, lm.model.device, total)
-    before = mask.new_ones(*mask.shape[:-1], lm.shots.tokens)
-    out = decoder(
-        ids,
-        attention_mask=torch.cat([before, mask], -1),
-        position_ids=positions + lm.shots.tokens,
-        past_key_values=lm.shots.cache(len(ids)),
-        use_cache=True,
-    )
-    return ids, begins, out
 
 
 def project(lm: LM, hidden: Tensor) -> Tensor:

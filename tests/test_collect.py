@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import make_run
 
+import proof
 import scoring
 from collect import collect_adapters, load_checkpoints
 from config import UserError
@@ -64,6 +65,7 @@ def test_collect_names_the_step_of_a_non_finite_loss(tiny_args, monkeypatch):
         calls.append(1)
         return real(lm, rows) * (float("nan") if len(calls) == 3 else 1)
 
+    proof.ensure(run)  # which trains a step itself
     monkeypatch.setattr(scoring, "lm_loss", poisoned)
     with pytest.raises(UserError, match=r"step 3 .*last finite") as e:
         collect_adapters(run)

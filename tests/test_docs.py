@@ -117,7 +117,8 @@ def test_commands_run(copy, words, tmp_path, monkeypatch, capsys):
     """The commands for one machine, in order, in a user's own folder, on the tiny run and model."""
     write_own_files(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "demo").symlink_to(copy)
+    for name in ("demo", "smollm2"):
+        (tmp_path / name).symlink_to(copy)
     shown = DOCS["own-task.md"] + section(README, "Your own task")
     shown += section(README, "Edit YAML and rerun")
     shown = shown.replace("hf:allenai/openbookqa/main", "hf:openbookqa")  # a folder
@@ -126,7 +127,7 @@ def test_commands_run(copy, words, tmp_path, monkeypatch, capsys):
     mine = files.replace("{", f'{{"mytask": "{tmp_path}/my_task.jsonl", ')
     shown = shown.replace("data.jsonl='{mytask: my_task.jsonl}'", f"'{mine}'")
 
-    assert len(commands(shown)) == 15
+    assert len(commands(shown)) == 14
     for argv in commands(shown):
         if "config=configs/smollm2.yaml" in argv and argv[0] != "stage=doctor":
             argv.remove("config=configs/smollm2.yaml")

@@ -11,6 +11,7 @@ import torch
 from conftest import run_command, tiny_rows
 
 import data
+import export as export_room
 import lora
 import own_task
 import policy
@@ -20,6 +21,8 @@ import strategies
 from config import UserError, load_config
 from runtime import Run, read_json, read_jsonl, write_json
 from strategies import TTS_METHODS, Strategy
+
+DEFAULT = "config=configs/default.yaml"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,12 +89,13 @@ def test_file_to_adapter_and_answers(copy, own, answers, tmp_path, capsys):
     before = [path.read_bytes() for path in described]
     assert adapt(copy, own) == 0
     said = capsys.readouterr().out
-    assert "my_task: 10 unlabelled prompts, 8 support and 12 held-out" in said
+    assert "my_task: 8 unlabelled prompts, 8 support and 22 held-out" in said
     for text in (
         "degaml_plus",
-        "vs base",
-        "vs wrong_prompts",
-        "PeftModel",
+        "against the base model",
+        "Wrong prompts (control)",
+        "verdict: ",
+        "AutoPeftModelForCausalLM",
         "vllm serve",
         "lm_eval",
     ):
@@ -117,7 +121,7 @@ def test_file_to_adapter_and_answers(copy, own, answers, tmp_path, capsys):
 def test_held_out_rows_are_not_among_prompts_or_support(copy, own):
     """The rows the gain is measured on have shaped nothing."""
     task = task_of(copy, own)
-    assert [len(rows) for rows in (task.test, task.support, task.train)] == [12, 8, 10]
+    assert [len(rows) for rows in (task.test, task.support, task.train)] == [22, 8, 0]
     held_out = {example.text for example in task.test}
     assert not held_out & {example.text for example in task.support}
     assert not held_out & set(task.prompts)
@@ -198,7 +202,7 @@ def test_released_file_by_name(copy, tmp_path):
     file = tmp_path / "released.json"
     file.write_text(json.dumps(labelled))
     task = task_of(copy, file)
-    assert (len(task.test), len(task.support), len(task.prompts)) == (12, 8, 10)
+    assert (len(task.test), len(task.support), len(task.prompts)) == (22, 8, 8)
     assert {e.answer for e in task.test} == {"always"}  # as in the rows they were made of
 
     for row in labelled:
@@ -220,7 +224,7 @@ def test_hub_data_set_by_name(copy, tmp_path):
     write_rows(folder / "train.jsonl", records)
     columns = "{question: stem, choices: choices, gold: answerKey}"
     task = task_of(copy, f"hf:{folder}", f"data.columns={{openbook: {columns}}}")
-    assert (len(task.test), len(task.support)) == (12, 8)
+    assert (len(task.test), len(task.support)) == (22, 8)
     assert task.test[0].options
     # the columns have usual names: they need not be given
     assert same_examples(task_of(copy, f"hf:{folder}"), task)
@@ -235,6 +239,35 @@ def test_changed_file_is_not_mixed_with_its_old_adapter(copy, own, capsys):
     assert adapt(copy, own) == 2
     assert "data.jsonl" in capsys.readouterr().err
     assert adapt(copy, own, "overwrite=true") == 0
+
+
+def test_from_nothing_to_an_adapter(words, own, tmp_path, capsys):
+    """What `make adapter` runs: the checkpoints and one generator, then the adapter; no more."""
+    run = tmp_path / "new"
+    settings = [*words, f"run={run}"]
+    assert run_command([*settings, "stage=check", DEFAULT, f"task={own}"]) == 0
+    assert run_command([*settings, "stage=prepare"]) == 0
+    said = capsys.readouterr().out
+    assert "minutes to the adapter, if nothing is there yet (collect " in said
+    assert [path.name for path in (run / "generator").iterdir()] == ["all"]
+    assert not (run / "adapted").exists()
+    made = [path.stat().st_mtime_ns for path in sorted(run.rglob("DONE.json"))]
+
+    assert adapt(run, own) == 0
+    assert "verdict: " in capsys.readouterr().out
+    # a second time nothing is trained again, and the run is no other than it was
+    assert run_command([*settings, "stage=prepare"]) == 0
+    kept = [path for path in sorted(run.rglob("DONE.json")) if "my_task" not in str(path)]
+    assert [path.stat().st_mtime_ns for path in kept] == made
+    assert load_config([f"run={run}", "stage=report"])[0].data.targets == []
+
+
+def test_a_faulty_file_is_found_before_the_hours(words, tmp_path, capsys):
+    """`check` reads the file too."""
+    bad = write_rows(tmp_path / "bad.jsonl", [*fresh_rows(9), {"question": " "}])
+    settings = [*words, f"run={tmp_path / 'new'}"]
+    assert run_command([*settings, "stage=check", DEFAULT, f"task={bad}"]) == 2
+    assert "bad.jsonl:10: `question` is missing or empty" in capsys.readouterr().err
 
 
 def test_two_files_of_one_name(copy, tmp_path, capsys):
@@ -408,7 +441,7 @@ def test_predict_executes_what_is_no_adapter(copy, tmp_path, capsys, chosen):
     task = data.load_task(cfg, "delta")
     test = list(task.test)
     inside = strategies.execute(policy.make_target(run, task), Strategy.from_dict(chosen))
-    name, _, exported = own_task.load_exported(out, run)
+    _, name, _, exported = export_room.load_exported(out, run)
     want = strategies.score_refined(lm, inside, test)
     got = strategies.score_refined(lm, exported, test)
     assert name == "delta"

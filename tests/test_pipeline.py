@@ -26,7 +26,7 @@ from runtime import Run, read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = {"alpha": "id", "beta": "id", "gamma": "id", "delta": "ood", "epsilon": "ood"}
-METHODS = ("base", "mean", "wrong_prompts", "generator", "degaml", "degaml_plus", "no_meta")
+METHODS = ("base", "icl", "mean", "wrong_prompts", "generator", "degaml", "degaml_plus", "no_meta")
 METHODS_IN = {"id": {*METHODS, "full_data"}, "ood": set(METHODS)}
 
 # What may differ between two runs of one configuration: how long it took, and how it was made.
