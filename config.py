@@ -536,9 +536,7 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
         flat["data.test_tasks"] = [*flat["data.test_tasks"], name]
     # what a verdict needs: the base model, the adapter, what it is refined to, and the controls
     if not methods_given:
-        flat["evaluate.methods"] = [
-            *("base", "icl", "wrong_prompts", "generator", "degaml_plus", "no_meta")
-        ]
+        flat["evaluate.methods"] = list(methods.OWN_TASK)
     return []
 
 

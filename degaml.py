@@ -71,14 +71,16 @@ def prepare(run: Run) -> dict:
         raise UserError("stage=prepare: data.test_tasks is empty; name one task out of domain")
 
     # a target out of domain asks for no leave-one-out set
-    section = cfg.data.model_copy(update={"targets": outside})
-    narrow = dataclasses.replace(run, cfg=cfg.model_copy(update={"data": section}))
+    sections = {
+        "data": cfg.data.model_copy(update={"targets": outside}),
+        "evaluate": cfg.evaluate.model_copy(update={"methods": list(methods.OWN_TASK)}),
+    }
+    narrow = dataclasses.replace(run, cfg=cfg.model_copy(update=sections))
     if run.rank == 0:
         run.log(doctor.forecast(narrow))
     summary: dict = {}
     for name in ("collect", "generator", "policy"):
-        if name not in methods.idle_stages(cfg.evaluate.methods):
-            summary |= run_stage(name, narrow)
+        summary |= run_stage(name, narrow)
     return summary
 
 

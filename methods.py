@@ -101,6 +101,8 @@ ALIGNED = _ids_by_start("aligned")
 GENERATED = _ids_by_start("generated", "wrong prompts", "aligned")
 # methods that fine-tune on the support labels without a policy of their own
 BASELINES = _ids_by_start("plain", "union", "maml", "maml, matched", "maml, q v o", "abmll")
+# by `stage=adapt` on a task of the user's own: what a verdict needs
+OWN_TASK = ("base", "icl", "wrong_prompts", "generator", "degaml_plus", "no_meta")
 # methods that need not one label of the target
 NEEDS_NO_LABELS = ("base", "generator", "mean", "wrong_prompts", "aligned")
 
