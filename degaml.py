@@ -145,6 +145,7 @@ def main(argv: list[str]) -> int:
         cfg, stage = config.load_config(argv)
         if stage not in STAGES:
             raise UserError(f"stage={stage}: unknown; legal: {', '.join(STAGES)}")
+        cfg = assets.unpack_gguf(cfg)
         os.chdir(config.ROOT)  # relative paths in a configuration mean the repository's
         run = runtime.open_run(cfg, stage, argv)
         run_stage(stage, run)

@@ -51,6 +51,9 @@ def adapt_own(run: Run) -> dict:
         known = config.own_tasks(run.path)
         runtime.write_json(run.path / config.OWN_TASKS, {**known, cfg.task: place})
 
+    if run.rank == 0:
+        _log_what_is_cut(run, task)
+
     # the stages of a run, on this one task
     if not task.support:
         run = _label_free(run)
@@ -86,6 +89,19 @@ def adapt_own(run: Run) -> dict:
         )
         return {"exported": ""}
     return export.export_adapter(run)
+
+
+def _log_what_is_cut(run, task):
+    """Too long a row loses its beginning: say how many do."""
+    lm = scoring.load_lm(run)
+    rows = [*task.support, *task.test]
+    lengths = [len(scoring.encode(lm, scoring.input_text(lm, example))) for example in rows]
+    cut = sum(length > lm.max_tokens for length in lengths)
+    if cut:
+        run.log(
+            f"{task.name}: {cut} of {len(rows)} rows have more than data.max_tokens="
+            f"{lm.max_tokens} tokens and lose their beginning"
+        )
 
 
 def _label_free(run):

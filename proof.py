@@ -14,7 +14,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 import transformers
+from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
 
+import data
 import lora
 import runtime
 import scoring
@@ -71,14 +74,16 @@ def prove_model(lm: LM) -> list[str]:
     Raises: UserError: one sentence that says what differs, by how much, and what to do.
     """
     _check_tokenizer(lm)
+    notes = _check_template(lm)
     short = []
     for number, (question, options) in enumerate(QUESTIONS):
         text = f"Question: {question}\nAnswer:"
         short.append(scoring.make_row(lm, Example(str(number), text, options, 0)))
     _compare(lm, short, "options of several questions in one pass")
     _compare(lm, [_longest_row(lm, short[0])], f"a question of {lm.max_tokens} tokens")
+    _check_cache(lm, short)
     _check_gradients(lm, short[:1])
-    return _not_adapted(lm)
+    return [*notes, *_not_adapted(lm)]
 
 
 def _check_tokenizer(lm):
@@ -124,6 +129,59 @@ def _compare(lm, rows, what):
             f"model.name={name}: {what} score differently than each option alone, by up to "
             f"{largest:.2g} nats a token ({_reason(lm)}); {_remedy(lm, what)}"
         )
+
+
+@torch.no_grad()
+def _check_cache(lm, rows):
+    """Raises: UserError: behind a padded and cached prompt a token is not what it is alone."""
+    device = lm.model.device
+    prompts = [torch.tensor(row.context) for row in rows]
+    # of unlike lengths, as in a batch of answers: padding stands on the left
+    prompts[0] = prompts[0][len(prompts[0]) // 2 :]
+    ids = pad_sequence(prompts, True, 0, padding_side="left").to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    mask = torch.arange(ids.shape[1], device=device) >= (ids.shape[1] - lengths)[:, None]
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    decoder = lm.model.get_decoder()
+    out = decoder(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+
+    token = rows[0].branches[0][0]
+    out = decoder(
+        torch.full((len(rows), 1), token, device=device),
+        attention_mask=torch.cat([mask, mask.new_ones(len(rows), 1)], 1),
+        position_ids=positions[:, -1:] + 1,
+        past_key_values=out.past_key_values,
+        use_cache=True,
+    )
+    cached = scoring.project(lm, out.last_hidden_state[:, -1]).log_softmax(-1)
+    for prompt, logprobs in zip(prompts, cached, strict=True):
+        likeliest = int(logprobs.argmax())
+        alone = _score_alone(lm, [*prompt.tolist(), token, likeliest], 1)
+        apart = abs(float(logprobs[likeliest]) - alone)
+        if apart > TOLERANCE[lm.model.dtype]:
+            raise UserError(
+                f"model.name={lm.model.name_or_path}: written answers differ behind a padded and "
+                f"cached prompt, by {apart:.2g} nats a token ({_reason(lm)}); {_remedy(lm, '')}"
+            )
+
+
+def _check_template(lm):
+    """What a user should know of the chat template. Raises: UserError: it cannot be rendered."""
+    if lm.form != "letter":
+        return []
+    try:
+        text = scoring.chat_prompt(lm.tokenizer, data.LETTER_SYSTEM, QUESTIONS[0][0])
+    except TemplateError as error:
+        raise UserError(
+            f"model.name={lm.model.name_or_path}: its chat template cannot be rendered ({error}); "
+            "use data.format=cloze"
+        ) from None
+    if "<think>" in text and "</think>" not in text:
+        return [
+            "the chat template opens <think> and cannot be told not to: a written answer may end "
+            "inside; raise evaluate.max_new_tokens, or rely on log-likelihoods"
+        ]
+    return []
 
 
 def _score_alone(lm, ids, scored):

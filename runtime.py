@@ -455,6 +455,18 @@ def _cpu_facts(field_name: str) -> str:
     return ""
 
 
+def refuse_missing(found: dict) -> None:
+    """Raises: UserError: weights that a model's files lack; transformers makes them up.
+
+    Args: found: what `from_pretrained` says with output_loading_info=True.
+    """
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{len(missing)} weights are missing, such as {missing[0]}; give the whole model"
+        )
+
+
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
     """A CPU tensor on its way; from pinned memory the copy to a GPU does not stop the host."""
     if torch.device(device).type != "cuda":

@@ -2,13 +2,19 @@
 
 import gzip
 import json
+import os
 import shutil
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import assets
-from config import UserError
+import config
+import scoring
+from config import DEFAULT, UserError, load_config
 
 ENCODER = {
     assets.ENCODER + "model.safetensors": b"weights",
@@ -153,3 +159,138 @@ def test_documents_are_read_once(wheels, tmp_path, monkeypatch):
 def test_documents_golden(task, doc, record):
     """Field by field, per source format; labels counted from 1 become indices."""
     assert assets.read_document(task, doc, label="0") == record
+
+
+# A GGUF file as base model
+
+
+def write_gguf(path, model_dir):
+    """The tiny Llama as llama.cpp's converter writes it, unquantised."""
+    import gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    shape = model.config
+    out = gguf.GGUFWriter(path, "llama")
+    out.add_block_count(shape.num_hidden_layers)
+    out.add_context_length(shape.max_position_embeddings)
+    out.add_embedding_length(shape.hidden_size)
+    out.add_feed_forward_length(shape.intermediate_size)
+    out.add_head_count(shape.num_attention_heads)
+    out.add_head_count_kv(shape.num_key_value_heads)
+    out.add_key_length(shape.head_dim)
+    out.add_value_length(shape.head_dim)
+    out.add_rope_dimension_count(shape.head_dim)
+    out.add_rope_freq_base(shape.rope_parameters["rope_theta"])
+    out.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    out.add_vocab_size(shape.vocab_size)
+    out.add_file_type(gguf.LlamaFileType.ALL_F32)
+
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    special = set(tokenizer.all_special_tokens) | {"<|im_start|>"}
+    kinds = [3 if token in special else 1 for token in tokens]
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre("gpt-2")
+    out.add_token_list(tokens)
+    out.add_token_types(kinds)
+    out.add_token_merges([" ".join(pair) for pair in parts["merges"]])
+    out.add_eos_token_id(tokenizer.eos_token_id)
+    out.add_pad_token_id(tokenizer.pad_token_id)
+    out.add_chat_template(tokenizer.chat_template)
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":  # tied to the embedding
+            continue
+        heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
+        count = heads.get(name.split(".")[-2])
+        if count:  # llama.cpp turns pairs, transformers turns halves
+            halves = tensor.view(count, 2, -1, tensor.shape[1])
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        out.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The repository's folder, in which the assets are, moved to a temporary one."""
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    return tmp_path / "assets/models"
+
+
+def with_model(file):
+    cfg, _ = load_config(["config=" + str(DEFAULT)])
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"name": str(file)})})
+
+
+def test_gguf_is_read_once_into_a_folder(tmp_path, cache, tiny_model_dir, capsys):
+    """D4: the folder's model computes what the file was written from; a second start reads it."""
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model_dir)
+    cfg = assets.unpack_gguf(with_model(file))
+    assert f"model.name={file}: a copy in GGUF (ALL_F32), read into" in capsys.readouterr().out
+    assert Path(cfg.model.name).parent == cache
+    model, tokenizer = scoring.load_base(cfg.model.name, "main", torch.float32, "cpu")
+    source, names = scoring.load_base(str(tiny_model_dir), "main", torch.float32, "cpu")
+    text = "Question: which word follows the stone?\nAnswer:"
+    ids = names(text, return_tensors="pt")["input_ids"]
+    assert tokenizer(text)["input_ids"] == ids[0].tolist()
+    torch.testing.assert_close(model(ids).logits, source(ids).logits, atol=1e-5, rtol=0)
+
+    made = (Path(cfg.model.name) / "model.safetensors").stat().st_mtime_ns
+    assert assets.unpack_gguf(with_model(file)).model.name == cfg.model.name
+    assert (Path(cfg.model.name) / "model.safetensors").stat().st_mtime_ns == made
+    # a changed file is another model
+    os.utime(file, (1, 1))
+    assert assets.unpack_gguf(with_model(file)).model.name != cfg.model.name
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [(None, "no such file"), (b"GGUF and no more", "not a GGUF file"), (b"", "not a GGUF file")],
+)
+def test_gguf_that_cannot_be_read(tmp_path, cache, content, complaint):
+    """One sentence, and nothing is left behind."""
+    file = tmp_path / "bad.gguf"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=f"model.name={file}: {complaint}"):
+        assets.unpack_gguf(with_model(file))
+    assert not cache.exists() or not list(cache.glob("gguf-*"))
+
+
+def test_gguf_without_its_weights(tmp_path, cache, tiny_model_dir, monkeypatch):
+    """What transformers would fill with random numbers is refused."""
+    import gguf
+
+    real = gguf.GGUFWriter.add_tensor
+
+    def misnamed(self, name, *more):
+        real(self, name.replace("attn_q", "attn_x"), *more)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", misnamed)
+    file = write_gguf(tmp_path / "part.gguf", tiny_model_dir)
+    with pytest.raises(UserError, match=r"2 weights are missing, such as .*q_proj"):
+        assets.unpack_gguf(with_model(file))
+    assert not list(cache.glob("gguf-*"))
+
+
+def test_gguf_of_an_unknown_kind(tmp_path, cache):
+    """An architecture that transformers does not read is named."""
+    import gguf
+
+    out = gguf.GGUFWriter(tmp_path / "odd.gguf", "clip")
+    out.add_file_type(1)
+    out.add_tensor("a", np.zeros((2, 2), np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    with pytest.raises(UserError, match=r"odd\.gguf: transformers cannot read it"):
+        assets.unpack_gguf(with_model(tmp_path / "odd.gguf"))
+    assert not list(cache.glob("gguf-*"))

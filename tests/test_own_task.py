@@ -262,6 +262,15 @@ def test_from_nothing_to_an_adapter(words, own, tmp_path, capsys):
     assert load_config([f"run={run}", "stage=report"])[0].data.targets == []
 
 
+def test_long_rows_are_counted(copy, tmp_path, capsys):
+    """What is cut is said in a line."""
+    rows = fresh_rows(20)
+    for row in rows[:3]:
+        row["question"] = "very " * 600 + row["question"]
+    assert adapt(copy, write_rows(tmp_path / "long.jsonl", rows)) == 0
+    assert "long: 3 of 20 rows have more than data.max_tokens=" in capsys.readouterr().out
+
+
 def test_a_faulty_file_is_found_before_the_hours(words, tmp_path, capsys):
     """`check` reads the file too."""
     bad = write_rows(tmp_path / "bad.jsonl", [*fresh_rows(9), {"question": " "}])

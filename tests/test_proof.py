@@ -1,11 +1,16 @@
 """The base model is proved before the hours: architectures that are read right, and others."""
 
+import copy
+import dataclasses
+from pathlib import Path
+
 import pytest
 from conftest import load_lm, save_tiny
 
 import degaml
 import proof
-from config import UserError
+from config import UserError, load_config
+from runtime import Run
 
 ALL_ATTENTION = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "cohere", "granite"]
 HYBRID = {
@@ -86,3 +91,55 @@ def test_check_refuses_and_says_what_is_left_out(tiny_args, tmp_path, capsys):
     words = [f"model.name={folder}", "model.modules=[q_proj, v_proj]"]
     assert degaml.main([*tiny_args, "stage=check", *words]) == 2
     assert "its layers are of conv, full_attention" in capsys.readouterr().err
+
+
+def test_a_cache_that_forgets_is_refused(tiny_lm, monkeypatch):
+    """Written answers go on behind a cached prompt: it must be what it was."""
+    decoder = tiny_lm.model.get_decoder()
+    real = decoder.forward
+
+    def forgetful(*args, past_key_values=None, **more):
+        if past_key_values is not None:
+            for layer in past_key_values.layers:
+                layer.values = layer.values.roll(1, 2)
+        return real(*args, past_key_values=past_key_values, **more)
+
+    monkeypatch.setattr(decoder, "forward", forgetful)
+    with pytest.raises(UserError, match="written answers differ behind a padded and cached prompt"):
+        proof.prove_model(tiny_lm)
+
+
+def test_a_template_that_thinks_is_named(tiny_lm):
+    """Where thinking cannot be turned off a line says so; a template that fails is refused."""
+    lm = dataclasses.replace(tiny_lm, form="letter")
+    lm.tokenizer = copy.deepcopy(lm.tokenizer)
+    lm.tokenizer.chat_template = "{{ messages[0].content }}{{ messages[-1].content }}<think>\n"
+    assert "the chat template opens <think>" in proof.prove_model(lm)[0]
+    lm.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="chat template cannot be rendered .roles must alternate"):
+        proof.prove_model(lm)
+
+
+def test_the_record_is_trusted_until_something_changes(tiny_args, monkeypatch):
+    """proof.json: one proof per model, format, dtype and length."""
+    proved = []
+    real = proof.prove_model
+    monkeypatch.setattr(proof, "prove_model", lambda lm: proved.append(1) or real(lm))
+    for words, times in (([], 1), ([], 1), (["data.max_tokens=64"], 2)):
+        cfg, _ = load_config([*tiny_args, *words])
+        run = Run(Path(cfg.run), cfg)
+        run.path.mkdir(exist_ok=True)
+        proof.ensure(run)
+        assert len(proved) == times
+
+
+def test_weights_that_are_not_there(tmp_path):
+    """transformers fills them with random numbers; here they are named."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are missing, such as model\.layers\.1\.mlp"):
+        load_lm(folder, 4, 8, 16, ["q_proj"])
