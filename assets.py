@@ -256,8 +256,9 @@ def _convert_gguf(target: Path) -> None:
 def _dequantise(file: Path, folder: Path, name: str, dtype: str) -> None:
     """Write the model and the tokenizer of a GGUF file as transformers reads them."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
+    logging.disable_progress_bar()
     model, found = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
