@@ -300,7 +300,7 @@ def test_main_turns_mistakes_into_one_error_line(argv, capsys, tmp_path):
     assert "Traceback" not in err and out == ""
     assert not (tmp_path / "run").exists()
     if argv == ["stage=nonsense"]:
-        assert "legal: all, collect, generator, align" in err
+        assert "legal: all, prepare, collect, generator, align" in err
 
 
 def test_help_names_every_stage(capsys):

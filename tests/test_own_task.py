@@ -389,7 +389,7 @@ PREDICT = ["stage=predict", "input=a.jsonl", "output=b.jsonl"]
             ["stage=adapt", "task=nothing.txt"],
             "expected a file (.jsonl, .json, .csv, .tsv, .parquet)",
         ),
-        (["stage=collect", "task=a.jsonl"], "stage=adapt, export or predict"),
+        (["stage=collect", "task=a.jsonl"], "stage=adapt, check, export or predict"),
         (["stage=adapt", "task=alpha.jsonl"], "rename it"),
         (["stage=adapt", "task=all.jsonl"], "rename it"),
         (["stage=adapt", "task=a.jsonl", "data.jsonl=text"], "data.jsonl (command line)"),
