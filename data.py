@@ -208,7 +208,8 @@ def make_splits(
         rest = pools["train"]
         # the whole benchmark test set is kept out of training, not only the part scored here
         held_out = pools["test"]
-        test = held_out[d.skip_test :][: test_limit(d)]
+        limit = len(held_out) if cfg.is_own(name) else test_limit(d)
+        test = held_out[d.skip_test :][:limit]
         if skips and not test:
             raise _skipped_too_far(cfg, name, f"{len(held_out)} test examples")
     else:

@@ -133,7 +133,11 @@ def predict(run: Run) -> dict:
     run, task_name, options, refined = export.load_exported(folder, run)
     lm = scoring.load_lm(run)
     proof.ensure(run)
-    rows = records.read_file(Path(cfg.input), labels=None, free=True, options=options)
+    new = Path(cfg.input)
+    columns = cfg.data.columns.get(new.stem)
+    rows = records.read_file(
+        new, labels=None, columns=columns, free=True, options=options, task=new.stem
+    )
     examples = [data.make_example(task_name, row, cfg.data.format) for row in rows]
 
     answers = [{"id": row["id"]} for row in rows]

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import benchmarks
@@ -124,13 +125,17 @@ def read_rows(
     Raises: UserError: the place and the first fault, with an example of a good row.
     """
     table = Table({})
-    flat = [row for split in rows.values() for row in split]
+    flat = list(chain.from_iterable(rows.values()))
     if not flat:
         raise UserError(f"{where}: no rows; expected rows such as {formats.GOOD_ROW}")
-    plain = [row.cells for row in flat if not formats.released_form(row.cells)]
+    cells = [row.cells for row in flat]
+    plain = [row for row in cells if not formats.released_form(row)]
     roles = Roles()
+    if plain and columns:
+        roles = _given_roles(_names(plain), where, columns, task, labels is not None)
+    elif plain:
+        roles = _find_roles(plain, where, class_names, task)
     if plain:
-        roles = _find_roles(plain, where, class_names, columns, task)
         table.notes += _describe_roles(roles, plain)
 
     for split, of_split in rows.items():
@@ -142,7 +147,7 @@ def read_rows(
                 raise formats.bad_row(row.place, e) from None
 
     # what only all of the rows together tell
-    everything = [record for split in table.splits.values() for record in split]
+    everything = list(chain.from_iterable(table.splits.values()))
     _settle_labels(everything, table, roles, where, task)
     if not free:
         _find_classes(everything, table)
@@ -153,7 +158,7 @@ def read_rows(
             table.splits[split] = _clean(records, table, labels, ids)
         if not any(table.splits.values()):
             raise UserError(
-                f"{where}: no row has a label (columns: {_names(flat)}); expected rows such as "
+                f"{where}: no row has a label (columns: {_names(cells)}); expected rows such as "
                 f"{formats.GOOD_ROW}, or name the columns: {_columns_hint(task)}"
             )
     for record in everything:
@@ -170,19 +175,16 @@ def _columns_hint(task):
 
 def _names(rows):
     """The columns of rows, in order of first appearance."""
-    return list(dict.fromkeys(column for row in rows for column in row.cells))
+    return list(dict.fromkeys(chain.from_iterable(rows)))
 
 
 def _plain_name(column):
     return re.sub(r"[\W_]+", "", column).lower()
 
 
-def _find_roles(rows, where, class_names, columns, task):
-    """The role of each column, as the user says or by its name. Raises: UserError: no question."""
-    names = list(dict.fromkeys(column for row in rows for column in row))
-    if columns:
-        return _given_roles(names, where, columns, task)
-
+def _find_roles(rows, where, class_names, task):
+    """The role of each column by its name. Raises: UserError: none is a question."""
+    names = _names(rows)
     by_plain_name = {}
     for name in names:
         by_plain_name.setdefault(_plain_name(name), name)
@@ -190,7 +192,7 @@ def _find_roles(rows, where, class_names, columns, task):
     for role, synonyms in SYNONYMS.items():
         known = [by_plain_name[synonym] for synonym in synonyms.split() if synonym in by_plain_name]
         # a column that is always empty is none
-        filled = [name for name in known if any(row.get(name) is not None for row in rows)]
+        filled = [name for name in known if _is_filled(name, rows)]
         found[role] = (filled or [""])[0]
         if role == "gold":
             found[role] = tuple(filled)
@@ -204,6 +206,10 @@ def _find_roles(rows, where, class_names, columns, task):
         )
     classes = tuple(class_names.get(found["gold"][0], ())) if found["gold"] else ()
     return Roles(**found, options=options, wrong=wrong, classes=classes)
+
+
+def _is_filled(name, rows):
+    return any(row.get(name) is not None for row in rows)
 
 
 def _option_columns(by_plain_name):
@@ -221,14 +227,19 @@ def _option_columns(by_plain_name):
     return []
 
 
-def _given_roles(names, where, columns, task):
-    """Roles by data.columns. Raises: UserError: a column that is not there."""
+def _given_roles(names, where, columns, task, labelled):
+    """Roles by data.columns. Raises: UserError: a column that is not there.
+
+    Args: labelled: must there be a column of labels?
+    """
     choices = columns.choices
     listed = choices if isinstance(choices, list) else []
     # a list names columns of options, or the classes that a number in `gold` stands for
     classes = tuple(listed) if listed and not set(listed) & set(names) else ()
     options = () if classes else tuple(listed)
-    wanted = [columns.question, columns.gold, *options]
+    wanted = [columns.question, *options]
+    if labelled:
+        wanted.append(columns.gold)
     wanted += [name for name in (columns.context, choices) if name and isinstance(name, str)]
     absent = [name for name in wanted if name not in names]
     if absent:
@@ -252,8 +263,7 @@ def _describe_roles(roles, rows):
     for role, column in found.items():
         if column and column.lower() != role:
             parts.append(f"{role} = {column}")
-    names = dict.fromkeys(column for row in rows for column in row)
-    unread = [n for n in names if n not in roles.columns() and n.lower() not in _AS_THEY_ARE]
+    unread = [n for n in _names(rows) if n not in roles.columns() and n.lower() not in _AS_THEY_ARE]
     if unread:
         parts.append(f"not read: {', '.join(unread[:8])}")
     return ["columns: " + ", ".join(parts)] if parts else []
@@ -623,7 +633,8 @@ def read_hub(cfg: Config, name: str, labels: bool) -> Table:
                 rows[split].append(Row(f"data.hub.{name}={path}, row {key}", key, cells))
 
     columns = cfg.data.columns.get(name)
-    first = next((row.cells for of_split in rows.values() for row in of_split), {})
+    every_row = list(chain.from_iterable(rows.values()))
+    first = every_row[0].cells if every_row else {}
     # others publish the same benchmarks with options of their own
     published = formats.released_form(first) or {"A", "B"} <= set(first)
     if known.read and not columns and not published:

@@ -8,7 +8,7 @@ import pytest
 
 import data
 import records
-from config import UserError, load_config
+from config import Columns, UserError, load_config
 
 WORDS = ["river", "stone", "cloud", "forest", "engine", "window", "garden", "letter", "copper"]
 
@@ -223,6 +223,16 @@ def test_columns_of_a_file_may_be_named(tmp_path):
     cfg, _ = load_config([*words, "data.columns={reviews: {question: texte, gold: label}}"])
     with pytest.raises(UserError, match=r"data\.columns\.reviews: no 'texte'; .*'text', 'label'"):
         data.load_task(cfg, "reviews")
+
+
+def test_columns_of_new_rows_need_no_label(tmp_path):
+    """Rows to be answered may have the task's columns without the label's."""
+    columns = Columns(question="frage", gold="antwort", choices=["no", "yes"])
+    file = as_lines(tmp_path / "new.jsonl", [{"frage": "good?"}])
+    (read,) = records.read_file(file, labels=None, columns=columns)
+    assert (read["question"], read["choices"]) == ("good?", ["no", "yes"])
+    with pytest.raises(UserError, match="no 'antwort'"):
+        records.read_file(file, columns=columns)
 
 
 def test_no_column_is_a_question(tmp_path):
