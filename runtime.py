@@ -456,15 +456,13 @@ def _cpu_facts(field_name: str) -> str:
 
 
 def refuse_missing(found: dict) -> None:
-    """Raises: UserError: weights that a model's files lack; transformers makes them up.
+    """Raises: ValueError: weights that a model's files lack; transformers makes random ones.
 
     Args: found: what `from_pretrained` says with output_loading_info=True.
     """
     missing = sorted(found["missing_keys"])
     if missing:
-        raise UserError(
-            f"{len(missing)} weights are missing, such as {missing[0]}; give the whole model"
-        )
+        raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
 
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:

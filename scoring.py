@@ -151,8 +151,6 @@ def load_base(name: str, revision: str, dtype: torch.dtype, device: str):
             name, revision=revision, dtype=dtype, output_loading_info=True
         )
         runtime.refuse_missing(found)
-    except UserError as error:
-        raise UserError(f"model.name={name}: {error}") from None
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:160]
         raise UserError(

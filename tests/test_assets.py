@@ -1,20 +1,25 @@
-"""The wheels: hashes, what is missing or was changed, and their documents as records."""
+"""The wheels: hashes, what is missing or was changed, and their documents as records. And a GGUF
+file as base model."""
 
 import gzip
 import json
-import os
 import shutil
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
+import gguf
 import pytest
 import torch
+import yaml
+from conftest import run_command
+from gguf import GGMLQuantizationType, LlamaFileType
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import assets
-import config
 import scoring
-from config import DEFAULT, UserError, load_config
+from config import UserError
 
 ENCODER = {
     assets.ENCODER + "model.safetensors": b"weights",
@@ -161,136 +166,240 @@ def test_documents_golden(task, doc, record):
     assert assets.read_document(task, doc, label="0") == record
 
 
-# A GGUF file as base model
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers": "blk",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
-def write_gguf(path, model_dir):
-    """The tiny Llama as llama.cpp's converter writes it, unquantised."""
-    import gguf
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def gguf_name(name):
+    for theirs, ours in NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+
+def rotary_order(weight, heads):
+    """A query or key matrix in llama.cpp's order: a head's halves, row by row in turn."""
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return halves.swapaxes(1, 2).reshape(rows, columns)
+
+
+def write_gguf(path, source, kind="F32", without="", more=(), architecture="llama"):
+    """Write a Llama of transformers as a GGUF file, as llama.cpp's converter does.
+
+    Args:
+        kind: what its matrices are stored in: F32 or Q8_0.
+        without: no key and no tensor whose name begins so.
+        more: names of tensors that are added.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     shape = model.config
-    out = gguf.GGUFWriter(path, "llama")
-    out.add_block_count(shape.num_hidden_layers)
-    out.add_context_length(shape.max_position_embeddings)
-    out.add_embedding_length(shape.hidden_size)
-    out.add_feed_forward_length(shape.intermediate_size)
-    out.add_head_count(shape.num_attention_heads)
-    out.add_head_count_kv(shape.num_key_value_heads)
-    out.add_key_length(shape.head_dim)
-    out.add_value_length(shape.head_dim)
-    out.add_rope_dimension_count(shape.head_dim)
-    out.add_rope_freq_base(shape.rope_parameters["rope_theta"])
-    out.add_layer_norm_rms_eps(shape.rms_norm_eps)
-    out.add_vocab_size(shape.vocab_size)
-    out.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_file_type({"F32": LlamaFileType.ALL_F32, "Q8_0": LlamaFileType.MOSTLY_Q8_0}[kind])
+    if without != "tokenizer":
+        write_tokenizer(writer, tokenizer)
 
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    special = set(tokenizer.all_special_tokens) | {"<|im_start|>"}
-    kinds = [3 if token in special else 1 for token in tokens]
-    out.add_tokenizer_model("gpt2")
-    out.add_tokenizer_pre("gpt-2")
-    out.add_token_list(tokens)
-    out.add_token_types(kinds)
-    out.add_token_merges([" ".join(pair) for pair in parts["merges"]])
-    out.add_eos_token_id(tokenizer.eos_token_id)
-    out.add_pad_token_id(tokenizer.pad_token_id)
-    out.add_chat_template(tokenizer.chat_template)
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":  # tied to the embedding
-            continue
-        heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
-        count = heads.get(name.split(".")[-2])
-        if count:  # llama.cpp turns pairs, transformers turns halves
-            halves = tensor.view(count, 2, -1, tensor.shape[1])
-            tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        out.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    stored = GGMLQuantizationType[kind]
+    for name, weight in model.state_dict().items():
+        tensor = weight.numpy()
+        if "q_proj" in name:
+            tensor = rotary_order(tensor, shape.num_attention_heads)
+        if "k_proj" in name:
+            tensor = rotary_order(tensor, shape.num_key_value_heads)
+        place = gguf_name(name)
+        if name == "lm_head.weight" or (without and place.startswith(without)):
+            continue  # the embedding is the head
+        if tensor.ndim == 2:
+            writer.add_tensor(place, gguf.quantize(tensor, stored), raw_dtype=stored)
+        else:
+            writer.add_tensor(place, tensor)
+    for name in more:
+        writer.add_tensor(name, torch.ones(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return path
 
 
+def write_tokenizer(writer, tokenizer):
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    control = set(tokenizer.all_special_ids) | {tokenizer.convert_tokens_to_ids("<|im_start|>")}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    # of llama.cpp's token types, 1 is normal and 3 is control
+    writer.add_token_types([3 if number in control else 1 for number in range(len(tokens))])
+    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """The repository's folder, in which the assets are, moved to a temporary one."""
-    monkeypatch.setattr(config, "ROOT", tmp_path)
-    return tmp_path / "assets/models"
-
-
-def with_model(file):
-    cfg, _ = load_config(["config=" + str(DEFAULT)])
-    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"name": str(file)})})
-
-
-def test_gguf_is_read_once_into_a_folder(tmp_path, cache, tiny_model_dir, capsys):
-    """D4: the folder's model computes what the file was written from; a second start reads it."""
-    file = write_gguf(tmp_path / "tiny.gguf", tiny_model_dir)
-    cfg = assets.unpack_gguf(with_model(file))
-    assert f"model.name={file}: a copy in GGUF (ALL_F32), read into" in capsys.readouterr().out
-    assert Path(cfg.model.name).parent == cache
-    model, tokenizer = scoring.load_base(cfg.model.name, "main", torch.float32, "cpu")
-    source, names = scoring.load_base(str(tiny_model_dir), "main", torch.float32, "cpu")
-    text = "Question: which word follows the stone?\nAnswer:"
-    ids = names(text, return_tensors="pt")["input_ids"]
-    assert tokenizer(text)["input_ids"] == ids[0].tolist()
-    torch.testing.assert_close(model(ids).logits, source(ids).logits, atol=1e-5, rtol=0)
-
-    made = (Path(cfg.model.name) / "model.safetensors").stat().st_mtime_ns
-    assert assets.unpack_gguf(with_model(file)).model.name == cfg.model.name
-    assert (Path(cfg.model.name) / "model.safetensors").stat().st_mtime_ns == made
-    # a changed file is another model
-    os.utime(file, (1, 1))
-    assert assets.unpack_gguf(with_model(file)).model.name != cfg.model.name
+def models(tmp_path, monkeypatch):
+    """The folder where copies of GGUF files are kept."""
+    folder = tmp_path / "models"
+    monkeypatch.setattr(assets, "MODELS", folder)
+    return folder
 
 
 @pytest.mark.parametrize(
-    "content, complaint",
-    [(None, "no such file"), (b"GGUF and no more", "not a GGUF file"), (b"", "not a GGUF file")],
+    "kind, fit",
+    [
+        ("F32", "(F32, not quantised)"),
+        ("Q8_0", "(Q8_0, a quantised copy: adapters fit the dequantised weights)"),
+    ],
 )
-def test_gguf_that_cannot_be_read(tmp_path, cache, content, complaint):
-    """One sentence, and nothing is left behind."""
-    file = tmp_path / "bad.gguf"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(UserError, match=f"model.name={file}: {complaint}"):
-        assets.unpack_gguf(with_model(file))
-    assert not cache.exists() or not list(cache.glob("gguf-*"))
+def test_gguf_file_is_the_model_it_was_written_from(tiny_model_dir, models, tmp_path, kind, fit):
+    """Logits are those of the source, with its matrices rounded as the file rounds them; so are
+    the tokens and the prompt of a chat."""
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model_dir, kind)
+    folder, said = assets.open_model(str(file))
+    assert said == f"base model: {folder}, read from {file} {fit}"
+    model, tokenizer = scoring.load_base(folder, "main", torch.float32, "cpu")
+
+    source, spoken = scoring.load_base(str(tiny_model_dir), "main", torch.float32, "cpu")
+    stored = GGMLQuantizationType[kind]
+    for weight in source.parameters():
+        if weight.dim() == 2:
+            kept = gguf.quantize(weight.numpy(), stored)
+            weight.copy_(torch.from_numpy(gguf.dequantize(kept, stored)))
+    text = "Question: Is the river 7 near the stone?\nAnswer: never, the  bridge é"
+    ids = spoken(text)["input_ids"]
+    assert tokenizer(text)["input_ids"] == ids
+    chat = scoring.chat_prompt(spoken, "Be brief.", text)
+    assert scoring.chat_prompt(tokenizer, "Be brief.", text) == chat
+    assert scoring.encode(scoring.LM(model, tokenizer, None), chat) == spoken(chat)["input_ids"]
+    ours = model(torch.tensor([ids])).logits
+    theirs = source(torch.tensor([ids])).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_gguf_without_its_weights(tmp_path, cache, tiny_model_dir, monkeypatch):
-    """What transformers would fill with random numbers is refused."""
-    import gguf
+def test_gguf_file_is_read_once(tiny_model_dir, models, tmp_path, monkeypatch):
+    """A second call takes the copy, also after the file was moved; other content is another
+    model."""
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model_dir)
+    first, _ = assets.open_model(str(file))
+    assert Path(first).parent == models
 
-    real = gguf.GGUFWriter.add_tensor
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    file = file.rename(elsewhere / file.name)
+    with monkeypatch.context() as patch:
+        patch.setattr(assets, "_dequantise", None)
+        assert assets.open_model(str(file))[0] == first
 
-    def misnamed(self, name, *more):
-        real(self, name.replace("attn_q", "attn_x"), *more)
-
-    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", misnamed)
-    file = write_gguf(tmp_path / "part.gguf", tiny_model_dir)
-    with pytest.raises(UserError, match=r"2 weights are missing, such as .*q_proj"):
-        assets.unpack_gguf(with_model(file))
-    assert not list(cache.glob("gguf-*"))
+    write_gguf(file, tiny_model_dir, "Q8_0")
+    second, said = assets.open_model(str(file))
+    assert second != first and "Q8_0" in said
 
 
-def test_gguf_of_an_unknown_kind(tmp_path, cache):
-    """An architecture that transformers does not read is named."""
-    import gguf
+def test_other_names_stay_as_they_are(tmp_path):
+    """A hub id and a folder are what transformers loads, even a folder with a file's ending."""
+    folder = tmp_path / "model.gguf"
+    folder.mkdir()
+    for name in ("who/knows-GGUF", str(folder)):
+        assert assets.open_model(name) == (name, "")
 
-    out = gguf.GGUFWriter(tmp_path / "odd.gguf", "clip")
-    out.add_file_type(1)
-    out.add_tensor("a", np.zeros((2, 2), np.float32))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
-    with pytest.raises(UserError, match=r"odd\.gguf: transformers cannot read it"):
-        assets.unpack_gguf(with_model(tmp_path / "odd.gguf"))
-    assert not list(cache.glob("gguf-*"))
+
+def test_ranks_read_a_gguf_file_once(tiny_model_dir, models, tmp_path, monkeypatch):
+    """Of two that start together one reads, the other waits for the whole folder."""
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model_dir)
+    read = []
+
+    def dequantise_slowly(folder, dtype):
+        read.append(folder)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(assets, "_dequantise", dequantise_slowly)
+    with ThreadPoolExecutor(2) as ranks:
+        found = list(ranks.map(assets.open_model, [str(file)] * 2))
+    assert found[0] == found[1] and len(read) == 1
+    assert Path(found[0][0]).is_dir()
+
+
+def test_interrupted_copy_is_none(tiny_model_dir, models, tmp_path, monkeypatch):
+    """What is stopped halfway leaves no folder, and the next call makes it whole."""
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model_dir)
+
+    def stop(folder, dtype):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assets, "_dequantise", stop)
+        with pytest.raises(KeyboardInterrupt):
+            assets.open_model(str(file))
+    assert not [path for path in models.iterdir() if path.is_dir()]
+    folder, _ = assets.open_model(str(file))
+    assert (Path(folder) / "model.safetensors").is_file()
+
+
+def test_gguf_file_through_the_command(tiny_args, tiny_model_dir, models, tmp_path, capsys):
+    """The model is proved, its shapes are known, and an adapter names the folder that loads."""
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model_dir, "Q8_0")
+    sft = "baselines.sft=[{sft_steps: 1, learning_rate: 0.01, batch_size: 2, loss: lm}]"
+    words = [*tiny_args, f"model.name={file}", "evaluate.methods=[union]", sft]
+    for stage in ("check", "doctor", "baselines"):
+        assert run_command([*words, f"stage={stage}"]) == 0
+    [folder] = models.glob("gguf-tiny-*")
+
+    assert f"base model: {folder}, read from {file} (Q8_0, a" in capsys.readouterr().out
+    assert "(Q8_0, a" in (tmp_path / "run/log.txt").read_text()
+    kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert kept["model"]["name"] == str(folder)
+    adapter = next((tmp_path / "run/adapted/union").glob("*/adapter_config.json"))
+    assert json.loads(adapter.read_text())["base_model_name_or_path"] == str(folder)
+
+
+FAULTS = {
+    "missing": ({}, "no such file"),
+    "text": ({}, "magic bytes"),
+    "cut": ({}, "cannot reshape"),
+    "foreign": ({"architecture": "mpt"}, "architecture mpt is not supported"),
+    "wordless": ({"without": "tokenizer"}, "there is no tokenizer in it"),
+    "part": ({"without": "blk.1."}, "it lacks 9 weights, such as model.layers.1."),
+    "scaled": ({"more": ["rope_freqs.weight"]}, "it scales positions"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_gguf_file(tiny_args, tiny_model_dir, models, tmp_path, capsys, fault):
+    """Exit status 2, one sentence that names the file and the reason, and nothing left behind."""
+    changes, reason = FAULTS[fault]
+    file = tmp_path / f"{fault}.gguf"
+    if fault != "missing":
+        write_gguf(file, tiny_model_dir, **changes)
+    if fault == "text":
+        file.write_text("no model")
+    if fault == "cut":
+        file.write_bytes(file.read_bytes()[:-1000])
+
+    assert run_command([*tiny_args, f"model.name={file}", "stage=check"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: model.name={file}: ") and reason in said
+    assert not [path for path in models.glob("*") if path.is_dir()]

@@ -141,5 +141,5 @@ def test_weights_that_are_not_there(tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"1 weights are missing, such as model\.layers\.1\.mlp"):
+    with pytest.raises(UserError, match=r"it lacks 1 weights, such as model\.layers\.1\.mlp"):
         load_lm(folder, 4, 8, 16, ["q_proj"])
