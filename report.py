@@ -45,6 +45,7 @@ QUESTIONS = {
     "Does the policy improve them without training on labels?": "degaml - generator",
     "Does the Fusion VAE improve them?": "aligned - generator",
     "Is the whole better than fine-tuning on the same labels?": "degaml_plus - no_meta",
+    "Is it better than the same labels in the prompt?": "degaml_plus - icl",
 }
 
 # The sections of the report, each with what to know before reading it.
@@ -638,7 +639,8 @@ def draw_gains(result: dict, folder: Path) -> Figure:
         axis.axvline(0, color="#555555", lw=1)
         axis.hlines(names, gains - reach, gains + reach, colors=colors)
         axis.scatter(gains, names, c=colors)
-        axis.invert_yaxis()
+        # The first on top, with room for its marker.
+        axis.set_ylim(len(names) - 0.5, -0.5)
         tasks = results.in_domain(result["tasks"], domain)
         axis.set_title(f"{DOMAINS[domain]}, {task_count(tasks)}", loc="left")
         axis.set_xlabel("percentage points, 95% interval")
