@@ -284,11 +284,12 @@ def _read_row(row, roles, options):
         raise ValueError(f"`{roles.question or 'question'}` is missing or empty")
     for key in ("context", *_AS_THEY_ARE):
         if not isinstance(record.get(key) or "", str):
-            raise ValueError(f"`{key}` must be a text")
+            column = roles.context if key == "context" and roles.context else key
+            raise ValueError(f"`{column}` must be a text")
     if record.get("choices") is None and options:
         record["choices"] = list(options)
     if record.get("choices") is not None:
-        _check_options(record["choices"])
+        _check_options(record["choices"], roles)
     return record
 
 
@@ -372,13 +373,16 @@ def _plain_label(label):
     return None if label == -1 and not isinstance(label, bool) else label
 
 
-def _check_options(choices):
+def _check_options(choices, roles):
     texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
     if not texts or len(choices) < 2:
-        raise ValueError("`choices` must be a list of at least two texts")
+        if roles.options:
+            raise ValueError(f"`{', '.join(roles.options)}` must hold at least two texts")
+        raise ValueError(f"`{roles.choices or 'choices'}` must be a list of at least two texts")
     for i, choice in enumerate(choices):
         if not choice.strip():
-            raise ValueError(f"option {i} is empty")
+            column = roles.options[i] if i < len(roles.options) else roles.choices or "choices"
+            raise ValueError(f"option {i} is empty, in `{column}`")
 
 
 def _settle_labels(records, table, roles, where, task):

@@ -153,7 +153,10 @@ def test_solutions_of_the_releases(tmp_path, response, answer):
             {"Question": "1?", "A": "1", "B": "2", "Answer": "C"},
             "`Answer` is 'C', expected 0..1, A..B or the text of an option",
         ),
-        ({"Question": "1?", "A": "1", "B": None, "Answer": "A"}, "`choices` must be a list"),
+        (
+            {"Question": "1?", "A": "1", "B": None, "Answer": "A"},
+            "`A, B` must hold at least two texts",
+        ),
         ("Why?", "expected an object, got str"),
     ],
 )

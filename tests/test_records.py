@@ -245,6 +245,29 @@ def test_no_column_is_a_question(tmp_path):
 # What is wrong in a file is said
 
 
+@pytest.mark.parametrize(
+    "row, fault",
+    [
+        ({"text": " ", "options": ["x", "y"]}, "`text` is missing or empty"),
+        ({"text": "q", "options": ["x", 2, None]}, "`options` must be a list of at least two"),
+        ({"text": "q", "options": ["x", " "]}, "option 1 is empty, in `options`"),
+        ({"text": "q", "answerA": "", "answerB": "y"}, "option 0 is empty, in `answerA`"),
+        ({"text": "q", "answerA": "x"}, "`answerA, answerB` must hold at least two texts"),
+        ({"text": "q", "passage": 5, "options": ["x", "y"]}, "`passage` must be a text"),
+        ({"text": "q", "options": ["x", "y"], "label": 7}, "`label` is 7, expected 0..1, A..B or"),
+    ],
+)
+def test_faults_name_file_line_and_column(tmp_path, row, fault):
+    """By the names that the file has, with a good row."""
+    good = {"text": "good", "options": ["x", "y"], "label": 0}
+    if "answerA" in row:
+        good = {"text": "good", "answerA": "x", "answerB": "y", "label": 0}
+    with pytest.raises(UserError) as e:
+        table_of(as_lines(tmp_path / "a.jsonl", [good, row]))
+    assert str(e.value).startswith(f"{tmp_path}/a.jsonl:2: {fault}")
+    assert "a good row: " in str(e.value)
+
+
 def test_labels_that_count_from_one(tmp_path):
     """A3: no label is 0. Where the last option shows it they are read so, else a line warns."""
     rows = []
