@@ -492,8 +492,7 @@ def budget_table(result: dict) -> Table:
 def answer_table(result: dict) -> Table:
     """What an answer costs: with labels in the prompt it is paid every time."""
     rows = []
-    # not in older results
-    for method, spent in result.get("answers", {}).items():
+    for method, spent in result.get("answers", {}).items():  # not in older results
         rows.append([label(method), f"{spent['read_tokens']:,.0f}", f"{spent['seconds']:.3f}"])
     return make_table("Per answer", ["Method", "Tokens read", "Seconds"], rows)
 
@@ -639,8 +638,7 @@ def draw_gains(result: dict, folder: Path) -> Figure:
         axis.axvline(0, color="#555555", lw=1)
         axis.hlines(names, gains - reach, gains + reach, colors=colors)
         axis.scatter(gains, names, c=colors)
-        # The first on top, with room for its marker.
-        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set_ylim(len(names) - 0.5, -0.5)  # the first on top
         tasks = results.in_domain(result["tasks"], domain)
         axis.set_title(f"{DOMAINS[domain]}, {task_count(tasks)}", loc="left")
         axis.set_xlabel("percentage points, 95% interval")
