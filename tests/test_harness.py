@@ -1,10 +1,15 @@
 """Log-likelihoods beside the real lm-evaluation-harness, where it is installed: `make harness`."""
 
+import json
+import shlex
+
 import pytest
 import torch
+from conftest import run_command
 
 import config
 import data
+import lora
 import scoring
 from runtime import Run
 
@@ -47,4 +52,33 @@ def test_same_requests_same_answers(run, harness, task):
     for scores in scoring.score_examples(scoring.load_lm(run), None, examples):
         ours += scores.raw
     assert len(ours) == len(theirs) >= 8
+    assert ours == pytest.approx(theirs, rel=0, abs=1e-3)
+
+
+def test_an_exported_folder_as_its_line_says(copy, capsys):
+    """`--model_args` of the printed line, as the harness itself reads it: the adapter's answers."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    assert run_command([f"run={copy}", "stage=export", "task=delta", "method=generator"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [line] = [line for line in lines if line.strip().startswith("lm-eval ")]
+    words = shlex.split(line)
+    settings = json.loads(words[words.index("--model_args") + 1])
+    adapted = HFLM(**settings, device="cpu", dtype="float32", batch_size=1)
+
+    cfg, _ = config.load_config([f"run={copy}", "stage=export", "task=delta"])
+    run = Run(copy, cfg)
+    lm = scoring.load_lm(run)
+    examples = data.load_task(cfg, "delta").test[:4]
+    adapter = lora.load_adapter(copy / "export/delta", lm.layout)
+    requests = []
+    ours = []
+    for example, scores in zip(
+        examples, scoring.score_examples(lm, adapter, examples), strict=True
+    ):
+        ours += scores.raw
+        for option in example.options:
+            requests.append(Instance("loglikelihood", {}, (example.prompt, f" {option}"), 0))
+    theirs = [found[0] for found in adapted.loglikelihood(requests, disable_tqdm=True)]
     assert ours == pytest.approx(theirs, rel=0, abs=1e-3)
