@@ -10,6 +10,7 @@ import dataclasses
 import re
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import benchmarks
@@ -152,6 +153,15 @@ def _token_bytes(lm):
     return lm.model.dtype.itemsize * (2 * cache + work)
 
 
+def pad_left(prompts: list[tuple[int, ...]], device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask and positions of prompts, each (B, T): every answer begins in one column."""
+    tensors = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(tensors, True, 0, padding_side="left").to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    mask = torch.arange(ids.shape[1], device=device) >= (ids.shape[1] - lengths)[:, None]
+    return ids, mask, (mask.cumsum(1) - 1).clamp_min(0)
+
+
 def continue_rows(
     lm: LM,
     rows: list[Row],
@@ -172,14 +182,9 @@ def continue_rows(
     decoder = lm.model.get_decoder()
     ends = _end_tokens(lm)
 
-    # padding on the left: every answer begins in the same column
-    prompts = [torch.tensor(row.context) for row in rows]
-    ids = pad_sequence(prompts, True, 0, padding_side="left").to(device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ids, mask, positions = pad_left([row.context for row in rows], device)
     width = ids.shape[1]
-    mask = torch.arange(width, device=device) >= (width - lengths)[:, None]
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    lm.read += int(lengths.sum())
+    lm.read += sum(len(row.context) for row in rows)
     cache = None
     if lm.shots:
         # every prompt goes on where the solved examples end
@@ -196,7 +201,7 @@ def continue_rows(
     cache = out.past_key_values
     steering = torch.zeros(len(rows), 1, device=device)
     if slot is not None:
-        starts = [(i + 1) * width - len(prompt) for i, prompt in enumerate(prompts)]
+        starts = [(i + 1) * width - len(row.context) for i, row in enumerate(rows)]
         steering = scoring.slot_deltas(lm, rows, hidden.flatten(0, 1), starts, *slot)
     last = hidden[:, -1]
     positions = positions[:, -1:]

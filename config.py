@@ -535,7 +535,6 @@ def _take_in(flat: dict, source: str, stage: str, methods_given: bool) -> list[s
     if name not in known:
         # the run's own targets are not needed, nor their files
         flat["data.test_tasks"] = [name]
-    # what a verdict needs: the base model, the adapter, what it is refined to, and the controls
     if not methods_given:
         flat["evaluate.methods"] = list(methods.OWN_TASK)
     return []

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
-from torch.nn.utils.rnn import pad_sequence
 
+import answers
 import data
 import lora
 import runtime
@@ -135,13 +135,10 @@ def _compare(lm, rows, what):
 def _check_cache(lm, rows):
     """Raises: UserError: behind a padded and cached prompt a token is not what it is alone."""
     device = lm.model.device
-    prompts = [torch.tensor(row.context) for row in rows]
-    # of unlike lengths, as in a batch of answers: padding stands on the left
+    prompts = [row.context for row in rows]
+    # of unlike lengths, as in a batch of answers
     prompts[0] = prompts[0][len(prompts[0]) // 2 :]
-    ids = pad_sequence(prompts, True, 0, padding_side="left").to(device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    mask = torch.arange(ids.shape[1], device=device) >= (ids.shape[1] - lengths)[:, None]
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    ids, mask, positions = answers.pad_left(prompts, device)
     decoder = lm.model.get_decoder()
     out = decoder(ids, attention_mask=mask, position_ids=positions, use_cache=True)
 
@@ -156,7 +153,7 @@ def _check_cache(lm, rows):
     cached = scoring.project(lm, out.last_hidden_state[:, -1]).log_softmax(-1)
     for prompt, logprobs in zip(prompts, cached, strict=True):
         likeliest = int(logprobs.argmax())
-        alone = _score_alone(lm, [*prompt.tolist(), token, likeliest], 1)
+        alone = _score_alone(lm, [*prompt, token, likeliest], 1)
         apart = abs(float(logprobs[likeliest]) - alone)
         if apart > TOLERANCE[lm.model.dtype]:
             raise UserError(

@@ -315,21 +315,7 @@ def difference(entry: dict | None) -> str:
     if entry is None:
         return NOT_RUN
     points = in_percent(entry["diff"], 2, "+")
-    return f"{points} ± {in_percent(entry['se'], 2)} ({verdict(entry)})"
-
-
-def verdict(entry: dict) -> str:
-    """A gain or a loss is at least two standard errors from 0."""
-    diff = entry["diff"]
-    se = entry["se"]
-    if se is None:
-        return "no standard error"
-    # Not one example differs: the same adapter was kept, say.
-    if diff == se == 0:
-        return "no difference"
-    if abs(diff) < 2 * se:
-        return "not established, negative" if diff < 0 else "not established"
-    return "gain" if diff > 0 else "loss"
+    return f"{points} ± {in_percent(entry['se'], 2)} ({results.describe_gain(entry)})"
 
 
 def findings(result: dict) -> list[str]:

@@ -261,6 +261,20 @@ def paired(frame: DataFrame, a: str, b: str, task: str, metric: str) -> dict | N
     return pick(statistics, f"{a} - {b}", task, "diff")
 
 
+def describe_gain(entry: dict) -> str:
+    """A gain or a loss is at least two standard errors from 0."""
+    diff = entry["diff"]
+    se = entry["se"]
+    if se is None:
+        return "no standard error"
+    # Not one example differs: the same adapter was kept, say.
+    if diff == se == 0:
+        return "no difference"
+    if abs(diff) < 2 * se:
+        return "not established, negative" if diff < 0 else "not established"
+    return "gain" if diff > 0 else "loss"
+
+
 def calibration_errors(frame: DataFrame) -> DataFrame:
     """Expected calibration error, in columns task, method, run, ece.
 

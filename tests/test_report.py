@@ -12,6 +12,7 @@ import pytest
 import test_results as canned
 
 import report
+import results
 
 ROOT = Path(report.__file__).parent
 
@@ -59,7 +60,7 @@ def row_of(markdown: str, start: str, table: str) -> list[str]:
     ],
 )
 def test_verdict(diff, se, words):
-    assert report.verdict({"diff": diff, "se": se}) == words
+    assert results.describe_gain({"diff": diff, "se": se}) == words
 
 
 def test_console_has_the_numbers(made):
