@@ -62,8 +62,7 @@ class Shots:
     def read_behind(self, lm: LM, rows: list[Row]):
         """Rows in one sequence, so that the text is there once: (ids, starts, model's output)."""
         lm.read += len(rows) * self.tokens
-        total = sum(row.length for row in rows)
-        ids, positions, mask, starts = scoring.pack(rows, lm.model.device, total)
+        ids, positions, mask, starts = scoring.pack(rows, lm.model.device, one=True)
 
         # every row sees all of the text
         seen = mask.new_ones(*mask.shape[:-1], self.tokens)

@@ -586,7 +586,7 @@ def _model_widths(cfg: Config) -> tuple[int, int]:
 def measure_rates(names: list[str], device: str, width: int, inner: int) -> dict[str, float]:
     """GFLOP/s of products of states (tokens, width) with a matrix (width, inner), by dtype.
 
-    Args: names: dtypes. They take turns, and the best of each counts: others may be at work here.
+    Args: names: dtypes. The best of each counts: others may be at work here.
     """
     weights = {}
     for name in names:
@@ -594,15 +594,20 @@ def measure_rates(names: list[str], device: str, width: int, inner: int) -> dict
         weights[name] = torch.full((inner, width), 0.01, dtype=dtype, device=device)
         _time_product(weights[name], FEWEST_TOKENS)  # the first use of a kernel is slow
 
-    began = time.perf_counter()
+    # few tokens at first: a dtype that is not built in may be very slow
+    tokens = dict.fromkeys(names, FEWEST_TOKENS)
     best = dict.fromkeys(names, 0.0)
-    tokens = FEWEST_TOKENS  # few at first: a dtype that is not built in may be very slow
-    while time.perf_counter() - began < MEASURE_S:
-        for name, weight in weights.items():
-            seconds = _time_product(weight, tokens)
-            rate = 2 * tokens * weight.numel() / seconds / 1e9
-            best[name] = max(best[name], rate)
-        tokens = min(2 * tokens, MOST_TOKENS[device])
+    spent = dict.fromkeys(names, 0.0)
+    # each has the same time, so that a slow one takes none from the others
+    share = MEASURE_S / len(names)
+    while min(spent.values()) < share:
+        name = min(spent, key=spent.get)
+        weight = weights[name]
+        seconds = _time_product(weight, tokens[name])
+        spent[name] += seconds
+        rate = 2 * tokens[name] * weight.numel() / seconds / 1e9
+        best[name] = max(best[name], rate)
+        tokens[name] = min(2 * tokens[name], MOST_TOKENS[device])
     return {name: round(rate, 1) for name, rate in best.items()}
 
 

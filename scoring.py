@@ -8,9 +8,11 @@ vocabulary projection, the widest matrix of all, runs at scored positions only.
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
@@ -25,6 +27,8 @@ from lora import Adapter, Layout
 from runtime import Run
 
 WRITTEN = ("strict", "lenient")  # metrics that read a generated answer
+LAYOUTS = 12  # ways to lay rows side by side that are compared, at most
+ATTENTION_WIDTH = 1000  # tokens of a sequence of which attention costs as much as all the rest
 
 
 @dataclass
@@ -322,22 +326,19 @@ def _similar_lengths(rows, enough):
     return groups
 
 
-def pack(rows: list[Row], device: str, width: int = 0):
-    """Lay rows into as few sequences of one width as they need, masked from each other.
+def pack(rows: list[Row], device: str, *, one: bool = False):
+    """Lay rows into a few sequences of one width, masked from each other.
 
-    Args: width: at least this many tokens.
+    Args: one: all rows in one sequence.
     Returns: ids (S, T), positions (S, T), mask (S, 1, T, T) bool, and for each row where its
         tokens start in the flattened (S * T) order.
     """
-    width = max(width, *(row.length for row in rows))
-    # training batches mix lengths: a wider sequence has room for several short rows
-    if torch.is_grad_enabled() and len(rows) > 1:
-        width = max(96, width)
+    counts = [1] if one else _likely_counts(rows)
+    places, count, width = _lay_out(rows, counts)
     # the GPU's attention kernels read masks 16 bytes at a time
     if torch.device(device).type == "cuda":
         width += -width % 8
-    # as few sequences as possible: padding costs as much as text
-    starts, count = _first_fit(rows, width)
+    starts = [sequence * width + offset for sequence, offset in places]
 
     # of every token: its id, its position, its branch (0 = context), its row
     laid = torch.zeros(4, count * width, dtype=torch.long)
@@ -369,23 +370,37 @@ def pack(rows: list[Row], device: str, width: int = 0):
     return ids, positions, mask[:, None], starts
 
 
-def _first_fit(rows, width):
-    """Where each row starts in sequences of `width` tokens laid end to end, and their number.
+def _likely_counts(rows):
+    """Numbers of sequences to try: from three of the longest row's length to a row in each."""
+    total = sum(row.length for row in rows)
+    longest = max(row.length for row in rows)
+    fewest = math.ceil(total / (3 * longest))
+    counts = np.linspace(fewest, len(rows), LAYOUTS, dtype=int)
+    return np.unique(counts).tolist()
 
-    The longest row first, each into the first sequence that has room.
+
+def _lay_out(rows, counts):
+    """The cheapest layout: (sequence, offset) of each row, number of sequences, their width.
+
+    The longest row first, each into the sequence with fewest tokens.
     """
-    used = []
-    starts = [0] * len(rows)
-    for i in _longest_first(rows):
-        length = rows[i].length
-        place = 0
-        while place < len(used) and used[place] + length > width:
-            place += 1
-        if place == len(used):
-            used.append(0)
-        starts[i] = place * width + used[place]
-        used[place] += length
-    return starts, len(used)
+    order = _longest_first(rows)
+    lowest = math.inf
+    for count in counts:
+        used = [(0, sequence) for sequence in range(count)]
+        places = [None] * len(rows)
+        for i in order:
+            offset, sequence = heapq.heappop(used)
+            places[i] = sequence, offset
+            heapq.heappush(used, (offset + rows[i].length, sequence))
+
+        # padding costs as much as text; attention grows with the square of the width
+        width, _ = max(used)
+        cost = count * width * (1 + width / ATTENTION_WIDTH)
+        if cost < lowest:
+            lowest = cost
+            found = places, count, width
+    return found
 
 
 def _packed_attention(module, query, key, value, mask, **options):

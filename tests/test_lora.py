@@ -196,6 +196,23 @@ def test_lora_linear_by_hand():
     assert torch.equal(layer(x), base(x))
 
 
+def test_gradients_of_an_adapted_product():
+    """For x, A and B, and gradients of these gradients, against finite differences."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    bias = torch.randn(4, dtype=torch.float64)
+    x, a, b = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 6), (2, 6), (4, 2))
+    )
+
+    def product(x, a, b):
+        return lora.AdaptedProduct.apply(x, weight, bias, a, b, 2.0)
+
+    assert torch.autograd.gradcheck(product, (x, a, b))
+    assert torch.autograd.gradgradcheck(product, (x, a, b))
+
+
 def test_layouts_of_two_ranks_share_a_model(tiny_lm):
     """The policy's adapter and a task adapter take turns in one model, each with its own scale."""
     layout = tiny_lm.layout

@@ -409,6 +409,22 @@ def test_rates_are_measured():
     assert min(rates.values()) > 0
 
 
+def test_a_slow_dtype_does_not_hide_a_fast_one(monkeypatch):
+    """A CPU without bf16 products needs a second for one of them; float32 is measured in full."""
+    asked = []
+
+    def seconds(weight, tokens):
+        asked.append((weight.dtype, tokens))
+        return tokens * 1e-6 if weight.dtype == torch.float32 else tokens * 1e-2
+
+    monkeypatch.setattr(runtime, "_time_product", seconds)
+    rates = runtime.measure_rates(["bfloat16", "float32"], "cpu", 576, 1536)
+    assert rates == {"bfloat16": 0.2, "float32": 1769.5}
+    # one product was enough to see that it is slow
+    assert max(tokens for dtype, tokens in asked if dtype == torch.bfloat16) == 16
+    assert (torch.float32, 128) in asked
+
+
 def test_a_run_folder_keeps_its_dtype(tiny_args, monkeypatch, capsys):
     """Another machine, or a busy one, continues in what the folder began with."""
     words = [*tiny_args, "dtype=auto", "stage=collect"]

@@ -208,7 +208,7 @@ def logprobs(lm, rows):
 
 def test_training_path_scores_the_same(tiny_lm, alone, rows):
     """With gradients attention is written out and rows share sequences: the same numbers."""
-    assert len(scoring.pack(rows, "cpu")[0]) > 1
+    assert len(scoring.pack(rows, "cpu")[0]) < len(rows)
     trained = logprobs(tiny_lm, rows)
     with torch.no_grad():
         bare = logprobs(tiny_lm, rows)
@@ -376,38 +376,72 @@ def test_batches_cover_every_row_within_the_budget():
 
 @torch.no_grad()
 def test_pack_golden():
-    """Positions restart in each branch; a branch sees its row's context and itself only."""
+    """Positions restart in each branch. A branch sees its row's context and itself only."""
     rows = [Row((10, 11), ((12, 13), (14,)), (0, 0), (1, 1)), Row((20,), ((21,),), (0,), (1,))]
     ids, positions, mask, starts = scoring.pack(rows, "cpu")
-    assert ids.tolist() == [[10, 11, 12, 13, 14], [20, 21, 0, 0, 0]]
+    assert ids.tolist() == [[10, 11, 12, 13, 14, 20, 21]]
     assert starts == [0, 5]
-    assert positions[0].tolist() == [0, 1, 2, 3, 2]
-    assert positions[1, :2].tolist() == [0, 1]
-    assert mask.shape == (2, 1, 5, 5)
+    assert positions.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert mask.shape == (1, 1, 7, 7)
     assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
     ]
-    assert mask[1, 0, 1].int().tolist() == [1, 1, 0, 0, 0]
+
+
+def row_of(length, first=1):
+    return Row(tuple(range(first, first + length)), (), (), ())
+
+
+@torch.no_grad()
+def test_padding_sees_itself_only():
+    """No softmax is empty: a token of padding is a row of its own."""
+    ids, _, mask, starts = scoring.pack([row_of(600), row_of(500), row_of(580)], "cpu")
+    assert ids.shape == (3, 600)
+    begin = starts[1] % 600
+    assert begin == 0
+    padding = mask[starts[1] // 600, 0, 500:]
+    assert padding.sum(-1).tolist() == [1] * 100
     assert mask.any(-1).all()
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [
+        ([6, 3, 3], (2, 6)),  # no padding: the narrower the better
+        ([7, 3, 3], (1, 13)),  # short rows share one sequence
+        ([80, 60, 50, 40], (2, 120)),  # two of 120 beat three of 80
+        ([900, 900], (2, 900)),  # long rows apart: attention grows with the square
+        ([400, 30, 30], (1, 460)),
+    ],
+)
+def test_rows_are_laid_out_by_cost(lengths, shape):
+    """As few tokens of padding as pays, against the cost of attention in wide sequences."""
+    rows = [row_of(length) for length in lengths]
+    ids, _, _, starts = scoring.pack(rows, "cpu")
+    assert ids.shape == shape
+    flat = ids.flatten().tolist()
+    for row, start in zip(rows, starts, strict=True):
+        assert tuple(flat[start : start + row.length]) == row.context
+
+
+@torch.no_grad()
 def test_rows_sharing_a_sequence_do_not_see_each_other():
-    """First fit: two rows in one sequence, masked from each other."""
-    rows = [
-        Row((1, 2, 3, 4, 5, 6), (), (), ()),
-        Row((7, 8), ((9,),), (0,), (1,)),
-        Row((10, 11, 12), (), (), ()),
-    ]
-    ids, _, mask, starts = scoring.pack(rows, "cpu")
-    assert ids.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]]
-    assert starts == [0, 6, 9]
-    assert not mask[1, 0, 3:, :3].any()
-    assert mask[1, 0, 2, :3].all()
+    """Whatever shares a sequence is masked; `one` puts everything into a single one."""
+    rows = [row_of(900), row_of(900, 2000), row_of(3, 5000)]
+    assert scoring.pack(rows, "cpu")[0].shape[0] == 2
+    ids, _, mask, starts = scoring.pack(rows, "cpu", one=True)
+    assert ids.shape == (1, 1803)
+    first, second, third = starts
+    assert not mask[0, 0, second : second + 900, first : first + 900].any()
+    assert not mask[0, 0, third : third + 3, : second + 900].any()
+    assert mask[0, 0, third + 2, third : third + 3].all()
 
 
 def test_passes_are_counted_in_rows(tiny_lm, rows):
