@@ -61,7 +61,7 @@ adapter: assets/.done
 	@test -n "$(TASK)" || { echo 'error: name your file: make adapter TASK=my_task.jsonl'; exit 2; }
 	$(PY) degaml.py stage=check config=$(CONFIG) 'task=$(TASK)' $(ARGS)
 	$(TORCHRUN) degaml.py stage=prepare config=$(CONFIG) $(ARGS)
-	$(TORCHRUN) degaml.py stage=adapt run=$(RUN) 'task=$(TASK)' $(ARGS)
+	$(PY) degaml.py stage=adapt run=$(RUN) 'task=$(TASK)' $(ARGS)   # one task: one process, with all cores
 
 reproduce: assets/.done
 	$(PY) degaml.py stage=check config=$(CONFIG) $(ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ import runtime
 import scoring
 from data import Example
 from lora import Adapter
+from prefix import read_once
 from scoring import LM, Row, Scores
 
 SOLUTION_TOKENS = 256  # of a task without options, at least: a solution is longer than a letter
@@ -106,12 +108,14 @@ def generate_answers(
     answers = [""] * len(rows)
     lora.swap_adapter(lm.model, lm.layout, adapter)
     try:
-        for batch in _plan(lm, rows, max_new_tokens, slot):
-            group = [rows[i] for i in batch]
-            named = [options[i] for i in batch]
-            written = continue_rows(lm, group, max_new_tokens, options=named, slot=slot)
-            for i, answer in zip(batch, written, strict=True):
-                answers[i] = answer
+        # steering reads every token of a prompt
+        with read_once(lm, rows) if slot is None else nullcontext(rows) as own:
+            for batch in _plan(lm, own, max_new_tokens, slot):
+                group = [own[i] for i in batch]
+                named = [options[i] for i in batch]
+                written = continue_rows(lm, group, max_new_tokens, options=named, slot=slot)
+                for i, answer in zip(batch, written, strict=True):
+                    answers[i] = answer
     finally:
         lora.clear_adapters(lm.model)
     return answers
@@ -122,8 +126,8 @@ def _plan(lm, rows, max_new_tokens, slot):
     room = runtime.free_memory(lm.model.device) // 2
     tokens = room // _token_bytes(lm)
     before = max_new_tokens
-    if lm.shots:
-        before += lm.shots.tokens  # each row of a batch has them
+    if lm.prefix:
+        before += lm.prefix.tokens  # each row of a batch has them
     # steering keeps the logits of every prompt token, as the scoring pass does
     if slot is not None:
         tokens = min(tokens, lm.budget)
@@ -186,12 +190,10 @@ def continue_rows(
     width = ids.shape[1]
     lm.read += sum(len(row.context) for row in rows)
     cache = None
-    if lm.shots:
-        # every prompt goes on where the solved examples end
-        lm.read += len(rows) * lm.shots.tokens
-        mask = torch.cat([mask.new_ones(len(rows), lm.shots.tokens), mask], 1)
-        positions = positions + lm.shots.tokens
-        cache = lm.shots.cache(len(rows))
+    if lm.shots:  # they are part of every prompt
+        lm.read += len(rows) * lm.prefix.tokens
+    if lm.prefix:
+        mask, positions, cache = lm.prefix.before(mask, positions)
 
     # the prompts, read once
     out = decoder(

@@ -71,6 +71,8 @@ def prepare(run: Run) -> dict:
         "data": cfg.data.model_copy(update={"targets": ["all"], "test_tasks": []}),
         "evaluate": cfg.evaluate.model_copy(update={"methods": list(methods.OWN_TASK)}),
     }
+    # and so there is one generator to train, by all ranks together
+    sections["data_parallel"] = True
     narrow = dataclasses.replace(run, cfg=cfg.model_copy(update=sections))
     if run.rank == 0:
         run.log(doctor.forecast(narrow))

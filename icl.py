@@ -11,46 +11,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 import data
+import prefix
 import scoring
 from config import UserError
 from data import Example
-from scoring import LM, Row
+from scoring import LM
 
 
 @dataclass(frozen=True)
 class Shots:
-    """Solved examples as every row of a task sees them.
+    """Solved examples as every row of a task sees them. `LM.prefix` holds what the model keeps.
 
     Attributes:
         examples: those that fit before the longest row, in the order of the support set.
         text: what stands before each row.
         system: the system message of all rows, in the letter format.
-        layers: of each layer, the keys and values of that text, (1, heads, P, head width).
     """
 
     examples: tuple[Example, ...]
     text: str
     system: str
-    layers: tuple[tuple[Tensor, Tensor], ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """P: how long the text is."""
-        return self.layers[0][0].shape[2]
-
-    def cache(self, rows: int):
-        """A fresh cache of transformers that holds the text for this many sequences."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self.layers):
-            shape = (rows, -1, -1, -1)
-            cache.update(keys.expand(shape), values.expand(shape), layer)
-        return cache
 
     def chat_behind(self, lm: LM, example: Example) -> str:
         """What a chat goes on with when it asks this question, in the letter format."""
@@ -58,22 +39,6 @@ class Shots:
             lm.tokenizer, self.system, example.prompt, _turns(self.examples)
         )
         return whole[len(self.text) :]
-
-    def read_behind(self, lm: LM, rows: list[Row]):
-        """Rows in one sequence, so that the text is there once: (ids, starts, model's output)."""
-        lm.read += len(rows) * self.tokens
-        ids, positions, mask, starts = scoring.pack(rows, lm.model.device, one=True)
-
-        # every row sees all of the text
-        seen = mask.new_ones(*mask.shape[:-1], self.tokens)
-        out = lm.model.get_decoder()(
-            ids,
-            attention_mask=torch.cat([seen, mask], -1),
-            position_ids=positions + self.tokens,
-            past_key_values=self.cache(len(ids)),
-            use_cache=True,
-        )
-        return ids, starts, out
 
 
 def _turns(examples):
@@ -97,11 +62,14 @@ def in_front(
         yield
         return
     room = _window(lm) - max(tokens, 1) - _longest(lm, examples)
-    lm.shots = _read(lm, *_fitting(lm, support, room))
+    chosen, system, text, ids = _fitting(lm, support, room)
+    lm.prefix = prefix.read_prefix(lm, ids)
+    lm.shots = Shots(tuple(chosen), text, system)
     try:
         yield
     finally:
         lm.shots = None
+        lm.prefix = None
 
 
 def _window(lm):
@@ -147,13 +115,3 @@ def _text(lm, chosen, system):
     turns = _turns(chosen)
     wholes = [scoring.chat_prompt(lm.tokenizer, system, user, turns) for user in ("a", "b")]
     return os.path.commonprefix(wholes)
-
-
-@torch.no_grad()
-def _read(lm, chosen, system, text, ids):
-    """The text, read once by the base model."""
-    lm.forwards += 1
-    ids = torch.tensor([ids], device=lm.model.device)
-    out = lm.model.get_decoder()(ids, use_cache=True)
-    layers = tuple((layer.keys, layer.values) for layer in out.past_key_values.layers)
-    return Shots(tuple(chosen), text, system, layers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import heapq
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ import runtime
 from config import UserError
 from data import Example
 from lora import Adapter, Layout
+from prefix import Prefix, read_once
 from runtime import Run
 
 WRITTEN = ("strict", "lenient")  # metrics that read a generated answer
@@ -44,6 +46,7 @@ class LM:
         forwards, backwards: passes so far, counted in rows, for cost reports.
         written, read: tokens generated and read so far.
         shots: solved examples before every row (`icl.Shots`), or None.
+        prefix: tokens before every row (`prefix.Prefix`), those of the examples or others; or None.
     """
 
     model: torch.nn.Module
@@ -57,6 +60,7 @@ class LM:
     written: int = 0
     read: int = 0
     shots: object = None
+    prefix: Prefix | None = None
 
 
 @dataclass(frozen=True)
@@ -326,15 +330,13 @@ def _similar_lengths(rows, enough):
     return groups
 
 
-def pack(rows: list[Row], device: str, *, one: bool = False):
+def pack(rows: list[Row], device: str):
     """Lay rows into a few sequences of one width, masked from each other.
 
-    Args: one: all rows in one sequence.
     Returns: ids (S, T), positions (S, T), mask (S, 1, T, T) bool, and for each row where its
         tokens start in the flattened (S * T) order.
     """
-    counts = [1] if one else _likely_counts(rows)
-    places, count, width = _lay_out(rows, counts)
+    places, count, width = _lay_out(rows, _likely_counts(rows))
     # the GPU's attention kernels read masks 16 bytes at a time
     if torch.device(device).type == "cuda":
         width += -width % 8
@@ -450,6 +452,8 @@ def hidden_states(lm: LM, rows: list[Row]):
     """(S * T, d) final hidden states after the last norm, and where each row starts in them."""
     lm.forwards += len(rows)
     lm.read += sum(row.length for row in rows)
+    if lm.shots:  # they are part of every question
+        lm.read += len(rows) * lm.prefix.tokens
     if torch.is_grad_enabled():
         lm.backwards += len(rows)
 
@@ -465,11 +469,17 @@ def hidden_states(lm: LM, rows: list[Row]):
     offset = 0
     for group in _similar_lengths(rows, enough):
         members = [rows[i] for i in group]
-        if lm.shots:
-            ids, begins, out = lm.shots.read_behind(lm, members)
-        else:
-            ids, positions, mask, begins = pack(members, lm.model.device)
-            out = decoder(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        ids, positions, mask, begins = pack(members, lm.model.device)
+        cache = None
+        if lm.prefix:
+            mask, positions, cache = lm.prefix.before(mask, positions)
+        out = decoder(
+            ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
         states.append(out.last_hidden_state.flatten(0, 1))
         for i, begin in zip(group, begins, strict=True):
             starts[i] = offset + begin
@@ -568,21 +578,12 @@ def score_examples(
     sums = [None] * len(rows)
     lora.swap_adapter(lm.model, lm.layout, adapter)
     try:
-        for batch in plan_batches(rows, lm.budget):
-            group = [rows[i] for i in batch]
-            hidden, starts = hidden_states(lm, group)
-            if slot is not None:
-                # each question's own vector on all its states, context and options
-                deltas = slot_deltas(lm, group, hidden, starts, *slot).to(hidden.dtype)
-                for delta, start, row in zip(deltas, starts, group, strict=True):
-                    hidden[start : start + row.length] += delta
-            logits, targets, branch = _answer_logits(lm, group, hidden, starts)
-            picked = -F.cross_entropy(logits, targets, reduction="none")
-            other = (logits.argmax(-1) != targets).to(picked.dtype)
-            # of every option: its log-probability, and how many of its tokens come second or later
-            found = _sum_branches(group, branch, torch.stack([picked, other], 1))
-            for i, values in zip(batch, found, strict=True):
-                sums[i] = values
+        # steering reads every token of a row
+        with read_once(lm, rows) if slot is None else nullcontext(rows) as own:
+            for batch in plan_batches(own, lm.budget):
+                found = _score_batch(lm, [own[i] for i in batch], slot)
+                for i, values in zip(batch, found, strict=True):
+                    sums[i] = values
     finally:
         lora.clear_adapters(lm.model)
 
@@ -596,6 +597,21 @@ def score_examples(
         greedy = others.index(0) if 0 in others else None
         scores.append(Scores(tuple(raw), tuple(norm), greedy))
     return scores
+
+
+def _score_batch(lm, rows, slot):
+    """[(options, 2)] of each row: an option's log-probability, and how many of its tokens come
+    second or later."""
+    hidden, starts = hidden_states(lm, rows)
+    if slot is not None:
+        # each question's own vector on all its states, context and options
+        deltas = slot_deltas(lm, rows, hidden, starts, *slot).to(hidden.dtype)
+        for delta, start, row in zip(deltas, starts, rows, strict=True):
+            hidden[start : start + row.length] += delta
+    logits, targets, branch = _answer_logits(lm, rows, hidden, starts)
+    picked = -F.cross_entropy(logits, targets, reduction="none")
+    other = (logits.argmax(-1) != targets).to(picked.dtype)
+    return _sum_branches(rows, branch, torch.stack([picked, other], 1))
 
 
 def lm_loss(lm: LM, rows: list[Row]) -> Tensor:

@@ -4,10 +4,11 @@
     python bench/bench.py paths=train_arc_e,slot repeats=5 out=runs/bench
 
 Ours runs one process per core with one thread each, as `make reproduce` does. A peer runs one
-process with all cores as threads, as its users start it. Both are workers: processes that load what
-they need, warm up, and then report the work they did and the seconds it took. Work of workers side
-by side is added up. Ratios are of work per second. Results go to results/bench/bench.json. One
-worker alone: python bench/bench.py worker <path> ours
+process with all cores as threads, as its users start it. Both compute in the dtype whose matrix
+products are fastest on this machine. Both are workers: processes that load what they need, warm up,
+and then report the work they did and the seconds it took. Work of workers side by side is added up.
+Ratios are of work per second. Results go to results/bench/<cpu>.json. One worker alone, in float32:
+python bench/bench.py worker <path> ours
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules measured
+import answers
 import conditions
 import config
 import data
+import limits
 import lora
 import policy
 import proposals
@@ -78,12 +81,22 @@ def seconds_of(work, repeats: int = 1) -> float:
     return best
 
 
-def open_bench(*words: str) -> tuple[Run, LM]:
-    """A run of the embedded preset, with its model in bf16, outside the repository."""
+def open_run(*words: str) -> Run:
+    """A run of the embedded preset in the dtype of the bench, outside the repository."""
     folder = Path(tempfile.mkdtemp())
     preset = ["config=configs/smollm2.yaml", f"run={folder}"]
     cfg, _ = config.load_config([*preset, *words])
-    run = Run(folder, cfg, dtype=torch.bfloat16, quiet=True)
+    return Run(folder, cfg, dtype=getattr(torch, dtype_name()), quiet=True)
+
+
+def dtype_name() -> str:
+    """In which all workers compute: `measure` finds it and tells them."""
+    return os.environ.get("BENCH_DTYPE", "float32")
+
+
+def open_bench(*words: str) -> tuple[Run, LM]:
+    """A run, and its model."""
+    run = open_run(*words)
     return run, scoring.load_lm(run)
 
 
@@ -119,7 +132,7 @@ def training_rows(run: Run, lm: LM, task: str):
 
 
 def train_ours(watch: Stopwatch, task: str) -> dict:
-    """Packed rows, the head at answer positions only, bf16 base, fp32 masters."""
+    """Packed rows, the head at answer positions only, fp32 masters."""
     run, lm = open_bench()
     rows = training_rows(run, lm, task)
     first = lora.init_adapter(lm.layout, SEED)
@@ -170,7 +183,7 @@ class StepClock(transformers.TrainerCallback):
 
 
 def train_peer(watch: Stopwatch, task: str) -> dict:
-    """transformers.Trainer + PEFT: bf16 autocast, dynamic padding; our examples, start and loss.
+    """transformers.Trainer + PEFT: dynamic padding, bf16 by autocast; our examples, start and loss.
 
     Its other defaults are ours too: no decay, gradients clipped at norm 1.
     """
@@ -198,7 +211,7 @@ def train_peer(watch: Stopwatch, task: str) -> dict:
         train_sampling_strategy="sequential",
         learning_rate=RATE,
         lr_scheduler_type="constant",
-        bf16=True,
+        bf16=run.dtype == torch.bfloat16,
         use_cpu=True,
         logging_steps=1,
         save_strategy="no",
@@ -221,6 +234,7 @@ def train_peer(watch: Stopwatch, task: str) -> dict:
 
 
 DOCUMENTS = {"arc_e": 48, "hellaswag": 16, "boolq": 16}  # to score
+HARNESS_BATCHES = (4, 16)
 
 
 def documents_of(run: Run, task: str):
@@ -247,14 +261,14 @@ def score_ours(watch: Stopwatch, task: str) -> dict:
 
 
 def score_peer(watch: Stopwatch, task: str) -> dict:
-    """lm-evaluation-harness: HFLM.loglikelihood on the same requests, batch 16, bf16."""
+    """lm-evaluation-harness: HFLM.loglikelihood on the same requests, in its faster batch size."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     run, _ = open_bench()
     documents = documents_of(run, task)
     name = run.cfg.model.name
-    model = HFLM(pretrained=name, device="cpu", dtype="bfloat16", batch_size=16)
+    model = HFLM(pretrained=name, device="cpu", dtype=dtype_name(), batch_size=16)
 
     def ask(examples):
         requests = []
@@ -265,10 +279,60 @@ def score_peer(watch: Stopwatch, task: str) -> dict:
         found = model.loglikelihood(requests, disable_tqdm=True)
         return [logprob for logprob, _ in found]
 
-    ask(documents[:4])  # warms up
+    # the batch size that is faster here, on a part of the documents
+    tried = {}
+    for size in HARNESS_BATCHES:
+        model.batch_size_per_gpu = size
+        tried[size] = seconds_of(partial(ask, documents[: len(documents) // 4]))
+    model.batch_size_per_gpu = min(tried, key=tried.get)
     with watch:
         answers = ask(documents)
-    return {"work": len(documents), "answers": answers}
+    return {"work": len(documents), "answers": answers, "batch": model.batch_size_per_gpu}
+
+
+# Written answers: (task, words of the configuration, tokens at most).
+LETTERS = ("arc_e", ["data.format=letter"], 16)
+SOLUTIONS = ("gsm8k", ["data.format=letter", "data.math_form=generate"], 64)
+ANSWERS = 32
+
+
+def asked_questions(run: Run, task: str):
+    return list(data.load_tasks(run)[task].test[:ANSWERS])
+
+
+def write_ours(watch: Stopwatch, case: tuple) -> dict:
+    """Prompts of similar length in a batch, which finished rows leave; a letter ends an answer."""
+    task, words, tokens = case
+    run, lm = open_bench(*words)
+    questions = asked_questions(run, task)
+    answers.generate_answers(lm, None, questions[:2], 2)  # warms up
+    with watch:
+        texts = answers.generate_answers(lm, None, questions, tokens)
+    return {"work": len(texts), "texts": texts}
+
+
+@torch.no_grad()
+def write_peer(watch: Stopwatch, case: tuple) -> dict:
+    """transformers.generate, greedily: prompts of one batch, padded on the left."""
+    task, words, tokens = case
+    run, lm = open_bench(*words)
+    questions = asked_questions(run, task)
+    prompts = [scoring.input_text(lm, question) for question in questions]
+    tokenizer = lm.tokenizer
+    tokenizer.padding_side = "left"
+    name = run.cfg.model.name
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=run.dtype)
+
+    def write(prompts, most):
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        made = model.generate(**batch, max_new_tokens=most, do_sample=False)
+        new = made[:, batch["input_ids"].shape[1] :]
+        return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    write(prompts[:2], 2)  # warms up
+    with watch:
+        texts = write(prompts, tokens)
+    return {"work": len(texts), "texts": texts}
 
 
 # Latent steering (SLOT).
@@ -346,7 +410,8 @@ WIDE = (WIDE_WORDS, [1074, 10, 34], 2)
 def generator_steps(watch: Stopwatch, case: tuple, plain: bool) -> dict:
     """Two training steps of the generator, after one that warms up."""
     words, tokens, pairs = case
-    run, _ = open_bench(*words)
+    run = open_run(*words)
+    lower = run.dtype == torch.bfloat16
     settings = run.cfg.generator
     torch.manual_seed(0)
     decoder = HyperConvDecoder([*settings.flow, tokens], settings.kernel)
@@ -361,7 +426,7 @@ def generator_steps(watch: Stopwatch, case: tuple, plain: bool) -> dict:
         if plain:
             states, _ = conditions.encode_texts(run, texts)
         batch = states.float().unflatten(0, (pairs, -1))
-        with torch.autocast("cpu", torch.bfloat16, enabled=not plain):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower and not plain):
             made = decoder(batch)
         adamw.zero_grad()
         F.mse_loss(made.float(), target).backward()
@@ -377,7 +442,7 @@ def generator_steps(watch: Stopwatch, case: tuple, plain: bool) -> dict:
 
 
 def generator_ours(watch: Stopwatch, case: tuple) -> dict:
-    """Cached prompt states, bf16."""
+    """Cached prompt states, in the dtype of the bench."""
     return generator_steps(watch, case, plain=False)
 
 
@@ -414,8 +479,8 @@ def policy_ours(watch: Stopwatch) -> dict:
     with watch:
         texts = sample(schemas, 1)
     lengths = [len(scoring.encode(lm, text)) for text in texts]
-    # a step for all of the batch reads every bf16 weight once
-    read = 2 * matrix_weights(lm) * max(lengths)
+    # a step for all of the batch reads every weight once
+    read = run.dtype.itemsize * matrix_weights(lm) * max(lengths)
     return {"work": sum(lengths), "bytes": read}
 
 
@@ -554,8 +619,8 @@ def slope(work, cases: dict) -> dict:
 
 
 def peak() -> dict:
-    """Matrix products in bf16 and copies, per second of one process with all its threads."""
-    square = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    """Matrix products and copies, per second of one process with all its threads."""
+    square = torch.randn(2048, 2048, dtype=getattr(torch, dtype_name()))
     source = torch.empty(2**27, dtype=torch.uint8)
     copy = torch.empty_like(source)
     multiplied = seconds_of(lambda: square @ square, 5)
@@ -582,11 +647,14 @@ COMPARISONS = {
     "score_arc_e": Comparison(score_ours, score_peer, "documents/s", "arc_e"),
     "score_hellaswag": Comparison(score_ours, score_peer, "documents/s", "hellaswag"),
     "score_boolq": Comparison(score_ours, score_peer, "documents/s", "boolq"),
+    "answers_letters": Comparison(write_ours, write_peer, "answers/s", LETTERS),
+    "answers_solutions": Comparison(write_ours, write_peer, "answers/s", SOLUTIONS),
     "slot": Comparison(slot_ours, slot_peer, "prompts/s"),
     "generator": Comparison(generator_ours, generator_peer, "pairs/s", EMBEDDED),
     "generator_wide": Comparison(generator_ours, generator_peer, "pairs/s", WIDE),
     "policy": Comparison(policy_ours, policy_peer, "tokens/s"),
 }
+WORKER_MEMORY = 4 * limits.GIB
 ALONE = {"adapters": swapping, "scaling": scaling, "peak": peak}  # without a peer
 PATHS = [*COMPARISONS, "adapters", "scaling"]
 
@@ -647,10 +715,11 @@ def launch(name: str, side: str, processes: int = 1) -> list[dict]:
     for job in jobs:
         output, errors = job.communicate()
         if job.returncode:
-            raise UserError(
-                f"bench: {name} ({side}) failed: {errors.strip().splitlines()[-1:]}; "
-                "make bench installs the peers (bench/requirements.txt)"
-            )
+            reason = errors.strip().splitlines()[-1:]
+            hint = ""
+            if "ModuleNotFoundError" in errors:
+                hint = "; pip install -r bench/requirements.txt installs what it is compared with"
+            raise UserError(f"bench: {name} ({side}) failed: {reason}{hint}")
         reports.append(json.loads(output.splitlines()[-1]))
     return reports
 
@@ -671,24 +740,33 @@ def compare(name: str, repeats: int, machine: dict) -> dict:
 
     # what a unit of work needs at least, against what the machine gives
     report = ours[0]
-    row["bound"] = "flops" if "flops" in report else "bytes"
-    needed = row["ours"] * report[row["bound"]] / report["work"]
-    row["share_of_machine"] = needed / machine[row["bound"]]
+    for bound in ("flops", "bytes"):
+        if bound in report:
+            needed = row["ours"] * report[bound] / report["work"]
+            row["bound"] = bound
+            row["share_of_machine"] = needed / machine[bound]
 
     # same losses, log-likelihoods or vectors: the same work was done
     if "answers" in report:
         gaps = torch.tensor(report["answers"]) - torch.tensor(peer[0]["answers"])
         row["largest_gap"] = float(gaps.abs().max())
+    # ours may end an answer earlier
+    if "texts" in report:
+        pairs = zip(report["texts"], peer[0]["texts"], strict=True)
+        same = [whole.strip().startswith(text.strip()) for text, whole in pairs]
+        row["same_texts"] = statistics.mean(same)
     # with all cores in one process: where would more speed come from?
     row["profile"] = launch(name, "profile")[0]
     return row
 
 
 def print_row(name: str, row: dict) -> None:
-    share = f"{row['share_of_machine']:.0%} {row['bound']}"
+    share = "-"
+    if "bound" in row:
+        share = f"{row['share_of_machine']:.0%} {row['bound']}"
     gap = row.get("largest_gap", math.nan)
     print(
-        f"{name:16} {row['ours']:9.2f} {row['peer']:9.2f} {row['ratio']:6.1f}x "
+        f"{name:17} {row['ours']:9.2f} {row['peer']:9.2f} {row['ratio']:6.1f}x "
         f"{share:>12} {gap:12.3g}   {row['unit']}",
         flush=True,
     )
@@ -696,20 +774,31 @@ def print_row(name: str, row: dict) -> None:
 
 def measure(paths: list[str], repeats: int, folder: Path) -> None:
     """Every path, each written as soon as it is known. Earlier results of other paths are kept."""
-    file = folder / "bench.json"
-    found = runtime.read_json(file) if file.exists() else {}
-    run, _ = open_bench()
+    # the dtype in which this machine's products are fastest, for both sides
+    choice = runtime.choose_dtype(open_run().cfg, "cpu")
+    os.environ["BENCH_DTYPE"] = choice["dtype"]
     machine = {
-        "cpu": runtime.environment(run)["cpu"],
+        "cpu": runtime.environment(open_run())["cpu"],
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": limits.cores(),
+        "dtype": choice["dtype"],
+        "gflops": choice["gflops"],
         "repeats": repeats,
     }
     machine |= launch("peak", "ours")[0]
+
+    # a file per kind of processor
+    words = [*machine["cpu"].split(), machine["instructions"]]
+    file = folder / f"{'-'.join(words).lower()}.json"
+    found = runtime.read_json(file) if file.exists() else {}
     found["machine"] = machine
     print(machine)
-    print("path                  ours      peer   ratio   of machine  largest gap   unit")
+    print("path                   ours      peer   ratio   of machine  largest gap   unit")
     for name in paths:
+        if limits.free_memory() < machine["cores"] * WORKER_MEMORY:
+            print(f"{name}: skipped: each of {machine['cores']} workers needs 4 GiB of free memory")
+            continue
         if name in ALONE:
             found[name] = launch(name, "ours")[0]
             print(f"{name}: {json.dumps(found[name])}", flush=True)

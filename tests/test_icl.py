@@ -58,6 +58,7 @@ def test_scores_are_those_of_the_whole_text(lm, form):
         )
     found = strategies.score_refined(lm, Refined([None], shots=support), ASKED)
     assert lm.shots is None
+    assert lm.prefix is None
     with icl.in_front(lm, support, ASKED):
         assert lm.shots.examples == support
         before = scoring.encode(lm, lm.shots.text)
@@ -71,7 +72,7 @@ def test_every_example_shows_its_right_answer(lm):
     """The text holds question and right answer of each, and nothing of the asked ones."""
     with icl.in_front(lm, SUPPORT, ASKED):
         assert lm.shots.text == "".join(f"{e.prompt} {e.answer}\n\n" for e in SUPPORT)
-        assert lm.shots.tokens == len(scoring.encode(lm, lm.shots.text))
+        assert lm.prefix.tokens == len(scoring.encode(lm, lm.shots.text))
 
 
 def test_as_many_as_fit(lm, monkeypatch):
@@ -111,7 +112,7 @@ def test_written_answers_go_on_behind_them(lm):
 def test_tokens_are_counted_for_every_answer(lm):
     """A row reads itself and the examples, which are there at every answer."""
     with icl.in_front(lm, SUPPORT, ASKED):
-        shots = lm.shots.tokens
+        shots = lm.prefix.tokens
         rows = [scoring.make_row(lm, example) for example in ASKED]
         before = lm.read
         scoring.score_examples(lm, None, ASKED)

@@ -433,14 +433,13 @@ def test_rows_are_laid_out_by_cost(lengths, shape):
 
 @torch.no_grad()
 def test_rows_sharing_a_sequence_do_not_see_each_other():
-    """Whatever shares a sequence is masked; `one` puts everything into a single one."""
-    rows = [row_of(900), row_of(900, 2000), row_of(3, 5000)]
-    assert scoring.pack(rows, "cpu")[0].shape[0] == 2
-    ids, _, mask, starts = scoring.pack(rows, "cpu", one=True)
-    assert ids.shape == (1, 1803)
+    """Three rows in one sequence, masked from each other."""
+    rows = [row_of(40), row_of(30, 100), row_of(3, 200)]
+    ids, _, mask, starts = scoring.pack(rows, "cpu")
+    assert ids.shape == (1, 73)
     first, second, third = starts
-    assert not mask[0, 0, second : second + 900, first : first + 900].any()
-    assert not mask[0, 0, third : third + 3, : second + 900].any()
+    assert not mask[0, 0, second : second + 30, first : first + 40].any()
+    assert not mask[0, 0, third : third + 3, : second + 30].any()
     assert mask[0, 0, third + 2, third : third + 3].all()
 
 
