@@ -27,6 +27,7 @@ import data
 import generator
 import lora
 import methods
+import packing
 import runtime
 import scoring
 from config import UserError
@@ -205,7 +206,7 @@ def last_states(lm, rows, adapter):
     states = {}
     lora.swap_adapter(lm.model, lm.layout, adapter)
     try:
-        for batch in scoring.plan_batches(rows, lm.budget):
+        for batch in packing.plan_batches(rows, lm.budget):
             members = [rows[i] for i in batch]
             hidden, starts = scoring.hidden_states(lm, members)
             for i, start in zip(batch, starts, strict=True):

@@ -8,12 +8,10 @@ vocabulary projection, the widest matrix of all, runs at scored positions only.
 from __future__ import annotations
 
 import functools
-import heapq
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
@@ -21,6 +19,7 @@ from torch import Tensor
 
 import data
 import lora
+import packing
 import runtime
 from config import UserError
 from data import Example
@@ -29,8 +28,6 @@ from prefix import Prefix, read_once
 from runtime import Run
 
 WRITTEN = ("strict", "lenient")  # metrics that read a generated answer
-LAYOUTS = 12  # ways to lay rows side by side that are compared, at most
-ATTENTION_WIDTH = 1000  # tokens of a sequence of which attention costs as much as all the rest
 
 
 @dataclass
@@ -294,117 +291,6 @@ def prompt_row(lm: LM, text: str) -> Row:
     return Row(tuple(ids), (), (), ())
 
 
-def _longest_first(rows):
-    return sorted(range(len(rows)), key=lambda i: -rows[i].length)
-
-
-def plan_batches(rows: list[Row], budget: int, most: float = math.inf):
-    """Row numbers in batches of similar length, longest first.
-
-    Rows times longest stays within `budget` tokens, unless a single row exceeds it.
-    """
-    batches = []
-    room = 0
-    for i in _longest_first(rows):
-        if room <= 0:
-            batches.append([])
-            room = min(most, budget // max(1, rows[i].length))
-        batches[-1].append(i)
-        room -= 1
-    return batches
-
-
-def _similar_lengths(rows, enough):
-    """Row numbers in groups of at least `enough` tokens, longest first.
-
-    Attention costs the square of a group's longest row, so long and short rows are kept apart.
-    """
-    groups = []
-    missing = 0
-    for i in _longest_first(rows):
-        if missing <= 0:
-            groups.append([])
-            missing = enough
-        groups[-1].append(i)
-        missing -= rows[i].length
-    return groups
-
-
-def pack(rows: list[Row], device: str):
-    """Lay rows into a few sequences of one width, masked from each other.
-
-    Returns: ids (S, T), positions (S, T), mask (S, 1, T, T) bool, and for each row where its
-        tokens start in the flattened (S * T) order.
-    """
-    places, count, width = _lay_out(rows, _likely_counts(rows))
-    # the GPU's attention kernels read masks 16 bytes at a time
-    if torch.device(device).type == "cuda":
-        width += -width % 8
-    starts = [sequence * width + offset for sequence, offset in places]
-
-    # of every token: its id, its position, its branch (0 = context), its row
-    laid = torch.zeros(4, count * width, dtype=torch.long)
-    # each padding token is a row of its own: it sees itself, so no softmax is empty
-    laid[3] = len(rows) + torch.arange(count * width)
-    for number, row in enumerate(rows):
-        length = len(row.context)
-        ids = list(row.context)
-        positions = list(range(length))
-        branches = [0] * length
-        for option, branch in enumerate(row.branches, 1):
-            ids += branch
-            # each branch continues the context: positions restart where that ended
-            positions += range(length, length + len(branch))
-            branches += [option] * len(branch)
-        owners = [number] * row.length
-        tokens = torch.tensor([ids, positions, branches, owners])
-        laid[:, starts[number] : starts[number] + row.length] = tokens
-
-    # the mask is T times as large as what it follows from: it is made where it is used
-    laid = runtime.to_device(laid, device).view(4, count, width)
-    ids, positions, branch, owner = laid
-    same_row = owner[:, :, None] == owner[:, None, :]
-    same_branch = branch[:, :, None] == branch[:, None, :]
-    of_context = branch[:, None, :] == 0
-    # a branch sees its row's context and itself, in both no later token
-    mask = same_row & (same_branch | of_context)
-    mask &= torch.ones_like(mask[0]).tril()
-    return ids, positions, mask[:, None], starts
-
-
-def _likely_counts(rows):
-    """Numbers of sequences to try: from three of the longest row's length to a row in each."""
-    total = sum(row.length for row in rows)
-    longest = max(row.length for row in rows)
-    fewest = math.ceil(total / (3 * longest))
-    counts = np.linspace(fewest, len(rows), LAYOUTS, dtype=int)
-    return np.unique(counts).tolist()
-
-
-def _lay_out(rows, counts):
-    """The cheapest layout: (sequence, offset) of each row, number of sequences, their width.
-
-    The longest row first, each into the sequence with fewest tokens.
-    """
-    order = _longest_first(rows)
-    lowest = math.inf
-    for count in counts:
-        used = [(0, sequence) for sequence in range(count)]
-        places = [None] * len(rows)
-        for i in order:
-            offset, sequence = heapq.heappop(used)
-            places[i] = sequence, offset
-            heapq.heappush(used, (offset + rows[i].length, sequence))
-
-        # padding costs as much as text; attention grows with the square of the width
-        width, _ = max(used)
-        cost = count * width * (1 + width / ATTENTION_WIDTH)
-        if cost < lowest:
-            lowest = cost
-            found = places, count, width
-    return found
-
-
 def _packed_attention(module, query, key, value, mask, **options):
     """Attention over packed rows, in transformers' form.
 
@@ -467,9 +353,10 @@ def hidden_states(lm: LM, rows: list[Row]):
     states = []
     starts = [0] * len(rows)
     offset = 0
-    for group in _similar_lengths(rows, enough):
+    for group in packing.similar_lengths(rows, enough):
         members = [rows[i] for i in group]
-        ids, positions, mask, begins = pack(members, lm.model.device)
+        before = lm.prefix.tokens if lm.prefix else 0
+        ids, positions, mask, begins = packing.pack(members, lm.model.device, before)
         cache = None
         if lm.prefix:
             mask, positions, cache = lm.prefix.before(mask, positions)
@@ -580,7 +467,7 @@ def score_examples(
     try:
         # steering reads every token of a row
         with read_once(lm, rows) if slot is None else nullcontext(rows) as own:
-            for batch in plan_batches(own, lm.budget):
+            for batch in packing.plan_batches(own, lm.budget):
                 found = _score_batch(lm, [own[i] for i in batch], slot)
                 for i, values in zip(batch, found, strict=True):
                     sums[i] = values
@@ -675,7 +562,7 @@ def parts_of(lm: LM, rows: list[Row], all_scored: bool = False):
         return [rows]
     tokens = part_tokens(lm.budget, all_scored)
     parts = []
-    for batch in plan_batches(rows, tokens):
+    for batch in packing.plan_batches(rows, tokens):
         parts.append([rows[i] for i in batch])
     return parts
 

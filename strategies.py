@@ -34,6 +34,7 @@ from torch import Tensor
 import answers
 import icl
 import lora
+import packing
 import runtime
 import scoring
 from config import UserError
@@ -427,7 +428,7 @@ def surprise_threshold(target: Target) -> float:
         found = []
         lora.swap_adapter(lm.model, lm.layout, target.start)
         try:
-            for part in scoring.plan_batches(rows, scoring.part_tokens(lm.budget, all_scored=True)):
+            for part in packing.plan_batches(rows, scoring.part_tokens(lm.budget, all_scored=True)):
                 nll = scoring.prompt_nll(lm, [rows[i] for i in part])
                 found += nll.tolist()
         finally:

@@ -13,6 +13,7 @@ from test_lora import random_adapter
 
 import data
 import lora
+import packing
 import scoring
 from config import UserError, load_config
 from data import Example
@@ -208,7 +209,7 @@ def logprobs(lm, rows):
 
 def test_training_path_scores_the_same(tiny_lm, alone, rows):
     """With gradients attention is written out and rows share sequences: the same numbers."""
-    assert len(scoring.pack(rows, "cpu")[0]) < len(rows)
+    assert len(packing.pack(rows, "cpu")[0]) < len(rows)
     trained = logprobs(tiny_lm, rows)
     with torch.no_grad():
         bare = logprobs(tiny_lm, rows)
@@ -364,21 +365,21 @@ def test_batches_cover_every_row_within_the_budget():
     rng = random.Random(0)
     rows = [Row(tuple(range(rng.randrange(1, 60))), ((1, 2),), (0,), (1,)) for _ in range(40)]
     for budget, most in ((1, 40), (100, 40), (10_000, 40), (10_000, 7)):
-        batches = scoring.plan_batches(rows, budget, most)
+        batches = packing.plan_batches(rows, budget, most)
         assert sorted(sum(batches, [])) == list(range(40))
         for batch in batches:
             longest = max(rows[i].length for i in batch)
             assert len(batch) == 1 or len(batch) * longest <= budget
             assert len(batch) <= most
-    assert len(scoring.plan_batches(rows, 10_000)) == 1
-    assert scoring.plan_batches([], 5) == []
+    assert len(packing.plan_batches(rows, 10_000)) == 1
+    assert packing.plan_batches([], 5) == []
 
 
 @torch.no_grad()
 def test_pack_golden():
     """Positions restart in each branch. A branch sees its row's context and itself only."""
     rows = [Row((10, 11), ((12, 13), (14,)), (0, 0), (1, 1)), Row((20,), ((21,),), (0,), (1,))]
-    ids, positions, mask, starts = scoring.pack(rows, "cpu")
+    ids, positions, mask, starts = packing.pack(rows, "cpu")
     assert ids.tolist() == [[10, 11, 12, 13, 14, 20, 21]]
     assert starts == [0, 5]
     assert positions.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
@@ -401,7 +402,7 @@ def row_of(length, first=1):
 @torch.no_grad()
 def test_padding_sees_itself_only():
     """No softmax is empty: a token of padding is a row of its own."""
-    ids, _, mask, starts = scoring.pack([row_of(600), row_of(500), row_of(580)], "cpu")
+    ids, _, mask, starts = packing.pack([row_of(600), row_of(500), row_of(580)], "cpu")
     assert ids.shape == (3, 600)
     begin = starts[1] % 600
     assert begin == 0
@@ -424,7 +425,7 @@ def test_padding_sees_itself_only():
 def test_rows_are_laid_out_by_cost(lengths, shape):
     """As few tokens of padding as pays, against the cost of attention in wide sequences."""
     rows = [row_of(length) for length in lengths]
-    ids, _, _, starts = scoring.pack(rows, "cpu")
+    ids, _, _, starts = packing.pack(rows, "cpu")
     assert ids.shape == shape
     flat = ids.flatten().tolist()
     for row, start in zip(rows, starts, strict=True):
@@ -432,10 +433,20 @@ def test_rows_are_laid_out_by_cost(lengths, shape):
 
 
 @torch.no_grad()
+def test_a_long_prefix_is_shared_by_more_rows():
+    """Each sequence takes a copy of it."""
+    rows = [row_of(50) for _ in range(12)]
+    alone = packing.pack(rows, "cpu")[0]
+    behind = packing.pack(rows, "cpu", before=1500)[0]
+    assert len(alone) == 12
+    assert len(behind) < 6
+
+
+@torch.no_grad()
 def test_rows_sharing_a_sequence_do_not_see_each_other():
     """Three rows in one sequence, masked from each other."""
     rows = [row_of(40), row_of(30, 100), row_of(3, 200)]
-    ids, _, mask, starts = scoring.pack(rows, "cpu")
+    ids, _, mask, starts = packing.pack(rows, "cpu")
     assert ids.shape == (1, 73)
     first, second, third = starts
     assert not mask[0, 0, second : second + 30, first : first + 40].any()
