@@ -487,8 +487,7 @@ def score_examples(
 
 
 def _score_batch(lm, rows, slot):
-    """[(options, 2)] of each row: an option's log-probability, and how many of its tokens come
-    second or later."""
+    """Each row's (options, 2): log-probability, and how many tokens are not the first choice."""
     hidden, starts = hidden_states(lm, rows)
     if slot is not None:
         # each question's own vector on all its states, context and options
