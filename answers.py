@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -108,8 +107,7 @@ def generate_answers(
     answers = [""] * len(rows)
     lora.swap_adapter(lm.model, lm.layout, adapter)
     try:
-        # steering reads every token of a prompt
-        with read_once(lm, rows) if slot is None else nullcontext(rows) as own:
+        with read_once(lm, rows, steered=slot is not None) as own:
             for batch in _plan(lm, own, max_new_tokens, slot):
                 group = [own[i] for i in batch]
                 named = [options[i] for i in batch]

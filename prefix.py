@@ -57,13 +57,14 @@ def read_prefix(lm, ids) -> Prefix:
 
 
 @contextmanager
-def read_once(lm, rows: list) -> Iterator[list]:
+def read_once(lm, rows: list, steered: bool = False) -> Iterator[list]:
     """Rows without the tokens that all of them begin with: while this is open the model has these.
 
     Where that is not worth while, the rows as they are.
+    Args: steered: latent steering needs the states of every token of a row, so nothing is shared.
     """
     shared = 0
-    if len(rows) > 1 and not lm.prefix:
+    if len(rows) > 1 and not lm.prefix and not steered:
         shared = len(os.path.commonprefix([row.context for row in rows]))
         # each row keeps a token of its own, from which its answer is predicted
         shared = min(shared, *(len(row.context) - 1 for row in rows))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -465,8 +464,7 @@ def score_examples(
     sums = [None] * len(rows)
     lora.swap_adapter(lm.model, lm.layout, adapter)
     try:
-        # steering reads every token of a row
-        with read_once(lm, rows) if slot is None else nullcontext(rows) as own:
+        with read_once(lm, rows, steered=slot is not None) as own:
             for batch in packing.plan_batches(own, lm.budget):
                 found = _score_batch(lm, [own[i] for i in batch], slot)
                 for i, values in zip(batch, found, strict=True):

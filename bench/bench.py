@@ -775,10 +775,11 @@ def print_row(name: str, row: dict) -> None:
 def measure(paths: list[str], repeats: int, folder: Path) -> None:
     """Every path, each written as soon as it is known. Earlier results of other paths are kept."""
     # the dtype in which this machine's products are fastest, for both sides
-    choice = runtime.choose_dtype(open_run().cfg, "cpu")
+    run = open_run()
+    choice = runtime.choose_dtype(run.cfg, "cpu")
     os.environ["BENCH_DTYPE"] = choice["dtype"]
     machine = {
-        "cpu": runtime.environment(open_run())["cpu"],
+        "cpu": runtime.environment(run)["cpu"],
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "cores": limits.cores(),
