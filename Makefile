@@ -15,7 +15,7 @@ RUN      = runs/$(basename $(notdir $(CONFIG)))
 PIP      = $(PY) -m pip install --disable-pip-version-check -q
 TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --max-restarts=$(RESTARTS) --log-dir .cache/torchrun
 
-.PHONY: help install assets demo adapter reproduce reproduce-all families test reliability harness bench report lint format clean
+.PHONY: help install assets demo adapter reproduce reproduce-all families study test reliability harness bench report lint format clean
 
 help:
 	@echo "make demo           a slice of the real data through the whole pipeline"
@@ -23,6 +23,7 @@ help:
 	@echo "make reproduce      all twelve tasks with CONFIG=$(CONFIG)"
 	@echo "make reproduce-all  the same with the baselines and TEMPO, in the same folder"
 	@echo "make families       degaml with one strategy family each, in the same folder"
+	@echo "make study          curves over labels and training tasks; ARGS='study.parts=[labels]' for one of them"
 	@echo "make report         tables, figures and report.html of a run, from stored results"
 	@echo "make test           the tests"
 	@echo "make lint           ruff: format and rules; make format applies them"
@@ -83,6 +84,9 @@ FAMILIES = $(shell $(PYTHON) -c 'import methods; print("[base,generator,degaml,"
 
 families: assets/.done
 	$(TORCHRUN) degaml.py stage=all config=$(CONFIG) 'evaluate.methods=$(FAMILIES)' $(ARGS)
+
+study: assets/.done
+	$(TORCHRUN) degaml.py stage=study config=configs/study.yaml $(ARGS)
 
 report:
 	$(PY) degaml.py stage=report config=$(CONFIG) $(ARGS)

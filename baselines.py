@@ -64,7 +64,7 @@ def train_baselines(run: Run) -> dict:
     units = list(itertools.product(starts, left_out_sets))
     for method, left_out in run.deal(units):
         if not run.finished(f"baselines/{method}/{left_out}", "baselines"):
-            _meta_train(run, method, left_out)
+            meta_train(run, method, left_out)
 
     # `deal` waits for all ranks, so every start is there
     units = list(itertools.product(wanted, chosen))
@@ -152,7 +152,7 @@ class Draws:
         return [rows[i::batches] for i in range(batches)]
 
 
-def _meta_train(run, method, left_out):
+def meta_train(run: Run, method: str, left_out: str) -> None:
     """Train one start, and keep its loss curve and its budget beside it.
 
     A training returns the start, row 1 of ABMLL's posterior or None, a loss per step, and the step

@@ -42,6 +42,27 @@ TABLE = {
     "codemmlu": Benchmark("CodeMMLU", "basic-skills coding", "CodeMMLU"),
     "jama": Benchmark("JAMA", "MedQA (USMLE, English) test", "JAMA Clinical Challenge"),
 }
+# What the study trains on besides: embedded like the twelve, and near none of the targets.
+_SKILLS = "basic-skills {} (ODC-BY)"
+_MMLU = "MMLU test, {} (MIT)"
+_MEDMCQA = "MedMCQA validation, {} (Apache-2.0)"
+FURTHER = {
+    "humanities": Benchmark(
+        "Humanities", _MMLU.format("philosophy, religions, moral disputes, prehistory")
+    ),
+    "economics": Benchmark("Economics", _MMLU.format("macro- and microeconomics")),
+    "common_knowledge": Benchmark("Common knowledge", _SKILLS.format("common knowledge")),
+    "psychology": Benchmark("Psychology", _MMLU.format("psychology")),
+    "dental": Benchmark("Dentistry", _MEDMCQA.format("dental")),
+    "strings": Benchmark("Strings", _SKILLS.format("string operations")),
+    "politics": Benchmark("Politics", _MMLU.format("government, foreign policy, security")),
+    "business": Benchmark("Business", _MMLU.format("marketing, management, accounting")),
+    "science": Benchmark("Science", _MMLU.format("physics, chemistry, biology, astronomy")),
+    "arithmetic": Benchmark("Arithmetic", _SKILLS.format("arithmetic")),
+    "patterns": Benchmark("Patterns", _SKILLS.format("patterns")),
+    "anatomy": Benchmark("Anatomy", _MEDMCQA.format("anatomy, physiology, biochemistry")),
+}
+EMBEDDED = TABLE | FURTHER
 # their records have an answer but no options
 FREE_ANSWER = ("gsm8k", "math")
 

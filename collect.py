@@ -36,7 +36,6 @@ def collect_adapters(run: Run) -> dict:
     """
     tasks = data.load_tasks(run)
     names = run.cfg.data.train_tasks
-    lm = scoring.load_lm(run)
     # a model that is scored wrongly is not worth the hours
     proof.ensure(run)
     run.barrier()
@@ -45,7 +44,7 @@ def collect_adapters(run: Run) -> dict:
     longest_first = sorted(names, key=lambda name: -_text_length(tasks[name]))
     for name in run.deal(longest_first):
         if not run.finished(f"adapters/{name}", "collect"):
-            _collect_one(run, lm, tasks[name])
+            collect_one(run, tasks[name])
 
     # a folder may hold tasks collected before, by another version
     manifests = [_manifest(run, name) for name in names]
@@ -66,14 +65,19 @@ def _manifest(run: Run, task: str) -> dict:
     return runtime.read_json(run.path / f"adapters/{task}/manifest.json")
 
 
-def _collect_one(run: Run, lm: LM, task: Task) -> None:
-    """One task's checkpoints, and the manifest that says what they are."""
+def collect_one(run: Run, task: Task, first: Adapter | None = None) -> None:
+    """One task's checkpoints, and the manifest that says what they are.
+
+    Args: first: the adapter to begin with; None = the plain start, which all tasks share.
+    """
+    lm = scoring.load_lm(run)
     folder = run.path / f"adapters/{task.name}"
     began = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
 
     # every task begins from one and the same A: with different A's, A is noise to the generator
-    first = lora.init_adapter(lm.layout, run.cfg.seed)
+    if first is None:
+        first = lora.init_adapter(lm.layout, run.cfg.seed)
     losses = _train(run, lm, task, first, folder)
 
     # the manifest comes last: what it lists is whole

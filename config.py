@@ -269,6 +269,23 @@ class Analyze(_Section):
     other_run: str
 
 
+class Study(_Section):
+    parts: list[Literal["labels", "tasks", "search"]]
+    labels: list[Count]
+    draws: Annotated[Int, Field(ge=2)]  # their spread is half of an interval
+    starts: list[Literal["plain", "mean", "union", "generated", "around_union", "maml", "icl"]]
+    development_tasks: list[str]
+    development_examples: Positive
+    losses: list[Literal["lm", "choice"]]
+    steps: list[Positive]
+    learning_rate: Rate
+    batch_size: Positive
+    set_sizes: list[Positive]
+    further_tasks: list[str]
+    around_steps: Annotated[Int, Field(ge=2)]
+    strategies: list[dict]
+
+
 class Config(_Section):
     """The whole configuration of a run; configs/default.yaml explains it key by key."""
 
@@ -295,6 +312,7 @@ class Config(_Section):
     evaluate: Evaluate
     report: Report
     analyze: Analyze
+    study: Study
     # is `task` the user's own, none that the run was made with?
     _own: bool = PrivateAttr(False)
 

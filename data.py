@@ -105,9 +105,9 @@ def _read_assets(folder, name):
     rows_of = {}
     for split in ("all",) if one_pool else ("train", "test"):
         file = folder / f"{name}.{split}.jsonl.gz"
-        if not file.exists() and name not in benchmarks.TABLE:
+        if not file.exists() and name not in benchmarks.EMBEDDED:
             raise UserError(
-                f"task {name} is not one of the embedded tasks ({', '.join(benchmarks.TABLE)}); "
+                f"task {name} is not one of the embedded tasks ({', '.join(benchmarks.EMBEDDED)}); "
                 f"give its file as data.jsonl={{{name}: file.jsonl}}"
             )
         if not file.exists():
@@ -349,7 +349,7 @@ def load_task(cfg: Config, name: str) -> Task:
     if name in d.train_tasks:
         train_prompts = _choose_prompts(cfg, name, rows, train, support, test, "train")
     # built options stand in for free answers; other data stands in where it is embedded
-    known = benchmarks.TABLE.get(name, benchmarks.Benchmark(name, ""))
+    known = benchmarks.EMBEDDED.get(name, benchmarks.Benchmark(name, ""))
     stands_in = _is_embedded(cfg, name)
     if name in benchmarks.FREE_ANSWER:
         stands_in = _gets_options(cfg, rows)
@@ -391,7 +391,7 @@ def describe_data(cfg: Config, name: str, table: Table) -> dict:
     rows = list(chain.from_iterable(table.splits.values()))
     about = {"source": "", "form": _data_form(cfg, name, rows), "rows": len(rows)}
     if _is_embedded(cfg, name):
-        about["source"] = benchmarks.TABLE[name].source
+        about["source"] = benchmarks.EMBEDDED[name].source
     elif name in cfg.data.jsonl:
         about["sha256"] = {}
         places = []

@@ -34,6 +34,7 @@ import own_task
 import policy
 import report
 import runtime
+import study
 from config import UserError
 from runtime import Run
 
@@ -87,6 +88,7 @@ STAGES = {
     "prepare": prepare,
     **PIPELINE,
     "analyze": analysis.analyze,
+    "study": study.run_study,
     "export": export.export_adapter,
     "predict": own_task.predict,
     "contexts": policy.write_contexts,

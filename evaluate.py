@@ -226,6 +226,14 @@ def _test_rows(run, task, target, method, memo):
     return rows
 
 
+def mark_test(run: Run, task: Task, refined: Refined) -> str:
+    """A digit per test example, in order: 1 where `evaluate.metric` calls the answer right."""
+    test = list(task.test)
+    scores = strategies.score_refined(scoring.load_lm(run), refined, test)
+    correct = scoring.judge(scores, test, run.cfg.evaluate.metric)["correct"]
+    return "".join(str(right) for right in correct)
+
+
 def _answer(run, task, target, refined, memo):
     """Scores of every test example, with written answers where the run or the task wants them."""
     lm = scoring.load_lm(run)

@@ -230,7 +230,7 @@ def train_generators(run: Run) -> dict:
     else:
         for left_out in run.deal(wanted):
             if not run.finished(f"generator/{left_out}", "generator"):
-                _train_one(run, left_out, ranks=1)
+                train_one(run, left_out, ranks=1)
 
     losses = []
     for left_out in wanted:
@@ -249,7 +249,7 @@ def _train_together(run, left_out):
         run.barrier()
 
     if not finished:
-        _train_one(run, left_out, ranks=run.world)
+        train_one(run, left_out, ranks=run.world)
     run.barrier()  # nobody looks for the results before rank 0 has written them
 
 
@@ -287,7 +287,7 @@ class Training:
     spent: float = 0.0
 
 
-def _train_one(run, left_out, ranks):
+def train_one(run: Run, left_out: str, ranks: int = 1) -> None:
     """Regress checkpoints on prompt batches (DeGAML, eq. 10), by this rank or by all together."""
     g = run.cfg.generator
     began = time.monotonic()

@@ -27,8 +27,9 @@ from lora import Layout
 from runtime import Run
 from scoring import LM, Row
 
-# Nats per token that two ways to compute the same score may differ: SmolLM2-135M had 0.16 in
-# bfloat16 and less than 1e-4 in float32. A model that mixes options differs by whole nats.
+# Nats per token that two ways to compute the same score may differ, on average over a row's options:
+# SmolLM2-135M had 0.16 in bfloat16 on a CPU, 0.39 on an H200, and less than 1e-3 in float32. A model
+# that mixes options differs by whole nats.
 TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.2}
 
 QUESTIONS = (
@@ -119,11 +120,14 @@ def _compare(lm, rows, what):
             "use a decoder whose layers are all attention"
         ) from None
 
+    # the mean over a row's options: in 16 bits one unlikely token may be a nat off by rounding
     largest = 0.0
     for row, scores in zip(rows, packed, strict=True):
+        gaps = []
         for branch, start, score in zip(row.branches, row.starts, scores.tolist(), strict=True):
             alone = _score_alone(lm, [*row.context, *branch], len(branch) - start)
-            largest = max(largest, abs(score - alone) / (len(branch) - start))
+            gaps.append(abs(score - alone) / (len(branch) - start))
+        largest = max(largest, sum(gaps) / len(gaps))
     if largest > TOLERANCE[lm.model.dtype]:
         raise UserError(
             f"model.name={name}: {what} score differently than each option alone, by up to "

@@ -46,6 +46,14 @@ _EXECUTION = ["strategies.ttl_threshold", "strategies.ttl_lambda", "strategies.m
 _DATA = ["seed", "dtype", "model", "data"]
 _GENERATED = [*_DATA, "collect", "generator"]
 _SEARCHED = [*_GENERATED, "strategies", "policy"]
+_STUDY = [
+    "study.development_tasks",
+    "study.development_examples",
+    "study.losses",
+    "study.steps",
+    "study.learning_rate",
+    "study.batch_size",
+]
 DEPENDS = {
     # a token's width does not matter to a checkpoint
     "collect": ["seed", "dtype", "data", "collect", *_ADAPTER],
@@ -63,6 +71,7 @@ DEPENDS = {
     "adapt": [*_SEARCHED, "evaluate.metric"],
     "baselines": [*_DATA, "collect", "baselines"],
     "evaluate": [*_SEARCHED, "data.skip_test", "evaluate"],
+    "study": [*_GENERATED, "baselines.union", "baselines.maml", "strategies", "evaluate", *_STUDY],
     # what a strategy makes of a support set, whoever proposed it
     "rewards": [*_GENERATED, *_EXECUTION, "policy.folds", "evaluate.metric"],
 }
@@ -274,8 +283,7 @@ def _digest(path: Path, changed: int, size: int) -> str:
 def open_run(cfg: Config, stage: str, argv: list[str]) -> Run:
     """Open (or make) the run folder, join torchrun's ranks, choose device and dtype.
 
-    Raises: UserError: the folder cannot be written, another process works in it, or a rank finds
-        no GPU of its own.
+    Raises: UserError: the folder cannot be written, or another process works in it.
     """
     path = Path(cfg.run)
     rank = int(os.environ.get("RANK", 0))
@@ -319,12 +327,8 @@ def _lock_folder(path: Path, rank: int) -> FileLock:
 def _join_ranks(rank: int, world: int, device: str) -> tuple[dist.Store, int, int]:
     """Join the ranks that torchrun started. Returns: (their store, this rank, their number)."""
     local = int(os.environ.get("LOCAL_RANK", rank))
-    if device == "cuda" and local >= torch.cuda.device_count():
-        have = torch.cuda.device_count()
-        raise UserError(
-            f"rank {local} finds {have} GPU(s): start one rank per GPU (make … NPROC={have}, "
-            "torchrun --nproc-per-node), or use device=cpu"
-        )
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
 
     store, rank, world = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -334,20 +338,22 @@ def _join_ranks(rank: int, world: int, device: str) -> tuple[dist.Store, int, in
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         store = dist.PrefixStore(f"attempt {attempt}", store)
 
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    # ranks may share a GPU: a small model leaves it idle while kernels are launched
+    shared = beside > gpus
     gpu = None
     if device == "cuda":
-        gpu = torch.device("cuda", local)
-        torch.cuda.set_device(local)
+        gpu = torch.device("cuda", local % gpus)
+        torch.cuda.set_device(gpu)
         # torchrun gives a rank one thread, which suits ranks that compute on the CPU
         torch.set_num_threads(max(1, limits.cores() // beside))
     dist.init_process_group(
-        "gloo" if device == "cpu" else "nccl",
+        # NCCL wants a GPU for each rank
+        "gloo" if shared else "nccl",
         store=store,
         rank=rank,
         world_size=world,
         timeout=datetime.timedelta(days=2),  # ranks wait for the longest unit of another
-        device_id=gpu,
+        device_id=None if shared else gpu,
     )
     if device == "cpu":
         _pin(local, beside)

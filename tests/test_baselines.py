@@ -480,7 +480,7 @@ def test_a_diverged_training_is_reported_not_dropped(tiny_args, monkeypatch, met
         return loss * float("nan") if len(calls) > 4 else loss
 
     monkeypatch.setattr(scoring, "lm_loss", breaks)
-    baselines._meta_train(run, method, "all")
+    baselines.meta_train(run, method, "all")
     folder = run.path / f"baselines/{method}/all"
     losses = runtime.read_json(folder / "losses.json")
     assert runtime.read_json(folder / "DONE.json")["diverged_at"] == len(losses)

