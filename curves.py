@@ -75,7 +75,7 @@ def write_study(run: Run, settings: dict) -> None:
         "model": run.cfg.model.name,
         "metric": run.cfg.evaluate.metric,
         "seed": run.cfg.seed,
-        "draws": run.cfg.study.draws,
+        "draws": max((len(array) for array in marks.values()), default=1),
         "skip_test": run.cfg.data.skip_test,
         "environment": runtime.environment(run),
         "n_test": _test_sizes(marks),
@@ -159,7 +159,9 @@ def _levels(marks, places, labels, where, starts):
             by_task = {}
             for (_, target), array in zip(places, arrays, strict=True):
                 by_task[target] = round(float(array.mean()), 4)
-            rows.append({**where, "start": start, "acc": mean, "se": error, "by_task": by_task})
+            draws = max(len(array) for array in arrays)
+            row = {"start": start, "draws": draws, "acc": mean, "se": error, "by_task": by_task}
+            rows.append(where | row)
     return rows
 
 
@@ -240,7 +242,7 @@ def draw_labels(found: dict, path: Path) -> None:
         axis.set_title(f"{titles[domain]} ({len(rows[0]['by_task'])})")
         axis.set_xlabel("labelled examples of the task")
     axes.flat[0].set_ylabel("accuracy, %")
-    axes.flat[-1].legend(fontsize=7)
+    _draw_legend(figure, axes.flat[0])
     report.save_png(figure, path)
 
 
@@ -253,8 +255,13 @@ def draw_tasks(found: dict, path: Path) -> None:
         axis.set_title("no labels" if not labels else f"{labels} labels")
         axis.set_xlabel("training tasks")
     axes[0].set_ylabel("accuracy on unseen tasks, %")
-    axes[0].legend(fontsize=7)
+    _draw_legend(figure, axes[0])
     report.save_png(figure, path)
+
+
+def _draw_legend(figure, axis):
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
 
 
 def _draw_lines(axis, rows, key):
@@ -281,7 +288,7 @@ def as_markdown(found: dict) -> str:
         "# Study",
         "",
         f"Model {found['model']}, metric {found['metric']}, seed {found['seed']}, "
-        f"{found['draws']} draws. Test examples: {tests}. Computed in {about['dtype']} on "
+        f"up to {found['draws']} draws. Test examples: {tests}. Computed in {about['dtype']} on "
         f"{about['device']}; {found['core_seconds']} seconds of all ranks. "
         "± is one standard error over examples and draws. **Bold** differences pass two.",
         "",

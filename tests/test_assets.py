@@ -33,7 +33,8 @@ def wheels(tmp_path, monkeypatch):
     folder = tmp_path / "wheels"
     folder.mkdir()
     monkeypatch.setattr(assets, "WHEELS", folder)
-    monkeypatch.setattr(assets, "MEMBERS", {})
+    for tables in ("MEMBERS", "FIELDS", "SUBJECTS"):
+        monkeypatch.setattr(assets, tables, {})
 
     def write(name, members):
         with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as archive:
