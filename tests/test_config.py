@@ -215,9 +215,9 @@ def test_boolean_keys_take_nothing_else(text):
 
 
 def test_every_preset_validates():
-    """Seven presets exist, each is legal, and its token width divides every dimension of its
+    """Eight presets exist, each is legal, and its token width divides every dimension of its
     model."""
-    assert len(PRESETS) == 7
+    assert len(PRESETS) == 8
     for path in PRESETS:
         cfg, _ = load_config([f"config={path}"])
         assert cfg.name == path.stem and cfg.run == f"runs/{path.stem}"

@@ -37,6 +37,18 @@ COUNTS = {
     "divlogic.all": 1118,
     "codemmlu.all": 1012,
     "jama.all": 1273,
+    "common_knowledge.all": 1037,
+    "strings.all": 1219,
+    "arithmetic.all": 1047,
+    "patterns.all": 534,
+    "humanities.all": 1152,
+    "economics.all": 628,
+    "psychology.all": 1157,
+    "politics.all": 538,
+    "business.all": 619,
+    "science.all": 900,
+    "dental.all": 1318,
+    "anatomy.all": 576,
 }
 SMALL = ("data.num_test=4", "data.num_support=4", "policy.folds=2")
 LETTERED = {"text": ["stones", "light"], "label": ["A", "B"]}
