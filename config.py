@@ -63,6 +63,7 @@ Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
+AtLeastOne = Field(min_length=1)  # of a list
 Rate = Annotated[Float, Field(gt=0, le=1)]
 Family = Literal[methods.WITH_LABELS]
 
@@ -92,7 +93,7 @@ class Data(_Section):
     source: Literal["assets", "hub", "jsonl"]
     dir: str
     # leave-one-out asks for more: _data_faults
-    train_tasks: Annotated[list[str], Field(min_length=1)]
+    train_tasks: Annotated[list[str], AtLeastOne]
     test_tasks: list[str]
     targets: list[str]
     jsonl: dict[str, str]
@@ -270,17 +271,17 @@ class Analyze(_Section):
 
 
 class Study(_Section):
-    parts: list[Literal["labels", "tasks", "search"]]
-    labels: list[Count]
+    parts: Annotated[list[Literal["labels", "tasks", "search"]], AtLeastOne]
+    labels: Annotated[list[Count], AtLeastOne]
     draws: Annotated[Int, Field(ge=2)]  # their spread is half of an interval
     starts: list[Literal["plain", "mean", "union", "generated", "around_union", "maml", "icl"]]
-    development_tasks: list[str]
+    development_tasks: Annotated[list[str], AtLeastOne]
     development_examples: Positive
-    losses: list[Literal["lm", "choice"]]
-    steps: list[Positive]
+    losses: Annotated[list[Literal["lm", "choice"]], AtLeastOne]
+    steps: Annotated[list[Positive], AtLeastOne]
     learning_rate: Rate
     batch_size: Positive
-    set_sizes: list[Positive]
+    set_sizes: Annotated[list[Positive], AtLeastOne]
     further_tasks: list[str]
     around_steps: Annotated[Int, Field(ge=2)]
     strategies: list[dict]

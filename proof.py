@@ -130,7 +130,7 @@ def _compare(lm, rows, what):
         largest = max(largest, sum(gaps) / len(gaps))
     if largest > TOLERANCE[lm.model.dtype]:
         raise UserError(
-            f"model.name={name}: {what} score differently than each option alone, by up to "
+            f"model.name={name}: {what} score differently than each option alone, by "
             f"{largest:.2g} nats a token ({_reason(lm)}); {_remedy(lm, what)}"
         )
 

@@ -113,6 +113,12 @@ def check(run: Run) -> None:
             f"study.development_tasks: {sorted(strangers)}: expected tasks of data.train_tasks "
             "that are no targets"
         )
+    have = len(cfg.data.train_tasks) + len(further)
+    if max(cfg.study.set_sizes) > have:
+        raise UserError(
+            f"study.set_sizes: got {cfg.study.set_sizes}; data.train_tasks and "
+            f"study.further_tasks are {have} tasks: at most {have}"
+        )
     for fields in cfg.study.strategies:
         try:
             strategies.parse_strategy(fields, cfg.strategies, list(methods.LABEL_FREE))
@@ -172,13 +178,11 @@ def _sub_run(run, folder, sections):
     shared = {key: run.cache[key] for key in ("lm", "tasks", "encoder") if key in run.cache}
     path = run.path / folder
     path.mkdir(parents=True, exist_ok=True)
-    # what all sets have in common lies in the study's folder
+    # encoder states are the same for all sets: they lie in the folder above
     prompts = path / "prompts"
     if not prompts.is_symlink():
-        source = run.path / "prompts"
-        source.mkdir(exist_ok=True)
-        link = path / f".prompts.{os.getpid()}"
-        link.symlink_to(source.resolve())
+        link = path / f".prompts.{os.getpid()}"  # whole at once, as ranks do it side by side
+        link.symlink_to(os.path.relpath(run.path / "prompts", path))
         os.replace(link, prompts)
     cfg = run.cfg.model_copy(update=sections)
     return dataclasses.replace(run, cfg=cfg, path=path, cache=shared)
@@ -236,10 +240,11 @@ def train_starts(run: Run, cells: list[Cell], choices: list[Cell]) -> None:
         trainings.add((_size_name(run, None), "generator"))
 
     # a checkpoint depends on its own task alone: collected once, and linked into every set
-    largest = max((set_tasks(run, name) for name in names), key=len)
-    pool = list(dict.fromkeys([*run.cfg.data.train_tasks, *largest]))
+    needed = []
+    for name in names:
+        needed += set_tasks(run, name)
     tasks = data.load_tasks(run, _all_tasks(run))
-    for task in run.deal(pool):
+    for task in run.deal(list(dict.fromkeys(needed))):
         if not run.finished(f"adapters/{task}", "collect"):
             collect.collect_one(run, tasks[task])
     if run.rank == 0:
@@ -269,16 +274,12 @@ def train_starts(run: Run, cells: list[Cell], choices: list[Cell]) -> None:
 
 def _encode_prompts(run):
     """Encoder states of every task's prompts, in the study's own folder."""
-    names = _all_tasks(run)
-    whole = run.cfg.data.model_copy(update={"train_tasks": names, "test_tasks": []})
-    conditions.encode_prompts(
-        dataclasses.replace(run, cfg=run.cfg.model_copy(update={"data": whole}), store=_store(run))
-    )
-
-
-def _store(run):
-    """A place to count in for a copy of the run, whose counters begin anew."""
-    return run.store and dist.PrefixStore("study prompts", run.store)
+    sections = {"train_tasks": _all_tasks(run), "test_tasks": []}
+    whole = run.cfg.data.model_copy(update=sections)
+    # a copy of the run counts its units anew: in a place of its own
+    store = run.store and dist.PrefixStore("study prompts", run.store)
+    cfg = run.cfg.model_copy(update={"data": whole})
+    conditions.encode_prompts(dataclasses.replace(run, cfg=cfg, store=store))
 
 
 def _link_checkpoints(run, taught):
@@ -333,6 +334,7 @@ def draw_labels(run: Run, task: Task, draw: int) -> tuple[list[Example], list[Ex
 
     Both are of the support set and the train split. Fewer labels are the first of more. Development
     examples are the same in every draw; a target has none.
+    Raises: UserError: the task has fewer labels.
     """
     settings = run.cfg.study
     pool = [*task.support, *task.train]
@@ -342,6 +344,11 @@ def draw_labels(run: Run, task: Task, draw: int) -> tuple[list[Example], list[Ex
         pool = pool[: -settings.development_examples]
     rng = runtime.rng_for(run.cfg.seed, "labels", task.name, draw)
     most = max(*settings.labels, curves.TASK_LABELS)
+    if most > len(pool):
+        raise UserError(
+            f"study.labels: task {task.name} has {len(pool)} labelled examples, {most} are asked "
+            "for; ask for fewer, or lower data.num_test or study.development_examples"
+        )
     return [pool[i] for i in rng.permutation(len(pool))[:most]], held_out
 
 

