@@ -439,7 +439,7 @@ def environment(run: Run) -> dict:
         "peft": peft.__version__,
         "numpy": np.__version__,
         "machine": platform.machine(),
-        "cpu": _cpu_facts("model name"),
+        "cpu": _cpu_name(),
         "cores": limits.cores(),
         "ranks": run.world,
         "device": run.device,
@@ -452,13 +452,23 @@ def _dtype_name(run: Run) -> str:
     return str(run.dtype).removeprefix("torch.")
 
 
-def _cpu_facts(field_name: str) -> str:
-    """A field of the first processor in /proc/cpuinfo; "" where there is none."""
+def _cpu_name() -> str:
+    """What the first processor calls itself, its family and model; "" where nothing says so.
+
+    A cloud gives processors of different speed one name: family and model tell them apart.
+    """
+    facts = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(field_name):
-                return line.split(":", 1)[1].strip()
-    return ""
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        for line in first.splitlines():
+            field_name, _, value = line.partition(":")
+            facts[field_name.strip()] = value.strip()
+    if "model name" not in facts:
+        return ""
+    name = facts["model name"]
+    if "cpu family" in facts:
+        name += f" family {facts['cpu family']} model {facts['model']}"
+    return name
 
 
 def refuse_missing(found: dict) -> None:

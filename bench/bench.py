@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -790,8 +791,8 @@ def measure(paths: list[str], repeats: int, folder: Path) -> None:
     machine |= launch("peak", "ours")[0]
 
     # a file per kind of processor
-    words = [*machine["cpu"].split(), machine["instructions"]]
-    file = folder / f"{'-'.join(words).lower()}.json"
+    name = f"{machine['cpu']} {machine['instructions']}".lower()
+    file = folder / f"{re.sub('[^a-z0-9]+', '-', name)}.json"
     found = runtime.read_json(file) if file.exists() else {}
     found["machine"] = machine
     print(machine)
