@@ -2,6 +2,8 @@
 
 Writes study/study.json, study.md, label_curve.png and task_curve.png. A standard error has two
 parts: the test examples, and the draws of labels and prompts. Targets are fixed and weigh alike.
+Levels are of both blocks of test examples. A difference is a finding if it passes two standard
+errors in the first block and again in the second.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def write_study(run: Run, settings: dict) -> None:
     """Statistics of all finished cells, as JSON, Markdown and figures."""
     folder = run.path / "study"
     folder.mkdir(exist_ok=True)
-    marks = read_marks(run.path)
+    first = read_marks(run.path, "right")
+    second = read_marks(run.path, "fresh")
+    both = {key: np.concatenate([first[key], second[key]], 1) for key in first}
     targets = run.cfg.data.targets
     unseen = [name for name in targets if name not in run.cfg.data.train_tasks]
     left_out = [name for name in targets if name in run.cfg.data.train_tasks]
@@ -75,10 +79,11 @@ def write_study(run: Run, settings: dict) -> None:
         "model": run.cfg.model.name,
         "metric": run.cfg.evaluate.metric,
         "seed": run.cfg.seed,
-        "draws": max((len(array) for array in marks.values()), default=1),
+        "draws": max((len(array) for array in first.values()), default=1),
         "skip_test": run.cfg.data.skip_test,
         "environment": runtime.environment(run),
-        "n_test": _test_sizes(marks),
+        "n_test": _test_sizes(first),
+        "n_fresh": _test_sizes(second),
         "settings": settings,
         "core_seconds": round(_seconds(run.path)),
         "labels": [],
@@ -93,14 +98,14 @@ def write_study(run: Run, settings: dict) -> None:
         for domain, places in domains.items():
             for labels in run.cfg.study.labels:
                 where = {"domain": domain, "labels": labels}
-                found["labels"] += _levels(marks, places, labels, where, run.cfg.study.starts)
-                found["label_pairs"] += _pairs(marks, places, labels, where, LABEL_PAIRS)
+                found["labels"] += _levels(both, places, labels, where, run.cfg.study.starts)
+                found["label_pairs"] += _pairs(first, second, places, labels, where, LABEL_PAIRS)
     if "tasks" in run.cfg.study.parts:
         for size, labels in itertools.product(run.cfg.study.set_sizes, (0, TASK_LABELS)):
             places = [(f"first_{size}", name) for name in unseen]
             where = {"size": size, "labels": labels}
-            found["tasks"] += _levels(marks, places, labels, where, TASK_STARTS)
-            found["task_pairs"] += _pairs(marks, places, labels, where, TASK_PAIRS)
+            found["tasks"] += _levels(both, places, labels, where, TASK_STARTS)
+            found["task_pairs"] += _pairs(first, second, places, labels, where, TASK_PAIRS)
 
     runtime.write_json(folder / "study.json", found)
     runtime.write_text(folder / "study.md", as_markdown(found))
@@ -117,14 +122,17 @@ def draw_figures(found: dict, folder: Path) -> None:
         draw_tasks(found, folder / "task_curve.png")
 
 
-def read_marks(path: Path) -> dict[tuple, np.ndarray]:
-    """{(set, start, target, labels): (draws, examples)} of the finished cells."""
+def read_marks(path: Path, block: str) -> dict[tuple, np.ndarray]:
+    """{(set, start, target, labels): (draws, examples)} of the finished cells.
+
+    Args: block: right (the first test examples) or fresh (the second).
+    """
     draws: dict = {}
     for record in sorted(path.glob("cells/*/*/*/*/DONE.json")):
         name, start, target, place = record.parent.parts[-4:]
         labels, draw = place.split("-")
-        right = [int(digit) for digit in runtime.read_json(record)["right"]]
-        draws.setdefault((name, start, target, int(labels)), {})[int(draw)] = right
+        marks = [int(digit) for digit in runtime.read_json(record)[block]]
+        draws.setdefault((name, start, target, int(labels)), {})[int(draw)] = marks
     return {key: np.array([of[draw] for draw in sorted(of)]) for key, of in draws.items()}
 
 
@@ -165,25 +173,41 @@ def _levels(marks, places, labels, where, starts):
     return rows
 
 
-def _pairs(marks, places, labels, where, pairs):
+def _pairs(first, second, places, labels, where, pairs):
     rows = []
     for a, b in pairs:
-        first = _of_start(marks, places, a, labels)
-        second = _of_start(marks, places, b, labels)
-        if first is None or second is None:
+        difference = _difference(first, places, labels, a, b)
+        if difference is None:
             continue
-        # what has one draw stands against every draw of the other
-        differences = [x - y for x, y in zip(first, second, strict=True)]
-        mean, error = mean_and_error(differences)
-        rows.append({**where, "a": a, "b": b, "difference": mean, "se": error})
+        mean, error = difference
+        again, again_error = _difference(second, places, labels, a, b)
+        row = {"a": a, "b": b, "difference": mean, "se": error}
+        rows.append(where | row | {"fresh": again, "fresh_se": again_error})
     return rows
+
+
+def _difference(marks, places, labels, a, b):
+    """(mean, standard error) of start a less start b on the same examples; None without cells."""
+    first = _of_start(marks, places, a, labels)
+    second = _of_start(marks, places, b, labels)
+    if first is None or second is None:
+        return None
+    # what has one draw stands against every draw of the other
+    return mean_and_error([x - y for x, y in zip(first, second, strict=True)])
+
+
+def is_finding(row: dict) -> bool:
+    """Does a difference pass two standard errors in both blocks, with one sign?"""
+    seen = row["difference"] / max(row["se"], 1e-9)
+    again = row["fresh"] / max(row["fresh_se"], 1e-9)
+    return min(seen, again) > 2 or max(seen, again) < -2
 
 
 def summarise_search(path: Path, targets: list[str]) -> list[dict]:
     """Per target: the start, what an oracle finds, and what 20 labels find.
 
-    The oracle takes the strategy with most right answers in the first half of the test examples.
-    What it gains is read off the second half, which it has not seen.
+    The oracle takes the strategy with most right answers in the first block of test examples.
+    What it gains is read off the second block, which it has not seen.
     """
     rows = []
     for target in targets:
@@ -192,29 +216,23 @@ def summarise_search(path: Path, targets: list[str]) -> list[dict]:
         if not kept:
             continue
         tried = [record for record in records if record["strategy"]["family"] != "none"]
-        start = _marks_of(kept[0])
-        half = len(start) // 2
-        oracle = max(tried, key=lambda record: _marks_of(record)[:half].sum())
+        oracle = max(tried, key=lambda record: record["right"].count("1"))
         labels = max(tried, key=_support_key)
         rows.append(
             {
                 "target": target,
                 "tried": len(tried),
-                "start": float(start.mean()),
+                "start": kept[0]["right"].count("1") / len(kept[0]["right"]),
                 "oracle": oracle["strategy"],
-                "seen": _gain(oracle, start, slice(None, half)),
-                "fresh": _gain(oracle, start, slice(half, None)),
+                "seen": _gain(oracle, kept[0], "right"),
+                "fresh": _gain(oracle, kept[0], "fresh"),
                 "by_labels": labels["strategy"],
                 "wins": _net_wins(labels, kept[0]),
-                "by_labels_gain": _gain(labels, start, slice(None)),
-                "best_in_hindsight": max(_gain(r, start, slice(None))["mean"] for r in tried),
+                "by_labels_seen": _gain(labels, kept[0], "right"),
+                "by_labels_fresh": _gain(labels, kept[0], "fresh"),
             }
         )
     return rows
-
-
-def _marks_of(record):
-    return np.array([int(digit) for digit in record["right"]])
 
 
 def _support_key(record):
@@ -225,10 +243,12 @@ def _net_wins(record, kept):
     return sum(record["support"]["correct"]) - sum(kept["support"]["correct"])
 
 
-def _gain(record, start, part):
-    difference = (_marks_of(record) - start)[part]
-    error = difference.std(ddof=1) / np.sqrt(len(difference))
-    return {"mean": float(difference.mean()), "se": float(error)}
+def _gain(record, kept, block):
+    """Mean and standard error of what a strategy gains over the start, in one block."""
+    after = np.array([int(digit) for digit in record[block]])
+    before = np.array([int(digit) for digit in kept[block]])
+    mean, error = mean_and_error([(after - before)[None]])
+    return {"mean": mean, "se": error}
 
 
 def draw_labels(found: dict, path: Path) -> None:
@@ -282,15 +302,19 @@ def _draw_lines(axis, rows, key):
 
 def as_markdown(found: dict) -> str:
     """All numbers of a study in tables, in percent and points, ± one standard error."""
-    tests = ", ".join(f"{target} {count}" for target, count in found["n_test"].items())
+    sizes = []
+    for target, count in found["n_test"].items():
+        sizes.append(f"{target} {count} + {found['n_fresh'][target]}")
     about = found["environment"]
     lines = [
         "# Study",
         "",
         f"Model {found['model']}, metric {found['metric']}, seed {found['seed']}, "
-        f"up to {found['draws']} draws. Test examples: {tests}. Computed in {about['dtype']} on "
-        f"{about['device']}; {found['core_seconds']} seconds of all ranks. "
-        "± is one standard error over examples and draws. **Bold** differences pass two.",
+        f"up to {found['draws']} draws. Test examples in two blocks: {', '.join(sizes)}. Computed "
+        f"in {about['dtype']} on {about['device']}; {found['core_seconds']} seconds of all ranks. "
+        "Accuracies are of both blocks. A difference stands for the first block, then for the "
+        "second. ± is one standard error over examples and draws. **Bold** differences pass two "
+        "in both blocks.",
         "",
     ]
     if found["labels"]:
@@ -313,8 +337,10 @@ def _level_table(title, rows, group, column):
 
 def _pair_table(title, rows, group, column):
     def cell(row):
-        text = f"{100 * row['difference']:+.1f} ± {100 * row['se']:.1f}"
-        return f"**{text}**" if abs(row["difference"]) > 2 * row["se"] else text
+        seen = f"{100 * row['difference']:+.1f} ± {100 * row['se']:.1f}"
+        again = f"{100 * row['fresh']:+.1f} ± {100 * row['fresh_se']:.1f}"
+        text = f"{seen}, {again}"
+        return f"**{text}**" if is_finding(row) else text
 
     return _table(title, rows, group, column, lambda row: f"{row['a']} - {row['b']}", cell)
 
@@ -341,15 +367,16 @@ def _search_table(rows):
 
     lines = ["## What label-free strategies could gain", ""]
     lines.append(
-        "| target | start | oracle's strategy | where it chose | on fresh examples | "
-        "chosen by 20 labels | net wins | its gain |"
+        "| target | start | oracle's strategy | where it chose | second block | "
+        "chosen by 20 labels | net wins | first block | second block |"
     )
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines.append("|---" * 9 + "|")
     for row in rows:
         lines.append(
             f"| {row['target']} | {100 * row['start']:.1f} | {_short(row['oracle'])} | "
             f"{points(row['seen'])} | {points(row['fresh'])} | {_short(row['by_labels'])} | "
-            f"{row['wins']:+d} | {points(row['by_labels_gain'])} |"
+            f"{row['wins']:+d} | {points(row['by_labels_seen'])} | "
+            f"{points(row['by_labels_fresh'])} |"
         )
     lines.append("")
     return lines

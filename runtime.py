@@ -71,7 +71,15 @@ DEPENDS = {
     "adapt": [*_SEARCHED, "evaluate.metric"],
     "baselines": [*_DATA, "collect", "baselines"],
     "evaluate": [*_SEARCHED, "data.skip_test", "evaluate"],
-    "study": [*_GENERATED, "baselines.union", "baselines.maml", "strategies", "evaluate", *_STUDY],
+    "study": [
+        *_GENERATED,
+        "baselines.union",
+        "baselines.maml",
+        "strategies",
+        "data.skip_test",
+        "evaluate",
+        *_STUDY,
+    ],
     # what a strategy makes of a support set, whoever proposed it
     "rewards": [*_GENERATED, *_EXECUTION, "policy.folds", "evaluate.metric"],
 }

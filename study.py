@@ -9,6 +9,8 @@ search   what label-free strategies are worth, with an oracle that no method may
 A start is trained on a task set, which never holds the target. A cell is one target, start, draw of
 labels and number of labels. Its setting was chosen on development examples of training tasks, by
 the same search for every start. Cells are units: a study that was interrupted goes on.
+A cell is scored on two blocks of test examples. What seems to hold on the first block has to hold
+on the second.
 Writes sets/, development/, cells/, search/ and, by curves.py, study/.
 """
 
@@ -82,6 +84,8 @@ def run_study(run: Run) -> dict:
     run.barrier()
     scoring.load_lm(run)  # before the task sets, which share it
     data.load_tasks(run, _all_tasks(run))
+    for name in run.cfg.data.targets:
+        split_target(run, name)
 
     cells = plan_cells(run)
     choices = plan_choices(run, cells)
@@ -329,6 +333,33 @@ def load_start(run: Run, name: str, start: str, target: str, draw: int) -> Adapt
     return adapter
 
 
+def split_target(run: Run, name: str) -> tuple[Task, tuple[Example, ...]]:
+    """A target, and its second block of test examples, which data.skip_test would score.
+
+    The task's train split holds neither block: labels are drawn from it.
+    Raises: UserError: it has no further test examples.
+    """
+    blocks = run.cache.setdefault("blocks", {})
+    if name not in blocks:
+        task = data.load_tasks(run, [name])[name]
+        settings = run.cfg.data
+        behind = {"skip_test": settings.skip_test + len(task.test)}
+        cfg = run.cfg.model_copy(update={"data": settings.model_copy(update=behind)})
+        later = data.load_task(cfg, name)
+        blocks[name] = dataclasses.replace(task, train=later.train), later.test
+    return blocks[name]
+
+
+def mark_blocks(run: Run, name: str, refined: Refined) -> dict[str, str]:
+    """{right, fresh}: a digit per test example of the first and of the second block, 1 = right."""
+    task, fresh = split_target(run, name)
+    again = dataclasses.replace(task, test=fresh)
+    return {
+        "right": evaluate.mark_test(run, task, refined),
+        "fresh": evaluate.mark_test(run, again, refined),
+    }
+
+
 def draw_labels(run: Run, task: Task, draw: int) -> tuple[list[Example], list[Example]]:
     """(labelled examples in the order in which a user would get them, development examples).
 
@@ -413,13 +444,12 @@ def choose_settings(run: Run, choices: list[Cell]) -> dict[str, dict[int, dict]]
 
 
 def measure_cells(run: Run, cells: list[Cell], settings: dict) -> None:
-    """Fine-tune and score every cell. A record keeps a digit per test example: 1 = right."""
-    tasks = data.load_tasks(run, _all_tasks(run))
+    """Fine-tune and score every cell."""
     for cell in run.deal(cells):
         if run.finished(cell.folder, "study"):
             continue
         began = time.monotonic()
-        task = tasks[cell.target]
+        task, _ = split_target(run, cell.target)
         facts = {}
         if cell.start == "icl":
             labelled, _ = draw_labels(run, task, cell.draw)
@@ -431,8 +461,9 @@ def measure_cells(run: Run, cells: list[Cell], settings: dict) -> None:
             refined = Refined([trained[steps]])
         else:
             refined = Refined([load_start(run, cell.set, cell.start, cell.target, cell.draw)])
-        right = evaluate.mark_test(run, task, refined)
-        run.finish(cell.folder, "study", began, right=right, setting=facts)
+        marks = mark_blocks(run, cell.target, refined)
+        run.finish(cell.folder, "study", began, setting=facts, **marks)
+        right = marks["right"]
         run.log(f"{cell.folder}: {right.count('1') / len(right):.3f}", True)
 
 
@@ -441,7 +472,6 @@ def search(run: Run) -> None:
 
     The second is for an oracle alone: it says what a perfect choice could gain, and is no method.
     """
-    tasks = data.load_tasks(run, _all_tasks(run))
     unseen = [name for name in run.cfg.data.targets if name not in run.cfg.data.train_tasks]
     keep = [{"family": "none"}]
     units = list(itertools.product(unseen, [*run.cfg.study.strategies, *keep]))
@@ -452,12 +482,12 @@ def search(run: Run) -> None:
         if run.finished(unit, "study"):
             continue
         began = time.monotonic()
-        task = tasks[name]
+        task, _ = split_target(run, name)
         target = policy.make_target(taught, task, left_out="all")
         refined = strategies.execute_finite(target, Strategy.from_dict(fields), [])
         lm = scoring.load_lm(run)
         support = list(task.support)
         scores = strategies.score_refined(lm, refined, support)
         judged = scoring.judge(scores, support, run.cfg.evaluate.metric)
-        right = evaluate.mark_test(run, task, refined)
-        run.finish(unit, "study", began, strategy=fields, support=judged, right=right)
+        marks = mark_blocks(run, name, refined)
+        run.finish(unit, "study", began, strategy=fields, support=judged, **marks)
