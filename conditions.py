@@ -158,7 +158,8 @@ def encode_texts(run: Run, texts: list[str], label: str = "encode") -> tuple[Ten
             return_tensors="pt",
         ).to(run.device)
         # The transformer alone: the encoder's own pooling may be another than the mean.
-        hidden = encoder[0](tokens)["token_embeddings"]
+        # In float32, whatever the encoder is stored in: distances are taken between embeddings.
+        hidden = encoder[0](tokens)["token_embeddings"].float()
         states.append(hidden.half().cpu())
 
         # Padding has states too, which say nothing about the text.

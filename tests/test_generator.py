@@ -115,6 +115,20 @@ def test_encoder_states(tiny_args, tiny_encoder_dir, tmp_path, monkeypatch, capf
     assert torch.equal(pooled, F.normalize(mean, dim=-1))
 
 
+def test_embeddings_of_a_half_precision_encoder_are_float32(tiny_encoder_dir, tiny_args, tmp_path):
+    """An encoder that is stored in float16 is loaded in it, and a GPU takes no distances in it."""
+    from transformers import AutoModel
+
+    folder = tmp_path / "half"
+    shutil.copytree(tiny_encoder_dir, folder)
+    AutoModel.from_pretrained(tiny_encoder_dir).half().save_pretrained(folder)
+    texts = ["Is the river near the stone?", "candle"]
+    _, pooled = conditions.encode_texts(make_run(tiny_args, f"generator.encoder={folder}"), texts)
+    _, exact = conditions.encode_texts(make_run(tiny_args), texts)
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, exact, rtol=0, atol=2e-3)
+
+
 def test_prompts_are_encoded_once(collected, monkeypatch):
     """States are cached in the run folder; a second call encodes nothing."""
     run = make_run(collected)
