@@ -34,6 +34,8 @@ TASK_STARTS = ("mean", "union", "generated", "wrong_prompts")
 TASK_LABELS = 20
 # what is compared, a - b
 LABEL_PAIRS = (
+    ("mean", "plain"),
+    ("icl", "plain"),
     ("generated", "plain"),
     ("generated", "mean"),
     ("generated", "union"),
@@ -90,7 +92,8 @@ def write_study(run: Run, settings: dict) -> None:
         "label_pairs": [],
         "tasks": [],
         "task_pairs": [],
-        "search": summarise_search(run.path, unseen),
+        "slopes": [],
+        "search": [],
     }
     domains = {"unseen": [(base, name) for name in unseen]}
     domains["left_out"] = [(f"without_{name}", name) for name in left_out]
@@ -106,6 +109,10 @@ def write_study(run: Run, settings: dict) -> None:
             where = {"size": size, "labels": labels}
             found["tasks"] += _levels(both, places, labels, where, TASK_STARTS)
             found["task_pairs"] += _pairs(first, second, places, labels, where, TASK_PAIRS)
+            found["slopes"] += fit_slopes(both, unseen, run.cfg.study.set_sizes, labels)
+
+    if "search" in run.cfg.study.parts:
+        found["search"] = summarise_search(run.path, unseen)
 
     runtime.write_json(folder / "study.json", found)
     runtime.write_text(folder / "study.md", as_markdown(found))
@@ -188,12 +195,45 @@ def _pairs(first, second, places, labels, where, pairs):
 
 def _difference(marks, places, labels, a, b):
     """(mean, standard error) of start a less start b on the same examples; None without cells."""
+    arrays = _values(marks, places, labels, a, b)
+    return arrays and mean_and_error(arrays)
+
+
+def _values(marks, places, labels, a, b=""):
+    """Per target: marks of start a, less those of start b if any; None where a cell is missing."""
     first = _of_start(marks, places, a, labels)
+    if not b or first is None:
+        return first
     second = _of_start(marks, places, b, labels)
-    if first is None or second is None:
-        return None
     # what has one draw stands against every draw of the other
-    return mean_and_error([x - y for x, y in zip(first, second, strict=True)])
+    return second and [x - y for x, y in zip(first, second, strict=True)]
+
+
+def fit_slopes(
+    marks: dict[tuple, np.ndarray], targets: list[str], sizes: list[int], labels: int
+) -> list[dict]:
+    """Change per doubling of the training tasks, by least squares: of starts and of differences."""
+    doublings = np.log2(sizes)
+    centred = doublings - doublings.mean()
+    if not centred.any():
+        return []  # one size has no slope
+    weights = centred / (centred**2).sum()
+
+    rows = []
+    for a, b in [*itertools.product(TASK_STARTS, [""]), *TASK_PAIRS]:
+        by_size = []
+        for size in sizes:
+            places = [(f"first_{size}", target) for target in targets]
+            by_size.append(_values(marks, places, labels, a, b))
+        if any(values is None for values in by_size):
+            continue
+        # a target's slope is a weighted sum over the sizes, example by example
+        slopes = []
+        for of_target in zip(*by_size, strict=True):
+            slopes.append(sum(map(np.multiply, weights, of_target)))
+        mean, error = mean_and_error(slopes)
+        rows.append({"labels": labels, "a": a, "b": b, "slope": mean, "se": error})
+    return rows
 
 
 def is_finding(row: dict) -> bool:
@@ -323,6 +363,7 @@ def as_markdown(found: dict) -> str:
     if found["tasks"]:
         lines += _level_table("Accuracy by training tasks", found["tasks"], "labels", "size")
         lines += _pair_table("Differences by training tasks", found["task_pairs"], "labels", "size")
+        lines += _slope_table(found["slopes"])
     if found["search"]:
         lines += _search_table(found["search"])
     return "\n".join(lines)
@@ -359,6 +400,19 @@ def _table(title, rows, group, column, label, cell):
             lines.append(f"| {name} | " + " | ".join(cells.get(c, "") for c in columns) + " |")
         lines.append("")
     return lines
+
+
+def _slope_table(rows):
+    def label(row):
+        return f"{row['a']} - {row['b']}" if row["b"] else STARTS[row["a"]][0]
+
+    def cell(row):
+        return f"{100 * row['slope']:+.2f} ± {100 * row['se']:.2f}"
+
+    rows = [row | {"domain": "unseen"} for row in rows]
+    return _table(
+        "Points per doubling of the training tasks", rows, "domain", "labels", label, cell
+    )
 
 
 def _search_table(rows):

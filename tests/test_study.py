@@ -182,6 +182,23 @@ def test_an_error_counts_draws_and_examples():
     assert error == pytest.approx(np.sqrt(examples + draws) / 2)
 
 
+def test_slopes_are_per_doubling():
+    """By hand: a tenth more right with each doubling; the other start stays where it is."""
+    marks = {}
+    for start in curves.TASK_STARTS:
+        for step, size in enumerate((2, 4, 8)):
+            share = 5 + step if start == "generated" else 5
+            marks[(f"first_{size}", start, "delta", 0)] = np.array(
+                [[1] * share + [0] * (10 - share)]
+            )
+    rows = {}
+    for row in curves.fit_slopes(marks, ["delta"], [2, 4, 8], 0):
+        rows[row["a"], row["b"]] = row["slope"]
+    assert rows["generated", ""] == pytest.approx(0.1)
+    assert rows["union", ""] == pytest.approx(0)
+    assert rows["generated", "union"] == pytest.approx(0.1)
+
+
 def test_the_oracle_is_read_off_examples_it_has_not_seen(tmp_path):
     """By hand: what wins the first block loses in the second."""
     records = {
