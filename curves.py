@@ -29,7 +29,7 @@ STARTS = {
     "around_union": ("generated around union", "#D55E00", "D"),
     "icl": ("labels in the prompt", "#7F7F7F", "X"),
 }
-# of the task curve: the control wrong_prompts without labels, the others also with TASK_LABELS
+# of the task curve: wrong_prompts without labels only, the others with TASK_LABELS too
 TASK_STARTS = ("mean", "union", "generated", "wrong_prompts")
 TASK_LABELS = 20
 # what is compared, a - b
@@ -50,7 +50,7 @@ TASK_PAIRS = (("generated", "mean"), ("generated", "wrong_prompts"), ("generated
 
 
 def mean_and_error(marks: list[np.ndarray]) -> tuple[float, float]:
-    """Mean over targets, and its standard error.
+    """Mean over targets, and its standard error: a little too large, where draws meet examples.
 
     Args: marks: per target (draws, examples) of 0 and 1, or of differences of such.
     """
@@ -84,8 +84,8 @@ def write_study(run: Run, settings: dict) -> None:
         "draws": max((len(array) for array in first.values()), default=1),
         "skip_test": run.cfg.data.skip_test,
         "environment": runtime.environment(run),
-        "n_test": _test_sizes(first),
-        "n_fresh": _test_sizes(second),
+        "n_test": _test_sizes(run.path, "right"),
+        "n_fresh": _test_sizes(run.path, "fresh"),
         "settings": settings,
         "core_seconds": round(_seconds(run.path)),
         "labels": [],
@@ -109,6 +109,7 @@ def write_study(run: Run, settings: dict) -> None:
             where = {"size": size, "labels": labels}
             found["tasks"] += _levels(both, places, labels, where, TASK_STARTS)
             found["task_pairs"] += _pairs(first, second, places, labels, where, TASK_PAIRS)
+        for labels in (0, TASK_LABELS):
             found["slopes"] += fit_slopes(both, unseen, run.cfg.study.set_sizes, labels)
 
     if "search" in run.cfg.study.parts:
@@ -143,8 +144,13 @@ def read_marks(path: Path, block: str) -> dict[tuple, np.ndarray]:
     return {key: np.array([of[draw] for draw in sorted(of)]) for key, of in draws.items()}
 
 
-def _test_sizes(marks):
-    return {target: array.shape[1] for (_, _, target, _), array in marks.items()}
+def _test_sizes(path, block):
+    """{target: test examples of a block}, of cells and of the search."""
+    sizes = {}
+    for record in [*path.glob("cells/*/*/*/*/DONE.json"), *path.glob("search/*/*/DONE.json")]:
+        target = record.parent.parts[-2]
+        sizes[target] = len(runtime.read_json(record)[block])
+    return dict(sorted(sizes.items()))
 
 
 def _seconds(path):
@@ -167,16 +173,17 @@ def _of_start(marks, places, start, labels):
 
 def _levels(marks, places, labels, where, starts):
     rows = []
-    for start in [start for start in STARTS if start in starts]:
+    for start in STARTS:
         arrays = _of_start(marks, places, start, labels)
-        if arrays is not None:
-            mean, error = mean_and_error(arrays)
-            by_task = {}
-            for (_, target), array in zip(places, arrays, strict=True):
-                by_task[target] = round(float(array.mean()), 4)
-            draws = max(len(array) for array in arrays)
-            row = {"start": start, "draws": draws, "acc": mean, "se": error, "by_task": by_task}
-            rows.append(where | row)
+        if start not in starts or arrays is None:
+            continue
+        mean, error = mean_and_error(arrays)
+        by_task = {}
+        for (_, target), array in zip(places, arrays, strict=True):
+            by_task[target] = round(float(array.mean()), 4)
+        draws = max(len(array) for array in arrays)
+        row = {"start": start, "draws": draws, "acc": mean, "se": error, "by_task": by_task}
+        rows.append(where | row)
     return rows
 
 
@@ -189,14 +196,21 @@ def _pairs(first, second, places, labels, where, pairs):
         mean, error = difference
         again, again_error = _difference(second, places, labels, a, b)
         row = {"a": a, "b": b, "difference": mean, "se": error}
-        rows.append(where | row | {"fresh": again, "fresh_se": again_error})
+        row |= {"fresh": again, "fresh_se": again_error, "by_task": {}}
+        for place in places:
+            seen = _difference(first, [place], labels, a, b)
+            fresh = _difference(second, [place], labels, a, b)
+            row["by_task"][place[1]] = [round(value, 4) for value in (*seen, *fresh)]
+        rows.append(where | row)
     return rows
 
 
 def _difference(marks, places, labels, a, b):
     """(mean, standard error) of start a less start b on the same examples; None without cells."""
     arrays = _values(marks, places, labels, a, b)
-    return arrays and mean_and_error(arrays)
+    if arrays is None:
+        return None
+    return mean_and_error(arrays)
 
 
 def _values(marks, places, labels, a, b=""):
@@ -205,8 +219,10 @@ def _values(marks, places, labels, a, b=""):
     if not b or first is None:
         return first
     second = _of_start(marks, places, b, labels)
+    if second is None:
+        return None
     # what has one draw stands against every draw of the other
-    return second and [x - y for x, y in zip(first, second, strict=True)]
+    return [x - y for x, y in zip(first, second, strict=True)]
 
 
 def fit_slopes(
@@ -229,8 +245,11 @@ def fit_slopes(
             continue
         # a target's slope is a weighted sum over the sizes, example by example
         slopes = []
-        for of_target in zip(*by_size, strict=True):
-            slopes.append(sum(map(np.multiply, weights, of_target)))
+        for number in range(len(targets)):
+            slope = 0.0
+            for weight, values in zip(weights, by_size, strict=True):
+                slope = slope + weight * values[number]
+            slopes.append(slope)
         mean, error = mean_and_error(slopes)
         rows.append({"labels": labels, "a": a, "b": b, "slope": mean, "se": error})
     return rows
@@ -251,7 +270,8 @@ def summarise_search(path: Path, targets: list[str]) -> list[dict]:
     """
     rows = []
     for target in targets:
-        records = [runtime.read_json(file) for file in path.glob(f"search/{target}/*/DONE.json")]
+        files = sorted(path.glob(f"search/{target}/*/DONE.json"))
+        records = [runtime.read_json(file) for file in files]
         kept = [record for record in records if record["strategy"]["family"] == "none"]
         if not kept:
             continue
@@ -349,14 +369,19 @@ def as_markdown(found: dict) -> str:
     lines = [
         "# Study",
         "",
-        f"Model {found['model']}, metric {found['metric']}, seed {found['seed']}, "
-        f"up to {found['draws']} draws. Test examples in two blocks: {', '.join(sizes)}. Computed "
-        f"in {about['dtype']} on {about['device']}; {found['core_seconds']} seconds of all ranks. "
-        "Accuracies are of both blocks. A difference stands for the first block, then for the "
-        "second. ± is one standard error over examples and draws. **Bold** differences pass two "
-        "in both blocks.",
+        f"Model {found['model']}, metric {found['metric']}, seed {found['seed']}. "
+        f"Test examples in two blocks: {', '.join(sizes)}. Computed in {about['dtype']} on "
+        f"{about['device']}; {found['core_seconds']} seconds of all ranks. ± is one standard "
+        "error over examples, and over draws where there are several.",
         "",
     ]
+    if found["labels"] or found["tasks"]:
+        lines += [
+            f"Up to {found['draws']} draws of labels and prompts. Accuracies are of both blocks. A "
+            "difference stands for the first block, then for the second. **Bold** differences "
+            "pass two standard errors in both blocks.",
+            "",
+        ]
     if found["labels"]:
         lines += _level_table("Accuracy by labels", found["labels"], "domain", "labels")
         lines += _pair_table("Differences by labels", found["label_pairs"], "domain", "labels")

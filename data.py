@@ -220,7 +220,7 @@ def make_splits(
         held_out = test
 
     # the support set comes before train: its examples stay the same whatever num_train is
-    rest = _without(rest, held_out, name)
+    rest = without_questions(rest, held_out, name)
     support = rest[: d.num_support]
     if len(support) < d.num_support:
         if cfg.is_own(name):
@@ -231,7 +231,7 @@ def make_splits(
             "data.num_support, or add rows"
         )
     # a question of the support set may come again, with other options
-    train = _without(rest[d.num_support :], support, name)
+    train = without_questions(rest[d.num_support :], support, name)
     if skips and "all" in pools:
         test, train = _skip_in_pool(cfg, name, test, train)
     return tuple(train), tuple(support), tuple(test)
@@ -302,8 +302,8 @@ def _unique(examples, name):
     return list(seen.values())
 
 
-def _without(examples, held_out, name):
-    """The examples whose question is not among the held-out ones."""
+def without_questions(examples, held_out, name: str) -> list[Example]:
+    """The examples whose question is not among the held-out ones, whatever their options."""
     asked = {_key(e.text, name) for e in held_out}
     return [e for e in examples if _key(e.text, name) not in asked]
 

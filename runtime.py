@@ -47,6 +47,8 @@ _DATA = ["seed", "dtype", "model", "data"]
 _GENERATED = [*_DATA, "collect", "generator"]
 _SEARCHED = [*_GENERATED, "strategies", "policy"]
 _STUDY = [
+    "study.further_tasks",
+    "study.around_steps",
     "study.development_tasks",
     "study.development_examples",
     "study.losses",

@@ -85,7 +85,7 @@ def run_study(run: Run) -> dict:
     scoring.load_lm(run)  # before the task sets, which share it
     data.load_tasks(run, _all_tasks(run))
     for name in run.cfg.data.targets:
-        split_target(run, name)
+        open_target(run, name)
 
     cells = plan_cells(run)
     choices = plan_choices(run, cells)
@@ -144,11 +144,14 @@ def _all_tasks(run):
 
 def set_name(run: Run, task: str) -> str:
     """The task set whose starts a target may begin from: all training tasks but itself."""
-    return f"without_{task}" if task in run.cfg.data.train_tasks else _size_name(run, None)
+    if task in run.cfg.data.train_tasks:
+        return f"without_{task}"
+    return base_set(run)
 
 
-def _size_name(run, size):
-    return f"first_{size or len(run.cfg.data.train_tasks)}"
+def base_set(run: Run) -> str:
+    """The task set of all training tasks, without the further ones."""
+    return f"first_{len(run.cfg.data.train_tasks)}"
 
 
 def set_tasks(run: Run, name: str) -> list[str]:
@@ -204,7 +207,7 @@ def plan_cells(run: Run) -> list[Cell]:
             found += _draws(run, set_name(run, target), start, target, labels)
     if "tasks" in settings.parts:
         unseen = [target for target in targets if target not in run.cfg.data.train_tasks]
-        names = [_size_name(run, size) for size in settings.set_sizes]
+        names = [f"first_{size}" for size in settings.set_sizes]
         for name, start, target in itertools.product(names, curves.TASK_STARTS, unseen):
             found += _draws(run, name, start, target, 0)
             if start != "wrong_prompts":
@@ -215,7 +218,7 @@ def plan_cells(run: Run) -> list[Cell]:
 
 
 def _draws(run, name, start, target, labels):
-    """A cell per draw. What neither reads labels nor draws prompts is the same in every draw."""
+    """One cell per draw. What reads no label and no prompt is the same in every draw: one cell."""
     draws = run.cfg.study.draws
     if not labels and start not in DRAWN:
         draws = 1
@@ -240,8 +243,8 @@ def train_starts(run: Run, cells: list[Cell], choices: list[Cell]) -> None:
             trainings.add((cell.set, kind))
     names = sorted({cell.set for cell in [*cells, *choices]})
     if "search" in run.cfg.study.parts:
-        names = sorted({*names, _size_name(run, None)})
-        trainings.add((_size_name(run, None), "generator"))
+        names = sorted({*names, base_set(run)})
+        trainings.add((base_set(run), "generator"))
 
     # a checkpoint depends on its own task alone: collected once, and linked into every set
     needed = []
@@ -258,7 +261,8 @@ def train_starts(run: Run, cells: list[Cell], choices: list[Cell]) -> None:
 
     # the trainings of a set are independent of each other, but for what lies around the union
     first = [unit for unit in sorted(trainings) if unit[1] != "around"]
-    first.sort(key=lambda unit: ("maml", "generator", "union").index(unit[1]))
+    longest_first = ("maml", "generator", "union")
+    first.sort(key=lambda unit: longest_first.index(unit[1]))
     for name, kind in run.deal(first):
         taught = open_set(run, name)
         if kind == "generator":
@@ -281,7 +285,9 @@ def _encode_prompts(run):
     sections = {"train_tasks": _all_tasks(run), "test_tasks": []}
     whole = run.cfg.data.model_copy(update=sections)
     # a copy of the run counts its units anew: in a place of its own
-    store = run.store and dist.PrefixStore("study prompts", run.store)
+    store = None
+    if run.store is not None:
+        store = dist.PrefixStore("study prompts", run.store)
     cfg = run.cfg.model_copy(update={"data": whole})
     conditions.encode_prompts(dataclasses.replace(run, cfg=cfg, store=store))
 
@@ -292,8 +298,12 @@ def _link_checkpoints(run, taught):
         unit = f"adapters/{task}"
         if not taught.finished(unit, "collect"):
             shutil.rmtree(taught.path / unit, ignore_errors=True)
-            shutil.copytree(run.path / unit, taught.path / unit, copy_function=os.link)
-            (taught.path / unit / "DONE.json").unlink()
+            shutil.copytree(
+                run.path / unit,
+                taught.path / unit,
+                ignore=shutil.ignore_patterns("DONE.json"),
+                copy_function=os.link,
+            )
             taught.finish(unit, "collect", time.monotonic())
 
 
@@ -333,31 +343,30 @@ def load_start(run: Run, name: str, start: str, target: str, draw: int) -> Adapt
     return adapter
 
 
-def split_target(run: Run, name: str) -> tuple[Task, tuple[Example, ...]]:
-    """A target, and its second block of test examples, which data.skip_test would score.
+def open_target(run: Run, name: str) -> tuple[Task, int]:
+    """A target with both blocks of test examples, and the size of the first.
 
-    The task's train split holds neither block: labels are drawn from it.
-    Raises: UserError: it has no further test examples.
+    The second block is what data.skip_test would score. The train split holds neither.
+    Raises: UserError: there are no further test examples.
     """
-    blocks = run.cache.setdefault("blocks", {})
-    if name not in blocks:
+    opened = run.cache.setdefault("study targets", {})
+    if name not in opened:
         task = data.load_tasks(run, [name])[name]
+        size = len(task.test)
         settings = run.cfg.data
-        behind = {"skip_test": settings.skip_test + len(task.test)}
-        cfg = run.cfg.model_copy(update={"data": settings.model_copy(update=behind)})
-        later = data.load_task(cfg, name)
-        blocks[name] = dataclasses.replace(task, train=later.train), later.test
-    return blocks[name]
+        behind = settings.model_copy(update={"skip_test": settings.skip_test + size})
+        later = data.load_task(run.cfg.model_copy(update={"data": behind}), name)
+        both = (*task.test, *later.test)
+        train = data.without_questions(later.train, task.test, name)
+        opened[name] = dataclasses.replace(task, train=tuple(train), test=both), size
+    return opened[name]
 
 
 def mark_blocks(run: Run, name: str, refined: Refined) -> dict[str, str]:
     """{right, fresh}: a digit per test example of the first and of the second block, 1 = right."""
-    task, fresh = split_target(run, name)
-    again = dataclasses.replace(task, test=fresh)
-    return {
-        "right": evaluate.mark_test(run, task, refined),
-        "fresh": evaluate.mark_test(run, again, refined),
-    }
+    task, size = open_target(run, name)
+    marks = evaluate.mark_test(run, task, refined)
+    return {"right": marks[:size], "fresh": marks[size:]}
 
 
 def draw_labels(run: Run, task: Task, draw: int) -> tuple[list[Example], list[Example]]:
@@ -374,13 +383,16 @@ def draw_labels(run: Run, task: Task, draw: int) -> tuple[list[Example], list[Ex
         held_out = pool[-settings.development_examples :]
         pool = pool[: -settings.development_examples]
     rng = runtime.rng_for(run.cfg.seed, "labels", task.name, draw)
+    shuffled = [pool[i] for i in rng.permutation(len(pool))]
+    # a question of the test may come again, with other options
+    labelled = data.without_questions(shuffled, task.test, task.name)
     most = max(*settings.labels, curves.TASK_LABELS)
-    if most > len(pool):
+    if most > len(labelled):
         raise UserError(
-            f"study.labels: task {task.name} has {len(pool)} labelled examples, {most} are asked "
-            "for; ask for fewer, or lower data.num_test or study.development_examples"
+            f"study.labels: task {task.name} has {len(labelled)} labelled examples, {most} are "
+            "asked for; ask for fewer, or lower data.num_test or study.development_examples"
         )
-    return [pool[i] for i in rng.permutation(len(pool))[:most]], held_out
+    return labelled[:most], held_out
 
 
 def train_on_labels(
@@ -449,7 +461,7 @@ def measure_cells(run: Run, cells: list[Cell], settings: dict) -> None:
         if run.finished(cell.folder, "study"):
             continue
         began = time.monotonic()
-        task, _ = split_target(run, cell.target)
+        task, _ = open_target(run, cell.target)
         facts = {}
         if cell.start == "icl":
             labelled, _ = draw_labels(run, task, cell.draw)
@@ -475,14 +487,14 @@ def search(run: Run) -> None:
     unseen = [name for name in run.cfg.data.targets if name not in run.cfg.data.train_tasks]
     keep = [{"family": "none"}]
     units = list(itertools.product(unseen, [*run.cfg.study.strategies, *keep]))
-    taught = open_set(run, _size_name(run, None))
+    taught = open_set(run, base_set(run))
     for name, fields in run.deal(units):
         # named by what it is, so that the list may grow
         unit = f"search/{name}/{fields['family']}-{runtime.seed_for(str(fields)):x}"
         if run.finished(unit, "study"):
             continue
         began = time.monotonic()
-        task, _ = split_target(run, name)
+        task, _ = open_target(run, name)
         target = policy.make_target(taught, task, left_out="all")
         refined = strategies.execute_finite(target, Strategy.from_dict(fields), [])
         lm = scoring.load_lm(run)

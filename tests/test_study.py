@@ -87,24 +87,36 @@ def test_no_start_is_trained_on_its_target(studied, finished):
         study.load_start(run, "first_3", "union", "alpha", 0)
 
 
-def test_labels_never_come_from_the_test_or_development_examples(studied):
-    run = make_run(studied)
-    tasks = data.load_tasks(run)
+@pytest.mark.parametrize("skip", [0, 4])
+def test_labels_never_come_from_the_test_or_development_examples(tiny_args, skip):
+    """Neither block's questions are asked, wherever the first block begins."""
+    run = make_run(small(tiny_args), f"data.skip_test={skip}", "data.num_test=8")
     for name in ("delta", "alpha", "beta"):
-        task, fresh = tasks[name], ()
+        task = data.load_tasks(run)[name]
+        size = len(task.test)
         if name in run.cfg.data.targets:
-            task, fresh = study.split_target(run, name)
+            task, size = study.open_target(run, name)
         labelled, held_out = study.draw_labels(run, task, 0)
-        taken = {example.id for example in labelled}
-        assert len(taken) == 20, "as many as the largest number of labels"
-        blocks = {example.id for example in (*tasks[name].test, *fresh)}
-        assert len(blocks) == len(tasks[name].test) + len(fresh), "the blocks share an example"
-        assert bool(fresh) == (name != "beta")
-        assert not taken & blocks
-        assert not taken & {example.id for example in held_out}
+        asked = {example.text for example in labelled}
+        assert len(asked) == 20, "as many as the largest number of labels"
+        blocks = {example.text for example in task.test}
+        assert len(blocks) == len(task.test), "the blocks share a question"
+        assert (len(blocks) > size) == (name != "beta")
+        assert not asked & blocks
+        assert not asked & {example.text for example in held_out}
         assert bool(held_out) == (name == "beta")
         again, _ = study.draw_labels(run, task, 1)
         assert again != labelled
+
+
+def test_a_question_of_the_test_is_no_label(tiny_args):
+    """It may come again in the train split, with other options."""
+    run = make_run(small(tiny_args))
+    task, _ = study.open_target(run, "delta")
+    twin = dataclasses.replace(task.test[-1], id="twin", options=("one", "two"))
+    with_twins = dataclasses.replace(task, train=(*task.train, *[twin] * 50))
+    labelled, _ = study.draw_labels(run, with_twins, 0)
+    assert twin not in labelled
 
 
 def test_wrong_test_labels_change_no_choice(studied, finished, tmp_path, monkeypatch):
@@ -140,11 +152,13 @@ def test_an_interrupted_study_goes_on(studied, finished, tmp_path):
     shutil.copytree(finished, folder, symlinks=True)
     lost = folder / "cells/first_3/generated/delta/4-1"
     kept = folder / "cells/first_3/generated/delta/4-0/DONE.json"
-    marks = json.loads((lost / "DONE.json").read_text())["right"]
+    before = json.loads((lost / "DONE.json").read_text())
     stamp = kept.stat().st_mtime_ns
     shutil.rmtree(lost)
+    (folder / "sets/first_2/adapters/alpha/DONE.json").unlink()
     assert run_command(["stage=study", *studied, f"run={folder}"]) == 0
-    assert json.loads((lost / "DONE.json").read_text())["right"] == marks
+    after = json.loads((lost / "DONE.json").read_text())
+    assert (after["right"], after["fresh"]) == (before["right"], before["fresh"])
     assert kept.stat().st_mtime_ns == stamp
 
 
