@@ -143,6 +143,9 @@ def prints(tmp_path, stage, *words, method="") -> dict:
         ("evaluate", "evaluate.prompt_batches=7"),
         ("evaluate", "data.jsonl={arc_e: x.jsonl}"),
         ("evaluate", "data.skip_test=5"),
+        ("study", "data.skip_test=5"),
+        ("study", "study.around_steps=6"),
+        ("study", "study.further_tasks=[anatomy]"),
     ],
 )
 def test_keys_that_change_an_output_change_its_fingerprint(tmp_path, stage, word):
@@ -174,7 +177,7 @@ def test_a_method_depends_on_its_own_section(tmp_path, stage, method, word, othe
     assert not any(changes(other) for other in others)
 
 
-@pytest.mark.parametrize("stage", sorted(set(DEPENDS) - {"evaluate"}))
+@pytest.mark.parametrize("stage", sorted(set(DEPENDS) - {"evaluate", "study"}))
 def test_another_part_of_the_test_split_makes_nothing_else_stale(tmp_path, stage):
     """Only scores depend on which test examples are scored: adapters are kept."""
     assert prints(tmp_path, stage, "data.skip_test=5") == prints(tmp_path, stage)
