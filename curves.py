@@ -50,8 +50,9 @@ TASK_PAIRS = (("generated", "mean"), ("generated", "wrong_prompts"), ("generated
 
 
 def mean_and_error(marks: list[np.ndarray]) -> tuple[float, float]:
-    """Mean over targets, and its standard error: a little too large, where draws meet examples.
+    """Mean over targets, and its standard error.
 
+    What an example does in one draw alone counts in both parts, so the error is a little too large.
     Args: marks: per target (draws, examples) of 0 and 1, or of differences of such.
     """
     means = []

@@ -218,7 +218,7 @@ def plan_cells(run: Run) -> list[Cell]:
 
 
 def _draws(run, name, start, target, labels):
-    """One cell per draw. What reads no label and no prompt is the same in every draw: one cell."""
+    """One cell per draw, or one alone for a start that reads neither labels nor prompts."""
     draws = run.cfg.study.draws
     if not labels and start not in DRAWN:
         draws = 1
@@ -346,7 +346,7 @@ def load_start(run: Run, name: str, start: str, target: str, draw: int) -> Adapt
 def open_target(run: Run, name: str) -> tuple[Task, int]:
     """A target with both blocks of test examples, and the size of the first.
 
-    The second block is what data.skip_test would score. The train split holds neither.
+    The second block is what data.skip_test would score. It is taken out of the train split.
     Raises: UserError: there are no further test examples.
     """
     opened = run.cache.setdefault("study targets", {})
@@ -357,8 +357,7 @@ def open_target(run: Run, name: str) -> tuple[Task, int]:
         behind = settings.model_copy(update={"skip_test": settings.skip_test + size})
         later = data.load_task(run.cfg.model_copy(update={"data": behind}), name)
         both = (*task.test, *later.test)
-        train = data.without_questions(later.train, task.test, name)
-        opened[name] = dataclasses.replace(task, train=tuple(train), test=both), size
+        opened[name] = dataclasses.replace(task, train=later.train, test=both), size
     return opened[name]
 
 
@@ -384,7 +383,7 @@ def draw_labels(run: Run, task: Task, draw: int) -> tuple[list[Example], list[Ex
         pool = pool[: -settings.development_examples]
     rng = runtime.rng_for(run.cfg.seed, "labels", task.name, draw)
     shuffled = [pool[i] for i in rng.permutation(len(pool))]
-    # a question of the test may come again, with other options
+    # no question of either block is a label: it may come again, with other options
     labelled = data.without_questions(shuffled, task.test, task.name)
     most = max(*settings.labels, curves.TASK_LABELS)
     if most > len(labelled):

@@ -441,3 +441,17 @@ def test_a_run_folder_keeps_its_dtype(tiny_args, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "dtype auto: bfloat16" in said
     assert "as when this run folder began" in said
+
+
+def test_processors_of_one_name_are_told_apart(monkeypatch):
+    """A cloud calls Zen 4 and Zen 5 alike; recorded times are compared within one kind only."""
+    text = "model name\t: AMD EPYC\ncpu family\t: {}\nmodel\t\t: {}\n\nprocessor\t: 1\n"
+    names = []
+    for family, model in ((25, 17), (26, 2)):
+        monkeypatch.setattr(
+            runtime.Path, "read_text", lambda path, f=family, m=model: text.format(f, m)
+        )
+        names.append(runtime._cpu_name())
+    assert names == ["AMD EPYC family 25 model 17", "AMD EPYC family 26 model 2"]
+    monkeypatch.setattr(runtime.Path, "read_text", lambda path: "processor: 0\n")
+    assert runtime._cpu_name() == ""
