@@ -105,6 +105,7 @@ class Data(_Section):
     num_support: Annotated[Int, Field(ge=2)]  # two folds at least
     num_test: Positive | Literal["all"]
     skip_test: Count
+    test_from: Literal["test", "train"]
     num_prompts: Positive
     prompts_from: Literal["train", "test"]
     max_tokens: Annotated[Int, Field(ge=32)]  # a chat template alone takes a dozen
@@ -656,6 +657,8 @@ def _data_faults(cfg: Config) -> dict[str, str]:
     unknown = [task for task in d.targets if task not in tasks]
     if unknown:
         found["data.targets"] = f"{unknown} are in neither data.train_tasks nor data.test_tasks"
+    if d.skip_test and d.test_from == "train":
+        found["data.skip_test"] = f"got {d.skip_test}; data.test_from=train scores no test example"
     twice = sorted(task for task, count in Counter(tasks).items() if count > 1)
     if twice:
         found["data.test_tasks"] = (

@@ -234,6 +234,11 @@ def make_splits(
     train = without_questions(rest[d.num_support :], support, name)
     if skips and "all" in pools:
         test, train = _skip_in_pool(cfg, name, test, train)
+    if d.test_from == "train" and not cfg.is_own(name):
+        # the last ones, which nothing trains on from here on: settings may be chosen by them
+        size = min(len(test), len(train) // 2)
+        test = train[len(train) - size :]
+        train = without_questions(train[: len(train) - size], test, name)
     return tuple(train), tuple(support), tuple(test)
 
 
@@ -502,11 +507,14 @@ def keep_example_ids(run: Run) -> None:
         return
     tasks = load_tasks(run)
     targets = {name: tasks[name] for name in cfg.data.targets or tasks}
-    runtime.write_json(run.path / "tasks.json", describe_tasks(targets, cfg.data.prompts_from))
+    runtime.write_json(run.path / "tasks.json", describe_tasks(targets, cfg.data))
 
 
-def describe_tasks(tasks: dict[str, Task], prompts_from: str) -> dict:
-    """Sizes, chance and majority rates and example ids of each task, for tasks.json."""
+def describe_tasks(tasks: dict[str, Task], settings) -> dict:
+    """Sizes, chance and majority rates and example ids of each task, for tasks.json.
+
+    Args: settings: the section `data`.
+    """
     described = {}
     for task in tasks.values():
         chances = [1 / len(e.options) for e in task.test if e.options]
@@ -521,7 +529,8 @@ def describe_tasks(tasks: dict[str, Task], prompts_from: str) -> dict:
             "n_support": len(task.support),
             "n_test": len(task.test),
             "n_prompts": len(task.prompts),
-            "prompts_from": prompts_from,
+            "prompts_from": settings.prompts_from,
+            "test_from": settings.test_from,
             # what guessing gets, and always the most frequent place
             "chance": round(sum(chances) / num_test, 4),
             "majority": round(max(golds.values(), default=0) / num_test, 4),

@@ -56,7 +56,7 @@ ROW_TOKENS = {"cloze": (60, 86), "letter": (134, 145)}
 def show_config(run: Run) -> dict:
     """Print the resolved configuration and what data it finds, without running anything."""
     print(yaml.safe_dump(run.cfg.model_dump(), sort_keys=False))
-    tasks = data.describe_tasks(data.load_tasks(run), run.cfg.data.prompts_from)
+    tasks = data.describe_tasks(data.load_tasks(run), run.cfg.data)
     for task in tasks.values():
         print(
             f"{task['title']:13} train {task['n_train']:5} support {task['n_support']:3} "

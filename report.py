@@ -292,7 +292,9 @@ def shown_seeds(result: dict) -> tuple[dict, str]:
 def sample(result: dict) -> str:
     """How many examples a number stands on."""
     sizes = sorted({str(about["n_test"]) for about in result["tasks"].values()})
-    return f"n = {', '.join(sizes)} test examples per task"
+    origins = {about.get("test_from", "test") for about in result["tasks"].values()}
+    what = "held-out training" if "train" in origins else "test"
+    return f"n = {', '.join(sizes)} {what} examples per task"
 
 
 def percent(entry: dict | None, total: int, metric: str = "") -> str:

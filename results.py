@@ -450,6 +450,8 @@ def _seed_label(folder: Path, model: str):
         more.append(f"generator {generator_seed}")
     if skipped:
         more.append(f"test from {skipped}")
+    if config.get("data", {}).get("test_from") == "train":
+        more.append("training examples")
     return f"{seed} ({', '.join(more)})" if more else seed
 
 

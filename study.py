@@ -103,6 +103,8 @@ def run_study(run: Run) -> dict:
 def check(run: Run) -> None:
     """Raises: UserError: a target is among what is trained on, or a task's file is missing."""
     cfg = run.cfg
+    if cfg.data.test_from != "test":
+        raise UserError("data.test_from: a study scores test examples: leave it at `test`")
     further = cfg.study.further_tasks
     overlap = set(further) & {*cfg.data.targets, *cfg.data.test_tasks}
     if overlap:

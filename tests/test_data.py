@@ -132,7 +132,7 @@ def test_every_real_example_is_whole(real, name):
 
 def test_real_tasks_are_described(real):
     """tasks.json: sizes, chance, majority, ids, and which data stands in for which benchmark."""
-    described = data.describe_tasks(real, "train")
+    described = data.describe_tasks(real, config_of().data)
     in_domain = [name for name, about in described.items() if about["domain"] == "id"]
     assert in_domain == ["arc_c", "arc_e", "hellaswag", "boolq", "piqa", "winogrande"]
     stand_ins = {name for name, about in described.items() if about["stand_in_for"]}
@@ -149,7 +149,7 @@ def test_real_tasks_are_described(real):
 
 def test_real_tasks_say_which_data_they_are(real):
     """tasks.json: source, form and number of rows; built options are told from published ones."""
-    described = data.describe_tasks(real, "train")
+    described = data.describe_tasks(real, config_of().data)
     assert described["arc_c"]["source"] == "ARC-Challenge"
     forms = {name: about["form"] for name, about in described.items()}
     assert forms.pop("boolq") == "yes or no, with passage"
@@ -611,6 +611,29 @@ def test_skip_test_of_one_pool_spares_support_and_prompts():
         seen |= set(ids(test))
     with pytest.raises(UserError, match=r"=60: task jama has \d+ test examples; skip less"):
         split(60)
+
+
+def test_settings_may_be_chosen_on_training_examples():
+    """test_from=train scores examples of train, which are not trained on then; no test example."""
+    pool = examples_of(30, "r", "train")
+    twin = Example("twin", pool[0].prompt, ("other", "options"), 0, "other")
+    pools = {"train": [*pool, twin], "test": examples_of(10, "t", "test")}
+    words = ["data.num_test=10", "data.num_support=4", "policy.folds=2"]
+    usual = data.make_splits(config_of(*words), "mine", pools)
+    train, support, test = data.make_splits(
+        config_of(*words, "data.test_from=train"), "mine", pools
+    )
+    assert support == usual[1] and len(test) == 10
+    assert set(test) <= set(usual[0]) and set(train) < set(usual[0])
+    assert not {e.prompt for e in test} & {e.prompt for e in train}
+
+    # a train split that is too short for both is halved
+    few = {"train": examples_of(12, "r", "train"), "test": pools["test"]}
+    train, _, test = data.make_splits(config_of(*words, "data.test_from=train"), "mine", few)
+    assert len(train) == len(test) == 4
+    # what is scored is then no part of a test set
+    with pytest.raises(UserError, match="data.test_from=train scores no test example"):
+        config_of("data.test_from=train", "data.skip_test=10")
 
 
 # Loading

@@ -319,6 +319,7 @@ def test_a_method_of_one_seed_is_paired_within_it(tmp_path):
     [
         ("seed: 999\ngenerator: {seed: 1}\n", "999 (generator 1)"),
         ("seed: 999\ndata: {skip_test: 200}\n", "999 (test from 200)"),
+        ("seed: 999\ndata: {test_from: train}\n", "999 (training examples)"),
     ],
 )
 def test_runs_of_one_seed_are_told_apart(run_path, tmp_path, config, seed):

