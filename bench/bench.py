@@ -109,6 +109,16 @@ def tokens_in(rows: list[Row]) -> int:
     return sum(row.length for row in rows)
 
 
+def products(lm: LM, rows: list[Row]) -> int:
+    """Multiplications of one pass: the decoder's for every token, the head's for scored ones."""
+    scored = 0
+    for row in rows:
+        for branch, start in zip(row.branches, row.starts, strict=True):
+            scored += len(branch) - start
+    head = lm.model.get_output_embeddings().weight.numel()
+    return matrix_weights(lm) * tokens_in(rows) + head * scored
+
+
 def matrix_weights(lm: LM) -> int:
     """Weights that every token is multiplied by: the decoder's matrices."""
     count = 0
@@ -150,10 +160,9 @@ def train_ours(watch: Stopwatch, task: str) -> dict:
             for at in range(BATCH, len(rows), BATCH):
                 step(at)
 
-    tokens = tokens_in(rows[BATCH:])
     # frozen weights: one product forward, and one backward for the gradient of their input
-    flops = 4 * tokens * matrix_weights(lm)
-    return {"work": tokens, "answers": losses, "flops": flops}
+    flops = 4 * products(lm, rows[BATCH:])
+    return {"work": tokens_in(rows[BATCH:]), "answers": losses, "flops": flops}
 
 
 def peer_record(row: Row) -> dict:
@@ -256,8 +265,7 @@ def score_ours(watch: Stopwatch, task: str) -> dict:
     for score in scores:
         answers += score.raw
     # frozen, without gradients: one product
-    tokens = tokens_in(make_rows(lm, documents))
-    flops = 2 * tokens * matrix_weights(lm)
+    flops = 2 * products(lm, make_rows(lm, documents))
     return {"work": len(documents), "answers": answers, "flops": flops}
 
 
