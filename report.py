@@ -291,10 +291,11 @@ def shown_seeds(result: dict) -> tuple[dict, str]:
 
 def sample(result: dict) -> str:
     """How many examples a number stands on."""
-    sizes = sorted({str(about["n_test"]) for about in result["tasks"].values()})
-    origins = {about.get("test_from", "test") for about in result["tasks"].values()}
-    what = "held-out training" if "train" in origins else "test"
-    return f"n = {', '.join(sizes)} {what} examples per task"
+    tasks = result["tasks"].values()
+    sizes = sorted({str(about["n_test"]) for about in tasks})
+    held_out = any(about.get("test_from") == "train" for about in tasks)
+    kind = "held-out training" if held_out else "test"
+    return f"n = {', '.join(sizes)} {kind} examples per task"
 
 
 def percent(entry: dict | None, total: int, metric: str = "") -> str:
@@ -584,9 +585,9 @@ def page_title(result: dict) -> str:
 
 def subtitle(result: dict) -> str:
     """The line under the title."""
-    metric = f"{result['metric']} ({METRICS[result['metric']]})"
-    seed = f"seed {result['seed']}"
-    return f"Model {result['model']}, {seed}, {sample(result)}. Primary metric: {metric}."
+    about = f"Model {result['model']}, seed {result['seed']}, {sample(result)}"
+    metric = result["metric"]
+    return f"{about}. Primary metric: {metric} ({METRICS[metric]})."
 
 
 def read_losses(run_path: Path) -> DataFrame:
