@@ -290,12 +290,11 @@ def shown_seeds(result: dict) -> tuple[dict, str]:
 
 
 def sample(result: dict) -> str:
-    """How many examples a number stands on."""
+    """How many examples of which split a number stands on."""
     tasks = result["tasks"].values()
     sizes = sorted({str(about["n_test"]) for about in tasks})
-    held_out = any(about.get("test_from") == "train" for about in tasks)
-    kind = "held-out training" if held_out else "test"
-    return f"n = {', '.join(sizes)} {kind} examples per task"
+    splits = sorted({about.get("test_from", "test") for about in tasks})
+    return f"n = {', '.join(sizes)} {', '.join(splits)} examples per task"
 
 
 def percent(entry: dict | None, total: int, metric: str = "") -> str:

@@ -293,7 +293,7 @@ def test_committed_reports_are_those_of_their_results(tmp_path, name):
 
 def test_training_examples_do_not_pass_for_test_examples():
     """A report of data.test_from=train says what its numbers stand on."""
-    tasks = {"arc_e": {"n_test": 8, "test_from": "train"}, "piqa": {"n_test": 8}}
-    assert report.sample({"tasks": tasks}) == "n = 8 held-out training examples per task"
-    tasks.pop("arc_e")
+    tasks = {"arc_e": {"n_test": 8, "test_from": "train"}}
+    assert report.sample({"tasks": tasks}) == "n = 8 train examples per task"
+    tasks = {"arc_e": {"n_test": 8}}
     assert report.sample({"tasks": tasks}) == "n = 8 test examples per task"
