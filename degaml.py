@@ -173,10 +173,14 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped; what is finished is kept, the same command continues", file=sys.stderr)
         code = 130
-    sys.stdout.flush()
+    except BrokenPipeError:
+        # `... | head` has read enough; Python flushes what is left once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     if dist.is_available() and dist.is_initialized():
         if code:
             os._exit(code)  # at once: another rank may wait in a collective that this one left
