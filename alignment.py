@@ -362,9 +362,7 @@ def train_aligners(run: Run) -> dict:
     cfg = run.cfg
     if not set(methods.ALIGNED) & set(cfg.evaluate.methods):
         return {}  # `run.sh` calls every stage
-    targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    needed = {data.left_out_for(cfg, target) for target in targets}
-    wanted = sorted(needed, key=lambda name: (name != "all", name))
+    wanted = data.left_out_sets(cfg)
 
     # A rank takes a whole VAE: a batch of two pairs has nothing to divide.
     for left_out in run.deal(wanted):
@@ -428,7 +426,7 @@ def train_vae(run, left_out, label, aligner, pairs):
 
         # The KL's weight rises linearly from 0: first learn to rebuild, then to be smooth.
         kl_weight = align.kl_weight * epoch / max(1, align.meta_epochs - 1)
-        with autocast(run):
+        with generator.autocast(run):
             mse, kl = fomaml_gradient(vae, support, query, align.inner_lr, kl_weight)
         if not math.isfinite(mse + kl):
             where = f"{label}: the loss is not finite at meta-epoch {epoch + 1}"
@@ -446,12 +444,6 @@ def train_vae(run, left_out, label, aligner, pairs):
                 lr=align.meta_lr,
             )
     return kl
-
-
-def autocast(run):
-    """The VAE's products in the base model's dtype, in training and use alike."""
-    lower = run.dtype == torch.bfloat16
-    return torch.autocast(run.device, torch.bfloat16, enabled=lower)
 
 
 @torch.no_grad()
@@ -518,7 +510,7 @@ def align_adapter(run: Run, aligner: Aligner, prompts: str, adapter: Adapter) ->
         # drawn on the CPU, alike on every machine
         rng = torch.Generator().manual_seed(runtime.seed_for(run.cfg.seed, "latent", prompts))
         noise = torch.randn(1, run.cfg.align.latent, generator=rng).to(run.device)
-    with autocast(run):
+    with generator.autocast(run):
         out, _, _ = aligner.vae(batch, vectors, noise)
     weights = out[0].float().cpu() * aligner.std + aligner.mean
     tokens = weights.view(-1, aligner.layout.rank, aligner.layout.width)

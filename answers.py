@@ -59,9 +59,10 @@ def answer_examples(
 
     # what the scoring pass has seen
     texts = {}
-    for i, score in enumerate(scores):
-        if lm.form == "letter" and score.greedy is not None:
-            texts[i] = examples[i].options[score.greedy]
+    for i, (example, score) in enumerate(zip(examples, scores, strict=True)):
+        # a free answer is never taken from the scoring pass, which has read the right one
+        if lm.form == "letter" and example.options and score.greedy is not None:
+            texts[i] = example.options[score.greedy]
 
     # what has to be generated
     missing = [i for i in range(len(examples)) if i not in texts]
@@ -150,8 +151,11 @@ def _token_bytes(lm):
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     cache = 2 * shape.num_hidden_layers * heads * width
+    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size  # OPT names it anew
+    if isinstance(inner, (list, tuple)):  # Gemma 3n has one per layer
+        inner = max(inner)
     # twice: the cache is copied when rows leave it
-    work = 8 * shape.hidden_size + 4 * shape.intermediate_size
+    work = 8 * shape.hidden_size + 4 * inner
     return lm.model.dtype.itemsize * (2 * cache + work)
 
 

@@ -265,13 +265,13 @@ def meta_gradient(
     episodes: list,
     lr: float,
     decay: float,
-    order: int,
 ) -> tuple[Tensor, float, Moments]:
     """Gradient with respect to theta of the mean query loss after the inner steps.
 
+    It is of second order: the inner updates are differentiated through.
+
     Args:
         episodes: one (inner losses, query loss) per task, each a function of a (D,) vector.
-        order: 2 differentiates through the inner updates; 1 takes the gradient at their end.
     Returns: the gradient, the mean query loss, and the moments after all inner steps.
     """
     total = torch.zeros_like(theta)
@@ -281,16 +281,12 @@ def meta_gradient(
         start = theta.detach().requires_grad_()
         fast = start
         for loss_fn in inner:
-            loss = loss_fn(fast)
-            (grad,) = torch.autograd.grad(loss, fast, create_graph=order == 2)
+            (grad,) = torch.autograd.grad(loss_fn(fast), fast, create_graph=True)
             fast, moments = shared_update(fast, grad, moments, lr, decay)
-            if order == 1:  # forget how we came here
-                fast = fast.detach().requires_grad_()
 
         # the query loss at their end, as a function of where they began
         loss = query(fast)
-        point = start if order == 2 else fast
-        (grad,) = torch.autograd.grad(loss, point)
+        (grad,) = torch.autograd.grad(loss, start)
         total += grad
         value = value + loss.detach()
     count = len(episodes)
@@ -343,7 +339,6 @@ def _train_maml(run, draws):
             episodes,
             settings.inner_lr,
             WEIGHT_DECAY,
-            order=2,
         )
         if not math.isfinite(loss + grad.norm()):
             diverged_at = step
@@ -483,7 +478,7 @@ def infer_posterior(
 def initial_posterior(lm: LM, settings, seed: int) -> Tensor:
     """(2, D): the plain start that all methods share, and a spread of e^init_log_sd.
 
-    In product space that is the mean of the spread, and its least value.
+    In product space that is its least value; its mean is 1.8 times as large.
     """
     layout = lm.layout
     plain = lora.init_adapter(layout, seed)

@@ -28,7 +28,7 @@ from scoring import LM, Row
 
 
 def collect_adapters(run: Run) -> dict:
-    """LoRA trajectories of the training tasks, one checkpoint per step.
+    """LoRA trajectories of the training tasks: the adapters of the last `save_last` steps.
 
     Source: DeGAML, E.4: `pretrain_steps` at `pretrain_lr`, then `finetune_steps` at `finetune_lr`;
         the optimiser's state carries over.

@@ -18,8 +18,9 @@ import data
 import runtime
 import scoring
 from config import UserError
-from data import Example
+from data import Example, Task
 from runtime import Run
+from scoring import LM
 
 FROM_TRAIN = ".train"  # ends the name of a training task's prompts from its train split
 
@@ -40,7 +41,8 @@ def encode_prompts(run: Run) -> None:
             continue
         began = time.monotonic()
         folder = run.path / unit
-        conditions = [condition_text(run, _as_example(text)) for text in _prompts(run, name)]
+        examples = prompt_examples(*_task_and_prompts(run, name))
+        conditions = [condition_text(run, example) for example in examples]
         states, pooled = encode_texts(run, conditions, f"encode {name}")
         runtime.save_array(folder / "states.npy", states.numpy())
         runtime.save_array(folder / "pooled.npy", pooled.numpy())
@@ -59,22 +61,36 @@ def prompt_set(cfg, task: str, left_out: str) -> str:
     return task
 
 
-def _prompts(run, name):
-    """The unlabelled prompts of a prompt set."""
-    tasks = data.load_tasks(run)
+def _task_and_prompts(run, name):
+    """The task of a prompt set, and its unlabelled prompts."""
+    task = data.load_tasks(run)[name.removesuffix(FROM_TRAIN)]
     if name.endswith(FROM_TRAIN):
-        return tasks[name.removesuffix(FROM_TRAIN)].train_prompts
-    return tasks[name].prompts
+        return task, task.train_prompts
+    return task, task.prompts
 
 
-def _as_example(prompt):
-    return Example("", prompt, ("",))
+def prompt_examples(task: Task, prompts: list[str]) -> list[Example]:
+    """Prompts put as the task's own questions are, with their system message."""
+    # options tell a choice from a free answer; no label is read
+    known = [*task.support[:1], *task.train[:1], *task.test[:1]]
+    like = known[0] if known else Example("", "", ("",))
+    return [Example("", prompt, like.options, system=like.system) for prompt in prompts]
+
+
+def texts_of(lm: LM, task: Task, prompts: list[str]) -> list[str]:
+    """Prompts exactly as the base model reads them."""
+    return [scoring.input_text(lm, example) for example in prompt_examples(task, prompts)]
 
 
 def task_texts(run: Run, name: str) -> list[str]:
     """The prompts of a prompt set exactly as the base model reads them."""
-    lm = scoring.load_lm(run)
-    return [scoring.input_text(lm, _as_example(prompt)) for prompt in _prompts(run, name)]
+    return texts_of(scoring.load_lm(run), *_task_and_prompts(run, name))
+
+
+def embed(run: Run, examples: list[Example]) -> Tensor:
+    """(n, d) embeddings of questions, by which a router chooses."""
+    texts = [condition_text(run, example) for example in examples]
+    return encode_texts(run, texts)[1]
 
 
 def condition_text(run: Run, example: Example) -> str:
@@ -108,7 +124,7 @@ def check_encoder(cfg) -> None:
 
 
 def _no_encoder(name, why):
-    first_line = str(why).splitlines()[0]
+    first_line = f"{type(why).__name__}: {why}".splitlines()[0]
     return UserError(
         f"generator.encoder={name}: cannot be loaded ({first_line[:120]}); run `make assets` or "
         "name a folder or hub id"

@@ -141,10 +141,7 @@ def method_variants(run: Run, task: Task, target: Target | None, method: str) ->
     if method in methods.PROPOSING:
         strategy = load_strategy(folder)
         if strategy.family in strategies.REPEATED:
-            if _is_chained(folder):  # it acts on what the strategies before it made
-                start = lora.load_adapter(folder, target.lm.layout)
-                target = dataclasses.replace(target, start=start)
-            return [strategies.execute(target, strategy)]
+            return [remake(target, strategy, folder)]
 
     # generated adapters as they are
     if method in ("generator", "aligned") or strategy == strategies.KEEP:
@@ -190,9 +187,13 @@ def _posterior_draws(run, folder):
     return Refined(adapters, "mean_probability")
 
 
-def _is_chained(folder):
-    """Did `adapt` refine the adapter before this strategy (`policy.steps`)?"""
-    return "before" in runtime.read_json(folder / "strategy.json")
+def remake(target: Target, strategy: Strategy, folder: Path) -> Refined:
+    """What a strategy that makes more than an adapter makes of a target, stored in `folder`."""
+    # in a chain (`policy.steps`) it acts on what the strategies before it made
+    if "before" in runtime.read_json(folder / "strategy.json"):
+        start = lora.load_adapter(folder, target.lm.layout)
+        target = dataclasses.replace(target, start=start)
+    return strategies.execute(target, strategy)
 
 
 def load_strategy(folder: Path) -> Strategy:

@@ -219,11 +219,7 @@ def train_generators(run: Run) -> dict:
     """
     cfg = run.cfg
     conditions.encode_prompts(run)
-    targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    needed = {data.left_out_for(cfg, target) for target in targets}
-    # The longest first. Sorted, because ranks take units by number and a set has no order.
-    wanted = sorted(needed, key=lambda left_out: (left_out != "all", left_out))
-
+    wanted = data.left_out_sets(cfg)
     if cfg.data_parallel and run.world > 1:
         for left_out in wanted:
             _train_together(run, left_out)
@@ -436,6 +432,8 @@ def _accumulate(run, training, lessons, pairs):
     Ranks that train together take the micro-batches in turn, and all get the sum over all.
     """
     size = run.cfg.generator.micro_batch
+    if training.ranks > 1:  # smaller ones, where a rank would have none
+        size = min(size, math.ceil(len(pairs) / training.ranks))
     starts = range(0, len(pairs), size)
     idle = False
     if training.ranks > 1:
@@ -470,7 +468,7 @@ def _loss(run, training, lessons, pairs, at):
         rng = torch.Generator(run.device).manual_seed(seed)
         for tensor, scale in ((condition, noise), (target, 0.1 * noise)):
             tensor += scale * torch.randn(tensor.shape, generator=rng, device=run.device)
-    with _autocast(run):
+    with autocast(run):
         out = training.network(condition)
     weight = None
     if lessons.weight is not None:
@@ -478,8 +476,8 @@ def _loss(run, training, lessons, pairs, at):
     return F.mse_loss(out, target, weight=weight)
 
 
-def _autocast(run):
-    """Convolutions in the base model's dtype, in training and generation alike."""
+def autocast(run: Run) -> torch.autocast:
+    """Products in the base model's dtype, in training and use alike: of generator and VAE."""
     half = run.dtype == torch.bfloat16
     return torch.autocast(run.device, torch.bfloat16, enabled=half)
 
@@ -638,7 +636,7 @@ def generate_adapter(
     states = conditions.load_states(run, conditions.prompt_set(run.cfg, source, left_out))
     index = conditions.draw_prompts(run.cfg, source, len(states), "generate", batch)
     condition = torch.from_numpy(states[index])[None]
-    with _autocast(run):
+    with autocast(run):
         out = generator.decoder(condition.float().to(run.device))
     tokens = generator.code.decode(out[0].cpu())
     return from_tokens(tokens, generator.code.layout), index
@@ -648,5 +646,5 @@ def wrong_task(run: Run, name: str) -> str:
     """The task whose prompts are the control `wrong_prompts` of a task."""
     # two places on in the list of tasks, never a twin such as ARC-c and ARC-e
     names = run.cfg.data.train_tasks + run.cfg.data.test_tasks
-    place = names.index(name) + 2
-    return names[place % len(names)]
+    step = 2 if len(names) > 2 else 1
+    return names[(names.index(name) + step) % len(names)]

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import data
 import prefix
 import scoring
 from config import UserError
@@ -90,7 +89,7 @@ def _longest(lm, examples):
 
 def _fitting(lm, support, room):
     """(examples, system message, text, token ids): the first of the support set, as many as fit."""
-    system = support[0].system or data.LETTER_SYSTEM
+    system = scoring.system_message(support[0])
     for count in range(len(support), 0, -1):
         chosen = support[:count]
         text = _text(lm, chosen, system)

@@ -72,9 +72,17 @@ class Layout:
         return found
 
 
-def find_layout(model: nn.Module, rank: int, alpha: int, width: int, modules: list[str]) -> Layout:
+def find_layout(
+    model: nn.Module,
+    rank: int,
+    alpha: int,
+    width: int,
+    modules: list[str],
+    key: str = "model.modules",
+) -> Layout:
     """The adapted linears of any decoder, found by module name.
 
+    Args: key: of the configuration, which names the modules.
     Raises: UserError: a name that matches nothing, or a token width that does not divide every
         dimension.
     """
@@ -97,8 +105,7 @@ def find_layout(model: nn.Module, rank: int, alpha: int, width: int, modules: li
     missing = [name for name in modules if name not in matched]
     if missing:
         raise UserError(
-            f"model.modules: {missing} not found in the model; "
-            f"its linear layers are {sorted(linears)}"
+            f"{key}: {missing} not found in the model; its linear layers are {sorted(linears)}"
         )
 
     # A is cut along d_in and B along d_out: no token may be ragged

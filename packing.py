@@ -22,7 +22,7 @@ def _longest_first(rows):
     return sorted(range(len(rows)), key=lambda i: -rows[i].length)
 
 
-def plan_batches(rows: list, budget: int, most: float = math.inf):
+def plan_batches(rows: list, budget: int):
     """Row numbers in batches of similar length, longest first.
 
     Rows times longest stays within `budget` tokens, unless a single row exceeds it.
@@ -32,7 +32,7 @@ def plan_batches(rows: list, budget: int, most: float = math.inf):
     for i in _longest_first(rows):
         if room <= 0:
             batches.append([])
-            room = min(most, budget // max(1, rows[i].length))
+            room = budget // max(1, rows[i].length)
         batches[-1].append(i)
         room -= 1
     return batches

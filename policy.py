@@ -5,12 +5,14 @@
 
 The policy is the base model with an adapter of its own. What a reader asks first:
 
-What is rewarded?  A proposal that wins more support examples than it loses, against the generated
-    adapter, by `policy.reward_margin` (`reward_of`).
+What is the start?  The generated adapter, moved by the VAE in TEMPO; later in a chain
+    (`policy.steps`) what the strategy before made.
+What is rewarded?  A proposal that wins more support examples than it loses, against the start, by
+    `policy.reward_margin` (`reward_of`).
 What is a label-free strategy scored on?  On the whole support set: it has read no label of it.
 Why is SFT cross-validated?  It trains on the support labels. An example that it was fitted on
     would reward memory, so each is scored by an adapter fitted on the others.
-What keeps the generated adapter?  A strategy must win by a margin and also raise the mean gold
+What keeps the start?  A strategy must win by a margin and also raise the mean gold
     log-probability; if none does, nothing is changed (`choose`).
 What restarts from the base?  The policy's adapter, at every Improve step of ReST-EM
     (`improve_policy`). Proposals are sampled from the latest one.
@@ -72,10 +74,6 @@ def make_target(
     left_out = left_out or data.left_out_for(cfg, task.name)
     prompts = conditions.prompt_set(cfg, task.name, left_out)
 
-    def embed(examples):
-        texts = [conditions.condition_text(run, example) for example in examples]
-        return conditions.encode_texts(run, texts)[1]
-
     # TTS asks for several batches, and `evaluate` asks again: a batch is generated once
     @functools.cache
     def draw(batch):
@@ -91,7 +89,7 @@ def make_target(
         draw,
         texts=conditions.task_texts(run, prompts),
         pooled=conditions.load_pooled(run, prompts),
-        embed=embed,
+        embed=functools.partial(conditions.embed, run),
     )
     return Target(task.name, scoring.load_lm(run), start, cfg.strategies, cfg.seed, source)
 
@@ -103,6 +101,7 @@ class Rewards:
     (`name`). SFT that starts from nothing of that adapter has a file that all methods share.
 
     Attributes: scores: of the support set with the starting adapter. reference: these, judged.
+    Raises: UserError: the support examples have no options to compare.
     """
 
     def __init__(
@@ -112,13 +111,19 @@ class Rewards:
         target: Target,
         support: list,
     ):
+        if any(example.gold is None for example in support):
+            raise UserError(
+                f"task {target.name}: its support examples have no options to compare; "
+                "use data.math_form=choice"
+            )
         # of the keys that a reward depends on: a change of policy.lr, say, keeps the files
         fingerprint = runtime.fingerprint(run.cfg, "rewards", unit=target.name)
         digest = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:8]
         folder = run.path / f"adapted/rewards-{digest}"
-        # two files, because a plain start is the same for every method
+        # two files: a plain start is the same for every method, but not for every support set
+        drawn = runtime.seed_for(*(example.id for example in support))
         self.own_file = folder / f"{name}.jsonl"
-        self.plain_file = folder / f"{target.name}.plain.jsonl"
+        self.plain_file = folder / f"{target.name}.plain-{drawn:x}.jsonl"
         self.run = run
         self.target = target
         self.support = support
@@ -295,7 +300,9 @@ def policy_layout(run: Run) -> Layout:
     """Layout of the policy's own adapter in the shared base model."""
     settings = run.cfg.policy
     model = scoring.load_lm(run).model
-    layout = lora.find_layout(model, settings.rank, settings.alpha, 1, settings.modules)
+    layout = lora.find_layout(
+        model, settings.rank, settings.alpha, 1, settings.modules, "policy.modules"
+    )
     lora.attach_lora(model, layout)
     return layout
 
@@ -402,11 +409,6 @@ def _open_case(run, task, method, left_out=None, draw=None):
     """
     if draw is not None:
         task = _draw_support(run, task, draw)
-    if any(example.gold is None for example in task.support):
-        raise UserError(
-            f"task {task.name}: its support examples have no options to compare; "
-            "use data.math_form=choice"
-        )
     aligned = method in methods.ALIGNED
     target = make_target(run, task, left_out, aligned)
 
@@ -538,9 +540,7 @@ def train_policies(run: Run) -> dict:
         run.log("policy.mode=per_task: the policy is trained inside stage=adapt")
         return {}
     # targets out of domain share one left-out set, and so one policy
-    targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    left_out_sets = sorted({data.left_out_for(cfg, target) for target in targets})
-    units = list(itertools.product(left_out_sets, _proposing(cfg)))
+    units = list(itertools.product(data.left_out_sets(cfg), _proposing(cfg)))
     for left_out, method in run.deal(units):
         if not run.finished(f"policy/{left_out}/{method}", "policy", method):
             _meta_train(run, left_out, method)
@@ -763,7 +763,9 @@ def write_contexts(run: Run) -> dict:
             "Examples of a task:\n\n" + "\n\n".join(shown) + "\n\nIn one paragraph, say what the "
             "task asks and which skills it tests. Do not quote the examples.",
         )
-        text = answers.continue_rows(lm, [scoring.prompt_row(lm, prompt)], 120)[0]
+        # whole: `data.max_tokens` is for rows that are scored
+        row = Row(tuple(scoring.encode(lm, prompt)), (), (), ())
+        text = answers.continue_rows(lm, [row], 120)[0]
         found[name] = " ".join(text.split())
         run.log(f"context of {name}: {found[name]}")
     path = run.path / "contexts.yaml"

@@ -156,7 +156,7 @@ def load_base(name: str, revision: str, dtype: torch.dtype, device: str):
         )
         runtime.refuse_missing(found)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:160]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise UserError(
             f"model.name={name}: cannot be loaded ({reason}); run `make assets` for the embedded "
             "model, or name a folder or hub id"
@@ -213,8 +213,13 @@ def input_text(lm: LM, example: Example) -> str:
         return example.text
     if lm.shots:
         return lm.shots.chat_behind(lm, example)
-    system = data.LETTER_SYSTEM if example.options else data.GENERATE_SYSTEM
-    return chat_prompt(lm.tokenizer, example.system or system, example.prompt)
+    return chat_prompt(lm.tokenizer, system_message(example), example.prompt)
+
+
+def system_message(example: Example) -> str:
+    """What a chat about an example opens with, in the letter format."""
+    ours = data.LETTER_SYSTEM if example.options else data.GENERATE_SYSTEM
+    return example.system or ours
 
 
 def encode(lm: LM, text: str) -> list[int]:

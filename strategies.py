@@ -620,7 +620,9 @@ def pool_answers(each: list[Scores], together: Scores, method: str) -> Scores:
     """
     if len(together.raw) == 1:
         finals = [answers.final_answer(s.text, strict=False) for s in each]
-        winner = finals.index(max(finals, key=finals.count))
+        # what names no number is no vote, unless nothing else was written
+        named = [final for final in finals if final] or finals
+        winner = finals.index(max(named, key=named.count))
         return dataclasses.replace(together, text=each[winner].text)
 
     named = {}

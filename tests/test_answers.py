@@ -296,6 +296,18 @@ def test_solutions_are_voted_on():
     alone = Scores((0.0,), (0.0,))
     assert strategies.pool_answers(each, alone, "majority_vote").text == "so 41."
     assert strategies.pool_answers(each[1:], alone, "majority_vote").text == "thus 1,234"
+    # what names no number is no vote
+    silent = [Scores((0.0,), (0.0,), text=text) for text in ("well", "so 7", "well")]
+    assert strategies.pool_answers(silent, alone, "majority_vote").text == "so 7"
+
+
+def test_a_free_answer_is_never_the_right_one_that_was_scored(tiny_lm):
+    """In the letter format too: its single branch holds the answer that is to be found."""
+    tiny_lm.form = "letter"
+    free = Example("q", "a stone", (), None, "")
+    (said,) = answers.answer_examples(tiny_lm, None, [free], tokens=3)
+    assert said.greedy == 0, "an empty answer is always the first choice"
+    assert said.text
 
 
 def answers_of(lm, refined):

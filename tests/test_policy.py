@@ -720,7 +720,7 @@ def test_no_meta_starts_plain_with_the_proposed_settings(run, monkeypatch):
     for episode in episodes_of(run, "degaml_plus", "delta"):
         if episode["strategy"].get("family") == "SFT":
             proposed.add(Strategy.from_dict(episode["strategy"]).but(init_scale=0.0))
-    path = next(run.path.glob("adapted/rewards*/delta.plain.jsonl"))
+    path = next(run.path.glob("adapted/rewards*/delta.plain-*.jsonl"))
     rows = {}
     for row in runtime.read_jsonl(path):
         found = Strategy.from_dict(json.loads(row["strategy"]))
@@ -755,3 +755,24 @@ def test_families_of_the_two_methods():
     wanted = ["TTT", "SFT", "LORA"]
     assert methods.families_of("degaml", wanted) == ["TTT", "LORA"]
     assert methods.families_of("degaml_plus", wanted) == ["TTT", "LORA", "SFT"]
+
+
+def test_a_plain_start_is_shared_by_one_support_set_alone(run):
+    """Another draw of labels has rewards of its own."""
+    target, support = delta(run)
+    rest = list(data.load_tasks(run)["delta"].test)[: len(support)]
+    first = Rewards(run, "delta.draw_0", target, support)
+    second = Rewards(run, "delta.draw_1", target, rest)
+    plain = sft(2, share=0.0)
+    first.of(plain)
+    assert first.plain_file != second.plain_file
+    second.of(plain)
+    assert second.plain_file.exists()
+    # another method on the same labels finds them there
+    assert Rewards(run, "other", target, support).plain_file == first.plain_file
+
+
+def test_modules_of_the_policy_are_named_by_their_own_key(run):
+    run.cfg.policy.modules = ["qkv_proj"]
+    with pytest.raises(UserError, match=r"^policy.modules: \['qkv_proj'\] not found"):
+        policy.policy_layout(run)
