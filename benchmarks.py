@@ -224,8 +224,8 @@ def letter_index(text: str) -> int:
 def add_distractors(records: list[dict], seed: int) -> list[dict]:
     """A multiple-choice form of gsm8k and math: the gold answer among three seeded distractors.
 
-    Distractors are, in this order of preference: numbers of the worked solution or the question,
-    the gold answer shifted or scaled, answers of the same look to other problems of the same kind.
+    Distractors are numbers of the worked solution or the question and the gold answer shifted or
+    scaled, in seeded order; then answers of the same look to other problems of the same kind.
     """
     # the answers of other problems are the last resort
     alike = {}
@@ -275,7 +275,7 @@ def _plain_tex(text):
 
 
 def _near_numbers(record, rng):
-    """Wrong integers for an integer answer, in the order of preference; [] for another answer."""
+    """Wrong integers for an integer answer, in seeded order; [] for another answer."""
     if not _is_integer(record):
         return []
     gold = int(record["answer"])

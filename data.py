@@ -1,8 +1,8 @@
 """Tasks: prompts with options and honest splits, from benchmarks, the hub or a user's file.
 
 Every source yields the same records {id, question, context, choices, gold, answer}. One function
-turns a record into the `Example` that a model sees, so the sources cannot drift apart. Splits
-depend on the seed and the task's name alone.
+turns a record into the `Example` that a model sees, so the sources cannot drift apart. What
+shuffles a task's pool is the seed and its name alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class Example:
         answer: the text of the right answer.
         suffix: the text after the option (WinoGrande's blank), which is then what is scored.
         system: the row's own system message in the letter format; "" for ours.
+        question: what is asked, where the prompt shows the options too (letter format).
     """
 
     id: str
@@ -53,6 +54,7 @@ class Example:
     answer: str = ""
     suffix: str = ""
     system: str = ""
+    question: str = field(default="", compare=False)
 
     @property
     def text(self) -> str:
@@ -188,7 +190,7 @@ def _letter_example(record, head, choices):
     gold = record.get("gold")
     answer = "" if gold is None else options[gold]
     system = record.get("system") or ""
-    return Example(record["id"], prompt, options, gold, answer, system=system)
+    return Example(record["id"], prompt, options, gold, answer, system=system, question=head)
 
 
 def make_splits(
@@ -203,6 +205,10 @@ def make_splits(
     # the shuffle depends on seed and name alone, so that every stage and rank splits alike
     rng = runtime.rng_for(cfg.seed, "split", name)
     pools = {split: _shuffled(_unique(pool, name), rng) for split, pool in pools.items()}
+    if "test" in pools and not pools["test"]:
+        if not cfg.is_own(name):
+            raise UserError(f"task {name}: no row of its test split has a label; name another file")
+        pools = {"all": pools["train"]}  # hidden labels, as hubs have them: the train split is cut
     skips = d.skip_test and name in (d.targets or [name])
     if "test" in pools:
         rest = pools["train"]
@@ -255,9 +261,12 @@ def _cut_test(cfg, name, pool):
     num_test = test_limit(d)
     left = len(pool) - d.num_support
     if cfg.is_own(name):
-        # the support set is served first, and all the rest tests; fewer labels than that test too
-        num_test = left if left >= 0 else len(pool)
-    elif num_test > left:
+        if left < 0:
+            return pool, []  # fewer labels than the support set needs: all of them test
+        # the support set is served first, and all other questions test
+        support = pool[left:]
+        return without_questions(pool[:left], support, name), support
+    if num_test > left:
         # a benchmark smaller than was asked for: the test takes all that the support set leaves,
         # or half of it where train or prompts need the rest
         transductive = d.prompts_from == "test" and name not in d.train_tasks
@@ -309,8 +318,8 @@ def _unique(examples, name):
 
 def without_questions(examples, held_out, name: str) -> list[Example]:
     """The examples whose question is not among the held-out ones, whatever their options."""
-    asked = {_key(e.text, name) for e in held_out}
-    return [e for e in examples if _key(e.text, name) not in asked]
+    asked = {_key(e.question or e.text, name) for e in held_out}
+    return [e for e in examples if _key(e.question or e.text, name) not in asked]
 
 
 def _shuffled(items, rng):
@@ -342,6 +351,13 @@ def load_task(cfg: Config, name: str) -> Task:
     d = cfg.data
     table = read_records(cfg, name)
     pools = {split: _examples(cfg, name, rows) for split, rows in table.splits.items()}
+    if not any(pools.values()) and any(
+        map(is_labelled, chain.from_iterable(table.splits.values()))
+    ):
+        raise UserError(
+            f"task {name}: its answers are too few to be classes (each five times) or to make "
+            "options of (three others each); give `choices`, more rows, or data.math_form=generate"
+        )
     train, support, test = make_splits(cfg, name, pools)
     if name in d.train_tasks and not train:
         raise UserError(
@@ -349,7 +365,9 @@ def load_task(cfg: Config, name: str) -> Task:
             f"{len(support)} for the support set; add rows, or lower data.num_test"
         )
     rows = list(chain.from_iterable(table.splits.values()))
-    prompts = _choose_prompts(cfg, name, rows, train, support, test, d.prompts_from)
+    # the held-out rows of your own file are for the verdict alone
+    prompts_from = "train" if cfg.is_own(name) else d.prompts_from
+    prompts = _choose_prompts(cfg, name, rows, train, support, test, prompts_from)
     train_prompts = ()
     if name in d.train_tasks:
         train_prompts = _choose_prompts(cfg, name, rows, train, support, test, "train")
@@ -465,8 +483,7 @@ def _choose_prompts(cfg, name, rows, train, support, test, prompts_from):
 def read_contexts(cfg: Config) -> dict[str, str]:
     """{task: paragraph} of policy.contexts. Raises: UserError."""
     path = Path(cfg.policy.contexts)
-    # your own file is looked for where the command is given, ours in the repository
-    path = path if path.exists() else config.ROOT / path
+    path = config.ROOT / path  # an absolute path stays as it is
     wrong = f"policy.contexts={path}: expected YAML lines `task: paragraph`"
     try:
         tree = yaml.safe_load(path.read_text())
@@ -485,6 +502,14 @@ def training_tasks(cfg: Config, left_out: str) -> list[str]:
 def left_out_for(cfg: Config, target: str) -> str:
     """Leave-one-out name of a target: itself in-domain, `all` (nothing left out) out of domain."""
     return target if target in cfg.data.train_tasks else "all"
+
+
+def left_out_sets(cfg: Config) -> list[str]:
+    """The left-out sets that the targets need: `all`, which takes longest, first."""
+    targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
+    needed = {left_out_for(cfg, target) for target in targets}
+    # sorted, because ranks take units by number and a set has no order
+    return sorted(needed, key=lambda name: (name != "all", name))
 
 
 def left_out_label(left_out: str) -> str:

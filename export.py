@@ -9,6 +9,7 @@ it. README.md is its card. strategy.json is what `stage=predict` needs beside it
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -27,8 +28,7 @@ import scoring
 import strategies
 import verdict
 from config import Config, UserError
-from data import Example, Task
-from lora import Layout
+from data import Task
 from runtime import Run
 from scoring import LM
 from strategies import Refined, Router
@@ -36,20 +36,23 @@ from verdict import Verdict
 
 # The ranks that vLLM can reserve room for (vllm/config/lora.py, MaxLoRARanks).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# Adapters of PEFT that are more than A and B: what a setting has where it adds nothing.
-PLAIN = {
-    "use_dora": False,
-    "modules_to_save": None,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "fan_in_fan_out": False,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "exclude_modules": None,
-    "layers_to_transform": None,
-}
+# Settings by which an adapter of PEFT is more than A and B.
+BEYOND = (
+    "use_dora",
+    "modules_to_save",
+    "bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "alora_invocation_tokens",
+)
+# Ways to begin that change the base model's own weights.
+CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def export_adapter(run: Run) -> dict:
@@ -76,7 +79,7 @@ def export_adapter(run: Run) -> dict:
     task = data.load_tasks(run)[cfg.task]
     if strategy.family in strategies.REPEATED:
         target = policy.make_target(run, task, aligned=method in methods.ALIGNED)
-        refined = strategies.execute(target, strategy)
+        refined = evaluate.remake(target, strategy, source)
     else:
         refined = Refined([lora.load_adapter(source, lm.layout)])
 
@@ -221,7 +224,12 @@ def card(
     licence = _licence(base)
     example = _example_text(lm, task)
     command = run.path / "command.txt"
-    made_by = [f"python degaml.py stage=adapt run={cfg.run} task={cfg.task}"]
+    source = cfg.task
+    if cfg.is_own(source):
+        hub = cfg.data.hub.get(source)
+        source = f"hf:{hub}" if hub else cfg.data.jsonl[source]
+    words = ["python", "degaml.py", "stage=adapt", f"run={cfg.run}", f"task={source}"]
+    made_by = [shlex.join(words)]
     if command.is_file():
         made_by = [*command.read_text(encoding="utf-8").splitlines()[-1:], *made_by]
     warning = ""
@@ -292,7 +300,7 @@ def _example_text(lm, task):
     shown = [*task.support, *task.test]
     if shown:
         return scoring.input_text(lm, shown[0])
-    return scoring.input_text(lm, Example("", task.prompts[0], ("",)))
+    return conditions.texts_of(lm, task, task.prompts[:1])[0]
 
 
 def _answer_text(lm, task):
@@ -319,9 +327,7 @@ def load_exported(folder: Path, run: Run) -> tuple[Run, str, tuple[str, ...], Re
     # the adapter's own configuration says at which rank and scale it was trained
     run = _laid_out_for(folder, run)
     layout = scoring.load_lm(run).layout
-    adapters = []
-    for place in _places(folder, count):
-        adapters.append(lora.load_adapter(place, _layout_of(place, layout)))
+    adapters = [lora.load_adapter(place, layout) for place in _places(folder, count)]
     router = None
     if combine in strategies.ROUTERS:
         router = _load_router(folder, count, run)
@@ -346,12 +352,6 @@ def _laid_out_for(folder, run):
     return dataclasses.replace(run, cfg=cfg, cache={})
 
 
-def _layout_of(folder, layout: Layout) -> Layout:
-    """The layout at the scale of one of several folders. Raises: UserError: of another rank."""
-    settings, _ = _read_peft(folder)
-    return dataclasses.replace(layout, rank=settings.r, alpha=_alpha(settings))
-
-
 def _read_peft(folder):
     """(LoraConfig, module names in its tensors). Raises: UserError: missing, or no plain LoRA."""
     from peft import LoraConfig  # slow to import
@@ -365,9 +365,11 @@ def _read_peft(folder):
         settings = LoraConfig.from_peft_type(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: PEFT cannot read it ({str(error)[:120]})") from None
-    for name, nothing in PLAIN.items():
-        found = getattr(settings, name, nothing)
-        if found and found != nothing:
+    beyond = {name: getattr(settings, name, None) for name in BEYOND}
+    if str(settings.init_lora_weights).lower().startswith(CHANGED_BASE):
+        beyond["init_lora_weights"] = settings.init_lora_weights
+    for name, found in beyond.items():
+        if found and found != "none":
             raise UserError(
                 f"{file}: {name} is {found!r}, which is more than a plain LoRA; only adapters of A "
                 "and B on linear layers can be loaded here"
@@ -442,8 +444,4 @@ def _load_router(folder, count, run):
         raise UserError(f"{file}: holds {sorted(batches)}, expected one entry per adapter")
     in_order = [batches[name] for name in names]
 
-    def embed(examples):
-        texts = [conditions.condition_text(run, example) for example in examples]
-        return conditions.encode_texts(run, texts)[1]
-
-    return Router(in_order, embed)
+    return Router(in_order, functools.partial(conditions.embed, run))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import csv
 import io
+import itertools
 import json
 import re
 import tempfile
@@ -88,7 +89,8 @@ def _json_lines(path, text):
     # not splitlines(): other separators than a newline may stand inside a JSON text
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield number, number, _parse_row(path, number, line)
+            row = _parse(json.loads, path, number, line)
+            yield number, number, _checked(f"{path}:{number}", row)
 
 
 def _csv_rows(path, text):
@@ -118,21 +120,16 @@ def _array_items(path, text):
     between = re.compile(r"[\s,]*")
     end = text.index("[") + 1
     line = 1 + text.count("\n", 0, end)
-    number = 0
-    while True:
+    for number in itertools.count(1):
         start = between.match(text, end).end()
         line += text.count("\n", end, start)
         if text.startswith("]", start):
+            if text[start + 1 :].strip():
+                raise bad_row(f"{path}:{line}", "not JSON (more text behind the array)")
             return
 
-        try:
-            _, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as e:
-            place = f"{path}:{getattr(e, 'lineno', line)}"
-            raise bad_row(place, _not_json(e)) from None
-
-        number += 1
-        yield line, number, _parse_row(path, line, text[start:end])
+        row, end = _parse(decoder.raw_decode, path, line, text, start)
+        yield line, number, _checked(f"{path}:{line}", row)
         line += text.count("\n", start, end)
 
 
@@ -146,28 +143,25 @@ def parse_list(text: str) -> list | None:
     return None
 
 
-def _parse_row(path, line, text):
+def _parse(read, path, line, *text):
+    """What `read` makes of a text. Raises: UserError: it is no JSON."""
     try:
-        return parse_row(text)
-    except ValueError as e:
-        raise bad_row(f"{path}:{line}", e) from None
-
-
-def parse_row(text: str) -> dict:
-    """One row of JSON. Raises: ValueError: it is none."""
-    try:
-        row = json.loads(text)
+        return read(*text)
     except (ValueError, RecursionError) as e:
-        raise ValueError(_not_json(e)) from None
+        # in a whole array the fault knows its line
+        place = getattr(e, "lineno", line) if len(text) > 1 else line
+        raise bad_row(f"{path}:{place}", f"not JSON ({str(e)[:80]})") from None
+
+
+def _checked(place, row):
+    """A row that is one. Raises: UserError: no object, or text that is none."""
     if not isinstance(row, dict):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
-    # refuse half of a surrogate pair, which is no text
-    json.dumps(row, ensure_ascii=False).encode()
+        raise bad_row(place, f"expected an object, got {type(row).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except ValueError as e:  # half of a surrogate pair
+        raise bad_row(place, e) from None
     return row
-
-
-def _not_json(error):
-    return f"not JSON ({str(error)[:80]})"
 
 
 # the forms in which others publish rows, as a run's records name them
@@ -179,10 +173,10 @@ ALPACA = "Alpaca (instruction, input, output)"
 def released_form(columns: Iterable[str]) -> str:
     """The published form that rows with these columns have; an empty text for none."""
     columns = set(columns)
-    ours = {"question", "choices", "gold", "answer"}
+    ours = {"question", "choices", "options", "gold", "answer"}
     if columns & ours:
         return ""
-    if "prompt" in columns and columns & {"response", "system"}:
+    if "prompt" in columns and "label" not in columns and columns & {"response", "system"}:
         return RELEASE
     if columns & {"messages", "conversations"}:
         return CHAT
@@ -199,7 +193,9 @@ def released_record(row: dict) -> dict:
     """
     form = released_form(row)
     readers = {RELEASE: _read_release, CHAT: _read_chat, ALPACA: _read_alpaca}
-    return {**row, "read_as": form, **readers[form](row)}
+    # columns that nobody reads are left behind
+    own = {key: row[key] for key in ("id", "prompt", "context", "system") if row.get(key)}
+    return {**own, "read_as": form, **readers[form](row)}
 
 
 def _read_chat(row):

@@ -135,9 +135,12 @@ def predict(run: Run) -> dict:
     proof.ensure(run)
     new = Path(cfg.input)
     columns = cfg.data.columns.get(new.stem)
-    rows = records.read_file(
-        new, labels=None, columns=columns, free=True, options=options, task=new.stem
+    table = records.read_files(
+        {"all": new}, None, columns=columns, free=True, options=options, task=new.stem
     )
+    rows = table.splits["all"]
+    for note in table.notes:
+        print(f"{new}: {note}")
     examples = [data.make_example(task_name, row, cfg.data.format) for row in rows]
 
     answers = [{"id": row["id"]} for row in rows]

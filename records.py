@@ -68,7 +68,7 @@ class Roles:
     def columns(self) -> set[str]:
         """All columns that are read."""
         one_each = {self.id, self.question, self.context, self.choices}
-        return one_each.union(self.gold[:1], self.options, self.wrong) - {""}
+        return one_each.union(self.gold, self.options, self.wrong) - {""}
 
 
 @dataclass
@@ -132,11 +132,13 @@ def read_rows(
     plain = [row for row in cells if not formats.released_form(row)]
     roles = Roles()
     if plain and columns:
-        roles = _given_roles(_names(plain), where, columns, task, labels is not None)
+        roles = _given_roles(_names(plain), where, columns, task, labels is not None, class_names)
     elif plain:
         roles = _find_roles(plain, where, class_names, task)
     if plain:
         table.notes += _describe_roles(roles, plain)
+    if roles.classes:
+        table.notes.append(f"the options of every row: {', '.join(roles.classes)}")
 
     for split, of_split in rows.items():
         table.splits[split] = []
@@ -195,7 +197,9 @@ def _find_roles(rows, where, class_names, task):
         filled = [name for name in known if _is_filled(name, rows)]
         found[role] = (filled or [""])[0]
         if role == "gold":
-            found[role] = tuple(filled)
+            # one that is filled beside the first is something else
+            others = [name for name in filled[1:] if not _stand_together(name, filled[0], rows)]
+            found[role] = (*filled[:1], *others)
 
     options = tuple(_option_columns(by_plain_name))
     wrong = tuple(name for plain, name in by_plain_name.items() if _WRONG_OPTION.fullmatch(plain))
@@ -210,6 +214,11 @@ def _find_roles(rows, where, class_names, task):
 
 def _is_filled(name, rows):
     return any(row.get(name) is not None for row in rows)
+
+
+def _stand_together(first, second, rows):
+    """Does any row fill both columns?"""
+    return any(row.get(first) is not None and row.get(second) is not None for row in rows)
 
 
 def _option_columns(by_plain_name):
@@ -227,16 +236,20 @@ def _option_columns(by_plain_name):
     return []
 
 
-def _given_roles(names, where, columns, task, labelled):
+def _given_roles(names, where, columns, task, labelled, class_names):
     """Roles by data.columns. Raises: UserError: a column that is not there.
 
-    Args: labelled: must there be a column of labels?
+    Args:
+        labelled: must there be a column of labels?
+        class_names: {column: names} of a source that has them.
     """
     choices = columns.choices
     listed = choices if isinstance(choices, list) else []
     # a list names columns of options, or the classes that a number in `gold` stands for
     classes = tuple(listed) if listed and not set(listed) & set(names) else ()
     options = () if classes else tuple(listed)
+    if not choices:
+        classes = tuple(class_names.get(columns.gold, ()))
     wanted = [columns.question, *options]
     if labelled:
         wanted.append(columns.gold)
@@ -334,16 +347,20 @@ def _read_options(cells, roles, label):
         while value and value[-1] == "":
             value.pop()
         value = value or None
-    if value is None and roles.wrong and isinstance(label, str):
-        # in an order that does not tell which is right
-        value = sorted([label, *(str(cells[column]) for column in roles.wrong if cells[column])])
+    if value is None and roles.wrong and label is not None:
+        wrong = [cells[c] for c in roles.wrong if cells.get(c) not in (None, "")]
+        # a number among texts would be a place, not an option
+        if isinstance(label, str) or not any(isinstance(option, str) for option in wrong):
+            # in an order that does not tell which is right; the label is its option's own text
+            value = sorted(str(_number_as_text(option)) for option in [label, *wrong])
+            return value, value
     if value is None and roles.classes:
         value = list(roles.classes)
 
     # {text: [...], label: [...]} as in ARC, {"A": ..., "B": ...} as in MedQA, [{text, label}, ...]
     names: list = []
     if isinstance(value, dict) and set(value) == {"text", "label"}:
-        names = [str(name) for name in value["label"]]
+        names = value["label"]
         value = value["text"]
     elif isinstance(value, dict):
         names = [str(name) for name in value]
@@ -351,6 +368,10 @@ def _read_options(cells, roles, label):
     elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
         names = [str(option.get("label")) for option in value]
         value = [option.get("text") for option in value]
+    # names that do not fit their options are none
+    if not isinstance(names, list) or not isinstance(value, list) or len(names) != len(value):
+        names = []
+    names = [str(name) for name in names]
     if isinstance(value, list):
         value = [_number_as_text(option) for option in value]
     return value, names
@@ -358,7 +379,9 @@ def _read_options(cells, roles, label):
 
 def _number_as_text(value):
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{value:g}" if is_number and math.isfinite(value) else value
+    if not is_number or not math.isfinite(value):
+        return value
+    return str(int(value) if value == int(value) else value)
 
 
 def _plain_label(label):
@@ -463,9 +486,9 @@ def _settle_numbers(records, table):
 
 
 def _text_index(label, choices):
-    """The one option with this text, whatever its capitals if there is no other; else None."""
+    """The first option with this text, whatever its capitals if there is no other; else None."""
     texts = [choice.strip() for choice in choices]
-    if texts.count(label) == 1:
+    if label in texts:
         return texts.index(label)
     lowered = [text.lower() for text in texts]
     return lowered.index(label.lower()) if lowered.count(label.lower()) == 1 else None
@@ -607,7 +630,7 @@ def read_hub(cfg: Config, name: str, labels: bool) -> Table:
     # a folder has no configurations
     if Path(path).is_dir():
         subsets = (None,)
-    elif name not in benchmarks.HUB and path.count("/") == 2:
+    elif path.count("/") == 2:
         path, _, subset = path.rpartition("/")  # org/name/configuration
         subsets = (subset,)
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+import conditions
 import generator
 import lora
 import methods
 import runtime
 import scoring
-from data import Example, Task
+from data import Task
 from lora import Adapter
 from runtime import Run
 
@@ -54,10 +54,13 @@ class Verdict:
 def judge(run: Run, task: Task, method: str) -> Verdict:
     """The verdict on what a method made of a task, from the stored scores of this run."""
     right = {}
+    ids = [example.id for example in task.test]
     for other in run.cfg.evaluate.methods:
         path = run.path / f"scores/{other}/{task.name}.jsonl"
-        if path.is_file():
-            right[other] = _read_right(path, run.cfg.evaluate.metric)
+        rows = runtime.read_jsonl(path) if ids and path.is_file() else []
+        # an earlier file of this name may have left rows of its own
+        if rows and [row["id"] for row in rows] == ids:
+            right[other] = [_is_right(row, run.cfg.evaluate.metric) for row in rows]
     if method not in right or "base" not in right:
         reason = "no labelled rows are left to measure it on"
         return Verdict(NOT_MEASURED, f"verdict: {NOT_MEASURED}: {reason}")
@@ -83,16 +86,12 @@ def judge(run: Run, task: Task, method: str) -> Verdict:
     return Verdict(decision, text, table)
 
 
-def _read_right(path: Path, metric: str) -> list[bool]:
-    """Of each test example: is the answer right that the (first) adapter gives?"""
-    right = []
-    for row in runtime.read_jsonl(path):
-        if f"pred_{metric}" in row:
-            right.append(row[f"pred_{metric}"] == row["gold"])
-        else:
-            # a written answer; the methods of which several adapters are averaged may lie between
-            right.append(row.get(metric, row.get("lenient", 0)) > 0.5)
-    return right
+def _is_right(row: dict, metric: str) -> bool:
+    """Is the answer to a stored example right that the (first) adapter gives?"""
+    if f"pred_{metric}" in row:
+        return row[f"pred_{metric}"] == row["gold"]
+    # a written answer; the methods of which several adapters are averaged may lie between
+    return row.get(metric, row.get("lenient", 0)) > 0.5
 
 
 def _describe_all(right, task, metric):
@@ -175,8 +174,9 @@ def describe_shift(run: Run, task: Task, adapter: Adapter) -> list[str]:
     The logits are those of the next token after a prompt. No label is read.
     """
     lm = scoring.load_lm(run)
-    texts = task.prompts[:SHIFT_PROMPTS]
-    other, name = _other_adapter(run, task)
+    texts = conditions.texts_of(lm, task, task.prompts[:SHIFT_PROMPTS])
+    name = generator.wrong_task(run, task.name)  # as the control wrong_prompts
+    other, _ = generator.generate_adapter(run, task.name, 0, prompts_of=name)
     base = _next_logits(lm, None, texts)
     ours = _next_logits(lm, adapter, texts)
     theirs = _next_logits(lm, other, texts)
@@ -199,18 +199,9 @@ def describe_shift(run: Run, task: Task, adapter: Adapter) -> list[str]:
     return lines
 
 
-def _other_adapter(run, task):
-    """(the adapter generated from another task's prompts, that task): the control wrong_prompts."""
-    other = generator.wrong_task(run, task.name)
-    return generator.generate_adapter(run, task.name, 0, prompts_of=other)[0], other
-
-
 def _next_logits(lm, adapter, texts):
     """(prompts, V) logits behind each prompt, less their mean: a constant changes nothing."""
-    rows = []
-    for text in texts:
-        whole = scoring.input_text(lm, Example("", text, ("",)))
-        rows.append(scoring.prompt_row(lm, whole))
+    rows = [scoring.prompt_row(lm, text) for text in texts]
     lora.swap_adapter(lm.model, lm.layout, adapter)
     try:
         hidden, starts = scoring.hidden_states(lm, rows)

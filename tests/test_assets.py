@@ -8,6 +8,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import assets
 import scoring
-from config import UserError
+from config import UserError, load_config
 
 ENCODER = {
     assets.ENCODER + "model.safetensors": b"weights",
@@ -404,3 +405,15 @@ def test_faulty_gguf_file(tiny_args, tiny_model_dir, models, tmp_path, capsys, f
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"error: model.name={file}: ") and reason in said
     assert not [path for path in models.glob("*") if path.is_dir()]
+
+
+def test_a_users_model_is_never_overwritten(monkeypatch, tmp_path):
+    """The embedded model has a place of its own, whatever model a run names."""
+    asked = []
+    monkeypatch.setattr(assets, "extract_assets", lambda *folders: asked.extend(folders) or {})
+    cfg, _ = load_config(["stage=assets", f"model.name={tmp_path}", "generator.encoder=org/name"])
+    assets.fetch_assets(SimpleNamespace(cfg=cfg))
+    assert asked[1:] == [
+        assets.MODELS / "smollm2-135m-instruct",
+        assets.MODELS / "all-minilm-l6-v2",
+    ]

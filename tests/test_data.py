@@ -903,3 +903,53 @@ def test_hub_task_without_a_data_set(tmp_path):
     cfg = config_of("data.source=hub", f"data.hub={{arc_e: {tmp_path / 'empty'}}}")
     with pytest.raises(UserError, match="cannot load .* set data.hub="):
         data.read_records(cfg, "arc_e")
+
+
+def own_config(*words):
+    """The configuration of `mine` as a user's own task, in a run of the twelve."""
+    cfg = config_of(*SMALL, *words)
+    cfg.task = "mine"
+    cfg._own = True
+    return cfg
+
+
+def test_a_repeated_question_costs_an_own_task_no_refinement():
+    """The support set is served first; the test is what asks something else."""
+    pool = examples_of(12, "r", "q")
+    pool += [Example(f"s{i}", "Which is true?", (f"a{i}", "b"), 0, f"a{i}") for i in range(8)]
+    for seed in range(5):
+        train, support, test = data.make_splits(own_config(f"seed={seed}"), "mine", {"all": pool})
+        assert len(support) == 4
+        assert not {e.text for e in support} & {e.text for e in test}
+        assert not train
+
+
+def test_a_question_with_other_options_is_held_out_in_letters_too():
+    """Its prompt shows the options, so the question is known by itself."""
+    rows = []
+    for i in range(10):
+        for other in "xy":
+            row = {"id": f"{i}{other}", "question": f"q{i}?", "choices": ["a", other], "gold": 0}
+            rows.append(data.make_example("mine", row, "letter"))
+    train, support, test = data.make_splits(config_of(*SMALL), "mine", {"all": rows})
+    asked = [{e.question for e in split} for split in (train, support, test)]
+    assert not asked[0] & asked[2] and not asked[1] & asked[2] and not asked[0] & asked[1]
+    assert all(asked)
+
+
+def test_an_own_tasks_held_out_rows_are_never_its_prompts(tmp_path):
+    """Even where a run conditions on test inputs: the verdict is about unseen rows."""
+    file = write_rows(tmp_path / "mine.jsonl", rows_of(40))
+    cfg = own_config("data.prompts_from=test", f"data.jsonl={{mine: {file}}}")
+    task = data.load_task(cfg, "mine")
+    assert task.test
+    assert not {example.text for example in task.test} & set(task.prompts)
+
+
+def test_a_test_split_without_labels():
+    """Hidden labels: refused of a task of the run; an own task is cut from its train split."""
+    pools = {"train": examples_of(20, "r", "q"), "test": []}
+    with pytest.raises(UserError, match="no row of its test split has a label"):
+        data.make_splits(config_of(*SMALL), "mine", pools)
+    _, support, test = data.make_splits(own_config(), "mine", pools)
+    assert support and test

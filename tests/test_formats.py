@@ -222,3 +222,21 @@ def test_hub_set_in_a_published_form(tmp_path, monkeypatch):
     (folder / "test.jsonl").write_text(json.dumps(rows[0] | {"Answer": "D"}) + "\n")
     with pytest.raises(UserError, match=r"row gsm8k-test-0: `Answer` is 'D', expected 0..1"):
         data.read_records(cfg, "gsm8k")
+
+
+def test_published_rows_with_further_columns(tmp_path):
+    """Columns that nobody reads do no harm, and options of the row's own are used."""
+    chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
+    rows = [{"messages": chat, "label": True}]
+    (record,) = records.read_file(array(tmp_path / "chat.json", rows))
+    assert record["answer"] == "so"
+    rows = [{"prompt": f"q{i}", "options": ["a", "b"], "response": "b"} for i in range(3)]
+    found = records.read_file(array(tmp_path / "own.json", rows))
+    assert [(record["choices"], record["gold"]) for record in found] == [(["a", "b"], 1)] * 3
+
+
+def test_text_behind_an_array_is_refused(tmp_path):
+    path = array(tmp_path / "two.json", [{"question": "q", "answer": "a"}])
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(UserError, match="more text behind the array"):
+        records.read_file(path)

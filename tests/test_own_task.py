@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command, tiny_rows
+from safetensors.torch import load_file, save_file
 
 import data
 import export as export_room
@@ -313,7 +314,7 @@ def test_overwrite_never_clears_what_is_only_read(copy, own, capsys):
 def test_using_a_run_does_not_change_it(copy, own, new, answers):
     """predict, and an own task's rows, leave the run's record, curves and costs as they were."""
     assert run_command([f"run={copy}", "stage=report"]) == 0
-    kept = [copy / "config.yaml", copy / "metrics.jsonl"]
+    kept = [copy / name for name in ("config.yaml", "metrics.jsonl", "env.json", "command.txt")]
     before = [path.read_bytes() for path in kept]
     budget = read_json(copy / "report/results.json")["budget"]
     assert adapt(copy, own) == 0
@@ -460,6 +461,19 @@ def test_predict_executes_what_is_no_adapter(copy, tmp_path, capsys, chosen):
     # not just the first adapter
     plain = scoring.score_examples(lm, lora.load_adapter(out, lm.layout), test)
     assert any(abs(a.raw[0] - b.raw[0]) > 1e-4 for a, b in zip(plain, got, strict=True))
+
+
+def test_steering_behind_a_chain_is_exported_with_the_chains_adapter(copy, tmp_path):
+    """`policy.steps`: it steers what the strategies before it made, not the generated adapter."""
+    folder = copy / "adapted/degaml/delta"
+    change_json(folder / "strategy.json", strategy=NO_ADAPTER[0], before=[])
+    made = {
+        key: value + 0.5 for key, value in load_file(folder / "adapter_model.safetensors").items()
+    }
+    save_file(made, folder / "adapter_model.safetensors")
+    assert export(copy, "task=delta", "method=degaml", f"output={tmp_path}") == 0
+    exported = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(exported[key], made[key]) for key in made)
 
 
 def test_predict_writes_free_answers_and_counts_gold(copy, tmp_path, answers, capsys):

@@ -339,3 +339,54 @@ def test_to_be_answered_every_row_stays(tmp_path):
     rows = [{"question": "good?"}, {"question": "good?"}, {"question": "bad?"}]
     table = table_of(as_lines(tmp_path / "a.jsonl", rows), labels=None, options=("no", "yes"))
     assert [row["choices"] for row in table.splits["all"]] == [["no", "yes"]] * 3
+
+
+def test_one_ambiguous_row_changes_no_other(tmp_path):
+    """Its right answer stands twice: it is dropped, and the others are read as before."""
+    rows = [{"question": f"q{i}?", "choices": ["2", "3", "1"], "gold": "1"} for i in range(20)]
+    rows.append({"question": "twice?", "choices": ["1", "1", "2"], "gold": "1"})
+    table = table_of(as_lines(tmp_path / "a.jsonl", rows), labels=True)
+    assert {record["gold"] for record in table.splits["all"]} == {2}
+    assert len(table.splits["all"]) == 20
+    assert any("right answer twice" in note for note in table.notes)
+
+
+def test_a_column_beside_the_label_is_none(tmp_path):
+    """`class` stands beside `gold`: a row without gold has no label."""
+    rows = [
+        {"question": f"q{i}?", "choices": ["a", "b"], "gold": i % 2, "class": 1} for i in range(20)
+    ]
+    rows += [{**rows[0], "question": f"open {i}?", "gold": None} for i in range(2)]
+    table = table_of(as_lines(tmp_path / "a.jsonl", rows), labels=False)
+    assert [record.get("gold") for record in table.splits["all"][-2:]] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "row, options",
+    [
+        ({"choices": [1234567, 1234568], "gold": 1}, ["1234567", "1234568"]),
+        ({"choices": [3.14159265, 3.0], "gold": 1}, ["3.14159265", "3"]),
+        ({"correct_answer": 4, "distractor1": 5, "distractor2": 6}, ["4", "5", "6"]),
+        ({"correct_answer": "x", "distractor1": "y"}, ["x", "y"]),
+        ({"choices": {"text": ["x", "y"], "label": None}, "gold": 1}, ["x", "y"]),
+        ({"choices": {"text": ["x", "y"], "label": ["A", "B", "C"]}, "gold": "B"}, ["x", "y"]),
+    ],
+)
+def test_options_of_every_kind_stay_whole(tmp_path, row, options):
+    """Numbers, wrong options beside the right one, and names that do not fit."""
+    rows = [{"question": f"q{i}?", **row} for i in range(3)]
+    rows[0].setdefault("distractor2", None)
+    records_of = table_of(as_lines(tmp_path / "a.jsonl", rows), labels=True).splits["all"]
+    assert records_of[1]["choices"] == options
+
+
+def test_class_names_of_a_named_column(tmp_path):
+    """data.columns says which column; the file says what its numbers are called."""
+    columns = Columns(question="body", gold="stars")
+    rows = {
+        "all": [records.Row(f"{i}", f"{i}", {"body": f"b{i}", "stars": i % 2}) for i in range(9)]
+    }
+    names = {"stars": ["bad", "good"]}
+    table = records.read_rows(rows, "here", True, names, columns, task="mine")
+    assert table.splits["all"][1]["choices"] == ["bad", "good"]
+    assert "the options of every row: bad, good" in table.notes

@@ -135,3 +135,19 @@ def test_an_adapter_that_does_nothing_is_called_so(copy):
     lines = verdict.describe_shift(run, task, moved)
     assert len(lines) == 2 and "moves the logits by 0 on" not in lines[0]
     assert "'s prompts give it lies" in lines[1]
+
+
+def test_rows_of_an_earlier_file_are_no_evidence(tmp_path):
+    """The file was replaced: what was stored of the old one is not its verdict."""
+    gold = [0] * 10
+    judged(tmp_path, gold, base=[1] * 10, generator=gold)
+    for left in ([], gold[:5]):
+        found = judged_again(tmp_path, left)
+        assert found.decision == verdict.NOT_MEASURED
+
+
+def judged_again(tmp_path, gold):
+    evaluate = SimpleNamespace(methods=["base", "generator"], metric="norm")
+    run = SimpleNamespace(path=tmp_path, cfg=SimpleNamespace(evaluate=evaluate))
+    test = [Example(str(i), "q", ("no", "yes"), place) for i, place in enumerate(gold)]
+    return verdict.judge(run, SimpleNamespace(name="mine", test=test), "generator")
