@@ -1,4 +1,4 @@
-# Thin: prints what it runs. On a CPU one rank per core with one thread each; ranks change speed only.
+# Thin: prints what it runs. On a CPU one rank per core, as memory allows; ranks change speed only.
 CONFIG  ?= configs/smollm2.yaml
 TASK    ?=
 ARGS    ?=
@@ -10,10 +10,13 @@ PYTHON  ?= python3
 # ranks: one per GPU, else one per core, as long as each finds 6 GiB of memory and one of the twelve tasks
 NPROC   ?= $(shell $(PYTHON) -c 'import limits; print(limits.ranks())')
 
+# threads of a rank: the cores that are left for it
+THREADS ?= $(shell $(PYTHON) -c 'import limits; print(max(1, limits.cores() // $(NPROC)))')
+
 PY       = .venv/bin/python
-RUN      = runs/$(basename $(notdir $(CONFIG)))
+RUN      = $(or $(shell sed -n 's/^run: *\([^ \#]*\).*/\1/p' $(CONFIG)),runs/default)
 PIP      = $(PY) -m pip install --disable-pip-version-check -q
-TORCHRUN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=$(NPROC) --max-restarts=$(RESTARTS) --log-dir .cache/torchrun
+TORCHRUN = OMP_NUM_THREADS=$(THREADS) .venv/bin/torchrun --nproc-per-node=$(NPROC) --max-restarts=$(RESTARTS) --log-dir .cache/torchrun
 
 .PHONY: help install assets demo adapter reproduce reproduce-all families study test reliability harness bench report lint format clean
 
@@ -32,7 +35,7 @@ help:
 	@echo "make reliability    kill -9 at 20 random moments, and what came of it"
 	@echo "make assets         model, encoder and data again, where something is missing"
 	@echo "make clean          deletes .venv, assets and .cache; keeps the runs"
-	@echo "variables: CONFIG=$(CONFIG) NPROC=$(NPROC) (ranks) RESTARTS=$(RESTARTS) ARGS='key=value ...'"
+	@echo "variables: CONFIG=$(CONFIG) NPROC=$(NPROC) (ranks) THREADS=$(THREADS) (of each) RESTARTS=$(RESTARTS) ARGS='key=value ...'"
 	@echo "           SEEDS='999 1 2' (reproduce: a run folder each, pooled in one report) METHODS=[...] (reproduce-all)"
 
 .venv/.done: requirements.txt
@@ -77,8 +80,8 @@ else
 endif
 
 # Continues the folder of `make reproduce`: nothing is done twice.
+reproduce-all: override ARGS := 'evaluate.methods=$(METHODS)' $(ARGS)
 reproduce-all: reproduce
-	$(TORCHRUN) degaml.py stage=all config=$(CONFIG) 'evaluate.methods=$(METHODS)' $(ARGS)
 
 FAMILIES = $(shell $(PYTHON) -c 'import methods; print("[base,generator,degaml," + ",".join(methods.SINGLE_FAMILY) + "]")')
 
@@ -89,7 +92,7 @@ study: assets/.done
 	$(TORCHRUN) degaml.py stage=study config=configs/study.yaml $(ARGS)
 
 report:
-	$(PY) degaml.py stage=report config=$(CONFIG) $(ARGS)
+	$(PY) degaml.py stage=report run=$(RUN) $(ARGS)
 
 test: assets/.done
 	OMP_NUM_THREADS=2 $(PY) -m pytest -q tests

@@ -448,10 +448,8 @@ def stage_table(found) -> str:
     for method, label in STAGES.items():
         row = {"stages": label}
         for domain, title in DOMAINS.items():
-            row[title] = report.NOT_RUN
-            if method in found.get(domain, {}):
-                average = found[domain][method]
-                row[title] = f"{100 * average['acc']:.1f} ± {100 * average['se']:.1f}"
+            average = found.get(domain, {}).get(method)
+            row[title] = report.percent(average, average and average["tasks"])
         rows.append(row)
     for size, stages in PAPER["stages"].items():
         for stage, (inside, outside) in stages.items():

@@ -35,10 +35,10 @@ DEFAULT = ROOT / "configs" / "default.yaml"
 FREE_MAPS = ("data.jsonl", "data.hub", "data.columns", "strategies.proposal_grid")
 # what one does with an adapter, besides stage=adapt task=
 USER_STAGES = ("export", "predict")
-# stages that make no part of a run
-ASIDE = (*USER_STAGES, "config", "doctor", "check", "assets")
 # stages that read a run
 READING = ("report", "analyze")
+# stages that make no part of a run
+ASIDE = (*USER_STAGES, *READING, "config", "doctor", "check", "assets")
 
 
 class UserError(Exception):
@@ -458,13 +458,9 @@ def _preset(words: dict[str, str], stage: str) -> tuple[str, dict]:
     path = words.get("config", "")
     if path:
         return path, _read(Path(path))
-    record = ROOT / words.get("run", "-") / "config.yaml"
-    if stage in USER_STAGES or "task" in words:
-        path = _trained_run(words.get("run"))
-    elif stage in READING and record.is_file():
-        path = str(record)
-    else:
+    if stage not in (*USER_STAGES, *READING) and "task" not in words:
         return "", {}
+    path = _trained_run(words.get("run"))
     # what the run is, not what was last done with it
     flat = _read(Path(path))
     for key in ("task", "method", "adapter", "input", "output", "overwrite"):

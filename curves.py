@@ -66,12 +66,15 @@ def mean_and_error(marks: list[np.ndarray]) -> tuple[float, float]:
     return float(np.mean(means)), float(np.sqrt(variance)) / len(marks)
 
 
-def write_study(run: Run, settings: dict) -> None:
-    """Statistics of all finished cells, as JSON, Markdown and figures."""
+def write_study(run: Run, cells: list, settings: dict) -> None:
+    """Statistics of the study's cells, as JSON, Markdown and figures.
+
+    Args: cells: `study.Cell`s, draw by draw.
+    """
     folder = run.path / "study"
     folder.mkdir(exist_ok=True)
-    first = read_marks(run.path, "right")
-    second = read_marks(run.path, "fresh")
+    first = read_marks(run.path, cells, "right")
+    second = read_marks(run.path, cells, "fresh")
     both = {key: np.concatenate([first[key], second[key]], 1) for key in first}
     targets = run.cfg.data.targets
     unseen = [name for name in targets if name not in run.cfg.data.train_tasks]
@@ -131,18 +134,18 @@ def draw_figures(found: dict, folder: Path) -> None:
         draw_tasks(found, folder / "task_curve.png")
 
 
-def read_marks(path: Path, block: str) -> dict[tuple, np.ndarray]:
-    """{(set, start, target, labels): (draws, examples)} of the finished cells.
+def read_marks(path: Path, cells: list, block: str) -> dict[tuple, np.ndarray]:
+    """{(set, start, target, labels): (draws, examples)} of finished cells.
 
     Args: block: right (the first test examples) or fresh (the second).
     """
+    # those of this study alone: a folder may hold cells of other draws or starts
     draws: dict = {}
-    for record in sorted(path.glob("cells/*/*/*/*/DONE.json")):
-        name, start, target, place = record.parent.parts[-4:]
-        labels, draw = place.split("-")
-        marks = [int(digit) for digit in runtime.read_json(record)[block]]
-        draws.setdefault((name, start, target, int(labels)), {})[int(draw)] = marks
-    return {key: np.array([of[draw] for draw in sorted(of)]) for key, of in draws.items()}
+    for cell in cells:
+        marks = runtime.read_json(path / cell.folder / "DONE.json")[block]
+        key = (cell.set, cell.start, cell.target, cell.labels)
+        draws.setdefault(key, []).append([int(mark) for mark in marks])
+    return {key: np.array(rows) for key, rows in draws.items()}
 
 
 def _test_sizes(path, block):

@@ -22,12 +22,12 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-import alignment
 import assets
 import collect
 import conditions
 import config
 import data
+import generator
 import limits
 import lora
 import methods
@@ -71,6 +71,8 @@ def check(run: Run) -> dict:
     policy.check_search(run.cfg)
     tasks = data.load_tasks(run)
     proof.ensure(run)
+    if set(methods.PROPOSING) & set(run.cfg.evaluate.methods):
+        policy.policy_layout(run)  # adapt would be the first to miss its modules
     layout = scoring.load_lm(run).layout
     print(
         f"{len(tasks)} tasks, {layout.num_tokens} weight tokens of "
@@ -120,8 +122,10 @@ def forecast(run: Run) -> str:
     """How long it takes from nothing to the adapter of one target, from one step measured now."""
     case = open_case(run)
     needs = predict(case)
-    # ranks share the training tasks out; the rest is one unit each
+    # ranks share the training tasks out, and with data_parallel the pairs of a step
     sharing = {"collect": min(run.world, len(run.cfg.data.train_tasks))}
+    if run.cfg.data_parallel:
+        sharing["generator"] = min(run.world, run.cfg.generator.batch_size)
     minutes = {}
     for stage, need in needs.items():
         minutes[stage] = need.seconds / sharing.get(stage, 1) / 60
@@ -280,10 +284,6 @@ def need_generator(case):
     return Need(memory, disk, pairs * work * case.multiply, host)
 
 
-def ranks_of_a_node():
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def need_align(case):
     cfg = case.run.cfg
     align = cfg.align
@@ -304,7 +304,8 @@ def need_align(case):
     passes = case.sets * align.meta_epochs * 2 * align.batch_size
     need.seconds += passes * work * case.multiply
     # sources and goals of every pair, and once more while their statistics are taken
-    need.host = ranks_of_a_node() * 4 * draws * 4 * size
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need.host = ranks_here * 4 * draws * 4 * size
     return need
 
 
@@ -408,7 +409,7 @@ def open_case(run: Run) -> Case:
     least, row, kept = time_layer(run, model)
     multiply = time_decoder(run, flow)
     targets = cfg.data.targets or cfg.data.train_tasks + cfg.data.test_tasks
-    sets = {data.left_out_for(cfg, target) for target in targets}
+    sets = data.left_out_sets(cfg)
     return Case(run, model, layout, decoder, least, row, kept, multiply, targets, len(sets))
 
 
@@ -451,7 +452,7 @@ def time_decoder(run, flow) -> float:
     g = run.cfg.generator
 
     def step():
-        with alignment.autocast(run):
+        with generator.autocast(run):
             out = decoder(states)
         out.float().square().mean().backward()
 
@@ -537,25 +538,26 @@ def meta_model(cfg) -> nn.Module:
     elif name in facts:
         shapes = AutoConfig.for_model(**facts[name])
     else:
-        raise UserError(
-            f"model.name={name}: its shapes are not known here; name a folder with a config.json, "
-            f"or add it to configs/models.yaml (there: {', '.join(facts)})"
-        )
+        try:  # a hub model that was loaded on this machine before
+            shapes = AutoConfig.from_pretrained(
+                name, revision=cfg.model.revision, local_files_only=True
+            )
+        except (OSError, ValueError):
+            raise UserError(
+                f"model.name={name}: its shapes are not known here; name a folder with a "
+                "config.json, or add it to configs/models.yaml (there: "
+                f"{', '.join(facts)})"
+            ) from None
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(shapes)
 
 
 def machine(run: Run) -> tuple:
     """(bytes of memory where the model runs, bytes of free disk)."""
-    memory = host_memory()
+    memory = limits.total_memory()
     if run.device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
     return memory, shutil.disk_usage(run.path).free
-
-
-def host_memory() -> int:
-    """Bytes of main memory: the machine's, or what a container may take of it."""
-    return limits.total_memory()
 
 
 def refuse(needs: dict, memory: float, disk: float, device: str) -> None:
@@ -568,10 +570,10 @@ def refuse(needs: dict, memory: float, disk: float, device: str) -> None:
                 f"stage={name} needs about {need.memory / GIB:.1f} GiB of {device} memory, "
                 f"{memory / GIB:.1f} are there: {change}"
             )
-        if need.host > host_memory():
+        if need.host > limits.total_memory():
             faults.append(
                 f"stage={name} needs about {need.host / GIB:.0f} GiB of a node's main memory, "
-                f"{host_memory() / GIB:.0f} are there: lower align.draws, "
+                f"{limits.total_memory() / GIB:.0f} are there: lower align.draws, "
                 "or start fewer ranks"
             )
     total = sum(need.disk for need in needs.values())

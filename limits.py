@@ -76,6 +76,9 @@ def ranks() -> int:
 def _count_gpus() -> int:
     if shutil.which("nvidia-smi") is None:
         return 0
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")  # nvidia-smi passes over it
+    if shown is not None:
+        return len([name for name in shown.split(",") if name.strip() not in ("", "-1")])
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     return len(re.findall(r"^GPU", listed.stdout, re.M))
 

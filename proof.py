@@ -114,9 +114,9 @@ def _compare(lm, rows, what):
         hidden, starts = scoring.hidden_states(lm, rows)
         packed = scoring.branch_logprobs(lm, rows, hidden, starts)
     except Exception as error:  # whatever a foreign model's own code raises
-        reason = str(error).splitlines()[0][:120]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise UserError(
-            f"model.name={name}: cannot compute {what} ({type(error).__name__}: {reason}); "
+            f"model.name={name}: cannot compute {what} ({reason}); "
             "use a decoder whose layers are all attention"
         ) from None
 

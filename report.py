@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -734,11 +733,9 @@ def write_csv(frame: DataFrame, path: Path) -> None:
 
 def save_png(figure, path: Path) -> None:
     """Write whole or not at all, without a version inside: the same run gives the same bytes."""
-    # Beside its place, so that the rename is one step.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
+    with runtime.whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
     plt.close(figure)
-    os.replace(partial, path)
 
 
 def changed_answers(run_path: Path, result: dict) -> list[dict]:

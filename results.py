@@ -4,8 +4,8 @@ One tidy frame has a row per run, method, task and test example. Numbers come fr
 
 - An accuracy is a mean over test examples. Its standard error is the sample std / sqrt(n).
 - A difference of two methods is paired by example, so the examples' difficulty cancels.
-- Runs of several seeds share their test examples. Their values are averaged per example first,
-  because counting an example once per seed would make the standard error too small.
+- Runs of several seeds may share test examples. An example's values are averaged over its runs
+  first, because counting it once per run would make the standard error too small.
 - An average is the mean of tasks. The tasks are fixed and their examples independent:
   se = sqrt(sum of se_task^2) / number of tasks.
 
@@ -102,7 +102,7 @@ def build_results(run_path: Path, cfg: Config) -> dict:
     results = {
         "config": cfg.name,
         "model": cfg.model.name,
-        "seed": cfg.seed,
+        "seed": _seed_label(cfg.model_dump()),
         "metric": metric,
         "paper": cfg.report.paper,
         "tasks": {},
@@ -192,7 +192,7 @@ def _example_values(row: dict) -> list:
     return [*correct, logp_gold, confidence, right]
 
 
-def task_statistics(frame: DataFrame, tasks, metric: str, pairs=()) -> dict[str, DataFrame]:
+def task_statistics(frame: DataFrame, tasks, metric: str, pairs) -> dict[str, DataFrame]:
     """Mean, standard error and number of examples of every method and of some pairs of methods.
 
     Returns: {"mean", "se", "n"}, each a frame of tasks by names; a name is a method or "a - b".
@@ -246,19 +246,6 @@ def pick(statistics: dict, name: str, where, label: str) -> dict | None:
 def _number(value: float) -> float | None:
     """JSON has no NaN: the standard error of a single example, say, is null."""
     return float(value) if math.isfinite(value) else None
-
-
-def accuracy(frame: DataFrame, method: str, task: str, metric: str) -> dict | None:
-    """{"mean", "se", "n"} of a method on a task; None where it has no such scores."""
-    return pick(task_statistics(frame, [task], metric), method, task, "mean")
-
-
-def paired(frame: DataFrame, a: str, b: str, task: str, metric: str) -> dict | None:
-    """{"diff", "se", "n"} of method a minus method b, paired by example; None without a pair."""
-    if a == b:
-        return None
-    statistics = task_statistics(frame, [task], metric, [(a, b)])
-    return pick(statistics, f"{a} - {b}", task, "diff")
 
 
 def describe_gain(entry: dict) -> str:
@@ -398,7 +385,10 @@ def pool_seeds(run_path: Path, cfg: Config, tasks: dict) -> dict:
     frames = {}
     runs: list[dict] = []
     for folder in [run_path, *map(Path, cfg.report.seed_runs)]:
-        seed = _seed_label(folder, cfg.model.name)
+        sections = cfg.model_dump()
+        if folder != run_path:
+            sections = _read_sections(folder, cfg.model.name)
+        seed = _seed_label(sections)
         if seed in frames:
             raise UserError(f"report.seed_runs: {folder} repeats seed {seed}")
         frames[seed] = load_frame(folder, tasks, str(seed))
@@ -431,8 +421,8 @@ def _spread(entries: list[dict | None], key: str) -> float | None:
     return _number(pd.Series(values, dtype=float).std())
 
 
-def _seed_label(folder: Path, model: str):
-    """A run's seed, and what else tells the run apart: its generator's seed, test rows skipped."""
+def _read_sections(folder: Path, model: str) -> dict:
+    """The configuration of another run. Raises: UserError: it is none, or of another model."""
     if not (folder / "config.yaml").exists():
         raise UserError(f"report.seed_runs: {folder} holds no config.yaml, so it is no run")
     text = (folder / "config.yaml").read_text(encoding="utf-8")
@@ -440,7 +430,11 @@ def _seed_label(folder: Path, model: str):
     other = config.get("model", {}).get("name", model)
     if other != model:
         raise UserError(f"report.seed_runs: {folder} is a run of {other}, not of {model}")
+    return config
 
+
+def _seed_label(config: dict):
+    """A run's seed, and what else tells the run apart: its generator's seed, test rows skipped."""
     # Two runs may share the seed of everything but the generator, or test on other examples.
     seed = config.get("seed")
     generator_seed = config.get("generator", {}).get("seed", seed)

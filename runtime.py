@@ -252,6 +252,9 @@ def fingerprint(cfg: Config, stage: str, method: str = "", unit: str = "") -> di
     takes in tasks that it was not told of when it began. Of a user's file its content counts.
     """
     wanted = DEPENDS[stage] + METHOD_DEPENDS.get(method, [])
+    # what a written answer earns depends on how long it may be
+    if "evaluate.metric" in wanted and cfg.evaluate.metric in ("strict", "lenient"):
+        wanted = [*wanted, "evaluate.max_new_tokens"]
     found = {}
     for key, value in config.flatten(cfg.model_dump()).items():
         named = [name for name in wanted if key == name or key.startswith(name + ".")]
@@ -675,17 +678,21 @@ def rng_for(*parts) -> np.random.Generator:
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder, renamed at the end: the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk has no room for halves
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
-    with _whole(path) as temporary:
+    with whole(path) as temporary:
         temporary.write_text(text)
 
 
@@ -738,7 +745,7 @@ def save_tensors(
 ) -> None:
     """A safetensors file, whole or not at all."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with _whole(path) as temporary:
+    with whole(path) as temporary:
         # through bytes: the library's own writer reports a full disk by an error type of its own,
         # and makes files that only their owner can read
         temporary.write_bytes(save(contiguous, metadata))
@@ -748,7 +755,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """A npy file, whole or not at all."""
     header = np.lib.format.header_data_from_array_1_0(array)
     # numpy's own writer reports a full disk by an error without a number
-    with _whole(path) as temporary, open(temporary, "wb") as f:
+    with whole(path) as temporary, open(temporary, "wb") as f:
         np.lib.format.write_array_header_1_0(f, header)
         f.write(np.ascontiguousarray(array).data)
 

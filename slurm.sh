@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A whole run on two nodes of four GPUs, from the repository's folder, after `make install`:
 #   sbatch slurm.sh configs/qwen2.5-0.5b.yaml [key=value ...]
-# The repository, its .venv and the run folder lie on a file system that all nodes share. Requeued after preemption
-# (SIGTERM comes two minutes ahead), the same command goes on where it stopped.
+# The repository, its .venv and the run folder lie on a file system that all nodes share. SIGTERM comes two minutes
+# before the time limit; submit the same command again. A preempted job is requeued, and goes on where it stopped.
 #SBATCH --job-name=degaml
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -96,16 +96,32 @@ def run_study(run: Run) -> dict:
         search(run)
     run.barrier()
     if run.rank == 0:
-        curves.write_study(run, settings)
+        curves.write_study(run, cells, settings)
     return {}
 
 
 def check(run: Run) -> None:
-    """Raises: UserError: a target is among what is trained on, or a task's file is missing."""
+    """Raises: UserError: a target is among what is trained on, a task's file is missing, or a
+    setting that a study cannot measure by."""
     cfg = run.cfg
     if cfg.data.test_from != "test":
         raise UserError("data.test_from: a study scores test examples: leave it at `test`")
+    if not cfg.data.targets:
+        raise UserError("data.targets: a study needs its targets named, as in configs/study.yaml")
+    if cfg.data.prompts_from != "train":
+        raise UserError("data.prompts_from: a study reads no test input: leave it at `train`")
+    if cfg.evaluate.metric not in ("norm", "raw"):
+        raise UserError(f"evaluate.metric={cfg.evaluate.metric}: a study reads options: norm, raw")
+    if "search" in cfg.study.parts and not cfg.study.strategies:
+        raise UserError(
+            "study.strategies: empty; list what the part `search` tries, or leave it out of "
+            "study.parts"
+        )
     further = cfg.study.further_tasks
+    named = cfg.data.train_tasks + further
+    twice = sorted({task for task in further if named.count(task) > 1})
+    if twice:
+        raise UserError(f"study.further_tasks: {twice}: in data.train_tasks too, or listed twice")
     overlap = set(further) & {*cfg.data.targets, *cfg.data.test_tasks}
     if overlap:
         raise UserError(

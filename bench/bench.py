@@ -837,7 +837,7 @@ def read_words(argv: list[str]) -> tuple[list[str], int, Path]:
 
 
 def main(argv: list[str]) -> int:
-    """Measure and write bench.json, or be one worker.
+    """Measure and write results/bench/<cpu>.json, or be one worker.
 
     Returns: the exit status: 0, or 2 for a user's mistake.
     """

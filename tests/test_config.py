@@ -1,5 +1,6 @@
 """Configuration: layering, numbers as people write them, and faults reported all at once."""
 
+import subprocess
 import sys
 
 import pytest
@@ -357,3 +358,13 @@ def test_helpers_do_not_import_the_entry_file():
             text = path.read_text()
             assert "import degaml" not in text and "from degaml" not in text, path
     assert "degaml" in sys.modules
+
+
+def test_a_reader_that_goes_away_ends_it_silently():
+    """`stage=config | head`: no traceback."""
+    words = [sys.executable, "degaml.py", "stage=config", "dtype=float32", "run=runs/test-pipe"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=config.ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.close()
+        assert process.wait(120) == 141
+        assert "Traceback" not in process.stderr.read()

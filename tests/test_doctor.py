@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 import data
 import doctor
+import limits
 import runtime
 import scoring
 from config import ROOT, UserError, load_config
@@ -151,7 +152,7 @@ def test_four_ranks_read_one_copy_of_the_targets(tmp_path, monkeypatch, untimed)
     spared = 8 * (doctor.size_of(case.decoder) - largest)
     assert alone.memory - needs[4].memory == pytest.approx(spared), "shared out"
 
-    monkeypatch.setattr(doctor, "host_memory", lambda: 16 * GIB)
+    monkeypatch.setattr(limits, "total_memory", lambda: 16 * GIB)
     with pytest.raises(UserError, match="main memory, 16 are there: lower"):
         doctor.refuse({"generator": needs[4]}, 80 * GIB, 1000 * GIB, "cuda")
 

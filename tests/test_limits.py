@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-import doctor
 import limits
 import runtime
 from limits import GIB
@@ -72,7 +71,7 @@ def test_a_container_of_version_1(root):
 def test_doctor_and_batches_see_the_limit(root, monkeypatch):
     root("sys/fs/cgroup/memory.max", str(GIB))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert doctor.host_memory() == GIB
+    assert limits.total_memory() == GIB
     assert runtime.free_memory(runtime.torch.device("cpu")) == GIB // 2
 
 
@@ -82,3 +81,17 @@ def test_the_makefile_asks_before_anything_is_installed():
     code = "import sys; sys.path.insert(0, '.'); import limits; print(limits.ranks())"
     said = subprocess.run([*asked, code], capture_output=True, text=True, check=True).stdout
     assert int(said) >= 1
+
+
+def test_a_process_per_gpu_that_is_shown(monkeypatch, tmp_path):
+    """nvidia-smi lists all; CUDA_VISIBLE_DEVICES says which of them are ours."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf 'GPU 0: a\\nGPU 1: b\\nGPU 2: c\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert limits.ranks() == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert limits.ranks() == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert limits.ranks() == 2
