@@ -171,6 +171,10 @@ def test_an_interrupted_study_goes_on(studied, finished, tmp_path):
         ("study.strategies", [{"family": "SFT"}], "family 'SFT' is not one of"),
         ("study.set_sizes", [2, 4], "are 3 tasks: at most 3"),
         ("data.test_from", "train", "a study scores test examples"),
+        ("data.prompts_from", "test", "a study reads no test input"),
+        ("data.targets", [], "a study needs its targets named"),
+        ("study.strategies", [], "list what the part `search` tries"),
+        ("study.further_tasks", ["beta"], r"\['beta'\]: in data.train_tasks too"),
     ],
 )
 def test_what_it_refuses(tiny_args, tmp_path, key, value, said):
