@@ -351,9 +351,9 @@ def load_task(cfg: Config, name: str) -> Task:
     d = cfg.data
     table = read_records(cfg, name)
     pools = {split: _examples(cfg, name, rows) for split, rows in table.splits.items()}
-    if not any(pools.values()) and any(
-        map(is_labelled, chain.from_iterable(table.splits.values()))
-    ):
+    rows = list(chain.from_iterable(table.splits.values()))
+    labelled = any(is_labelled(row) for row in rows)
+    if labelled and not any(pools.values()):
         raise UserError(
             f"task {name}: its answers are too few to be classes (each five times) or to make "
             "options of (three others each); give `choices`, more rows, or data.math_form=generate"
@@ -364,7 +364,6 @@ def load_task(cfg: Config, name: str) -> Task:
             f"task {name}: no training examples remain after {len(test)} for the test and "
             f"{len(support)} for the support set; add rows, or lower data.num_test"
         )
-    rows = list(chain.from_iterable(table.splits.values()))
     # the held-out rows of your own file are for the verdict alone
     prompts_from = "train" if cfg.is_own(name) else d.prompts_from
     prompts = _choose_prompts(cfg, name, rows, train, support, test, prompts_from)

@@ -89,7 +89,10 @@ def _json_lines(path, text):
     # not splitlines(): other separators than a newline may stand inside a JSON text
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            row = _parse(json.loads, path, number, line)
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise _no_json(f"{path}:{number}", e) from None
             yield number, number, _checked(f"{path}:{number}", row)
 
 
@@ -128,7 +131,10 @@ def _array_items(path, text):
                 raise bad_row(f"{path}:{line}", "not JSON (more text behind the array)")
             return
 
-        row, end = _parse(decoder.raw_decode, path, line, text, start)
+        try:
+            row, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as e:
+            raise _no_json(f"{path}:{getattr(e, 'lineno', line)}", e) from None
         yield line, number, _checked(f"{path}:{line}", row)
         line += text.count("\n", start, end)
 
@@ -143,14 +149,8 @@ def parse_list(text: str) -> list | None:
     return None
 
 
-def _parse(read, path, line, *text):
-    """What `read` makes of a text. Raises: UserError: it is no JSON."""
-    try:
-        return read(*text)
-    except (ValueError, RecursionError) as e:
-        # in a whole array the fault knows its line
-        place = getattr(e, "lineno", line) if len(text) > 1 else line
-        raise bad_row(f"{path}:{place}", f"not JSON ({str(e)[:80]})") from None
+def _no_json(place, error):
+    return bad_row(place, f"not JSON ({str(error)[:80]})")
 
 
 def _checked(place, row):

@@ -60,7 +60,12 @@ def judged(tmp_path, gold, **answers):
         for i, pick in enumerate(picks):
             rows.append({"id": str(i), "gold": gold[i], "pred_norm": pick})
         write_jsonl(tmp_path / f"scores/{method}/mine.jsonl", rows)
-    evaluate = SimpleNamespace(methods=list(answers), metric="norm")
+    return verdict_on(tmp_path, gold, list(answers))
+
+
+def verdict_on(tmp_path, gold, methods=("base", "generator")):
+    """The verdict on `generator`, of a test with these answers, from the rows that are stored."""
+    evaluate = SimpleNamespace(methods=methods, metric="norm")
     run = SimpleNamespace(path=tmp_path, cfg=SimpleNamespace(evaluate=evaluate))
     test = [Example(str(i), "q", ("no", "yes"), place) for i, place in enumerate(gold)]
     return verdict.judge(run, SimpleNamespace(name="mine", test=test), "generator")
@@ -142,12 +147,5 @@ def test_rows_of_an_earlier_file_are_no_evidence(tmp_path):
     gold = [0] * 10
     judged(tmp_path, gold, base=[1] * 10, generator=gold)
     for left in ([], gold[:5]):
-        found = judged_again(tmp_path, left)
+        found = verdict_on(tmp_path, left)
         assert found.decision == verdict.NOT_MEASURED
-
-
-def judged_again(tmp_path, gold):
-    evaluate = SimpleNamespace(methods=["base", "generator"], metric="norm")
-    run = SimpleNamespace(path=tmp_path, cfg=SimpleNamespace(evaluate=evaluate))
-    test = [Example(str(i), "q", ("no", "yes"), place) for i, place in enumerate(gold)]
-    return verdict.judge(run, SimpleNamespace(name="mine", test=test), "generator")
