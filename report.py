@@ -52,7 +52,8 @@ HOW_TO_READ = {
     "Results": "Accuracy in % ± standard error, by the primary metric. {stand_ins}",
     "Paired differences": "Percentage points ± standard error, paired by example, mean over tasks. "
     "A gain or a loss has at least two standard errors; less is not established. About one "
-    "comparison in twenty passes by chance.",
+    "comparison in twenty passes by chance. Pooled errors count examples and seeds; each seed's "
+    "value follows in parentheses.",
     "Every metric": "Averages over tasks in %. ECE: expected calibration error, over 10 bins of "
     "the likeliest option's probability under a softmax over the options' summed log-likelihoods.",
     "Strategies": "Won and lost: support examples that the kept strategy turned right or wrong. "
@@ -67,12 +68,6 @@ HOW_TO_READ = {
 PROMPTS_FROM = {
     "test": "the test split's unlabelled inputs (transductive, as in the papers)",
     "train": "the train split (inductive)",
-}
-# The stages that log a training loss.
-LOSS_UNITS = {
-    "collect": "loss (nats per token)",
-    "generator": "squared error",
-    "align": "squared error",
 }
 
 # Averages of DeGAML's Tables 1 and 2 and of TEMPO's Table 2, recomputed from their six cells; see
@@ -188,7 +183,7 @@ def make_report(run) -> dict:
     result = results.build_results(run.path, run.cfg)
     text = json.dumps(result, indent=1, allow_nan=False)
     runtime.write_text(folder / "results.json", text + "\n")
-    write_csv(read_losses(run.path), folder / "figures/losses.csv")
+    write_csv(results.read_losses(run.path), folder / "figures/losses.csv")
 
     # The page alone shows examples, because questions and answers are not in results.json.
     sections = render(result, folder)
@@ -218,14 +213,10 @@ def render(result: dict, folder: Path) -> dict[str, list]:
 
     Returns: the report's sections, {heading: [Table or Figure, ...]}.
     """
-    # Differences by every metric; where seeds are pooled, each seed's own follow.
     shown, seeds = shown_seeds(result)
     tables = []
     for metric in scored_metrics(result):
         tables.append(difference_table(shown["contrasts"], metric, seeds))
-    for run in result.get("seeds", {"runs": []})["runs"]:
-        name = f"seed {run['seed']}"
-        tables.append(difference_table(run["contrasts"], result["metric"], name))
 
     seconds = [[stage, f"{spent:,.1f}"] for stage, spent in result["seconds"].items()]
     sections = {
@@ -276,7 +267,7 @@ def scored_metrics(result: dict) -> list[str]:
 
 def shown_methods(result: dict) -> list[str]:
     """The methods that were run, and those whose absence deserves a row."""
-    wanted = set(methods.ALWAYS_SHOWN).union(*result["averages"].values())
+    wanted = set(methods.ALWAYS_SHOWN).union(*shown_seeds(result)[0]["averages"].values())
     return [method for method in methods.METHODS if method in wanted]
 
 
@@ -301,9 +292,17 @@ def percent(entry: dict | None, total: int, metric: str = "") -> str:
     if entry is None or f"acc{metric}" not in entry:
         return NOT_RUN
     text = f"{in_percent(entry[f'acc{metric}'], 1)} ± {in_percent(entry[f'se{metric}'], 1)}"
+    text += of_seeds(entry, f"acc{metric}", 1)
     # A method scored on a part of the examples or tasks must not pass for all of them.
     count = entry.get("n", entry.get("tasks"))
     return text if count == total else f"{text} [{count} of {total}]"
+
+
+def of_seeds(entry: dict, field: str, digits: int, sign: str = "") -> str:
+    """Each seed's value behind a pooled one, in parentheses."""
+    values = entry.get("by_seed", {}).get(field, [])
+    shown = ", ".join(in_percent(value, digits, sign) for value in values)
+    return f" ({shown})" if shown else ""
 
 
 def in_percent(value: float | None, digits: int, sign: str = "") -> str:
@@ -316,7 +315,8 @@ def difference(entry: dict | None) -> str:
     if entry is None:
         return NOT_RUN
     points = in_percent(entry["diff"], 2, "+")
-    return f"{points} ± {in_percent(entry['se'], 2)} ({results.describe_gain(entry)})"
+    found = f"{points} ± {in_percent(entry['se'], 2)} ({results.describe_gain(entry)})"
+    return found + of_seeds(entry, "diff", 1, "+")
 
 
 def findings(result: dict) -> list[str]:
@@ -324,26 +324,26 @@ def findings(result: dict) -> list[str]:
     if not any(result["averages"].values()):
         return ["Nothing has been scored yet."]
     lines = []
+    pooled, seeds = shown_seeds(result)
     for domain, name in DOMAINS.items():
-        averages = result["averages"][domain]
+        averages = pooled["averages"][domain]
         shown = []
         ahead = []
         for method, entry in averages.items():
-            text = f"{label(method)} {percent(entry, entry['tasks'])} %"
+            text = f"{label(method)} {percent(entry, entry['tasks'])}"
             if method in ("base", *ADAPTED):
                 shown.append(text)
             # Where there is no DeGAML, nothing is ahead of it.
             if method in methods.BASELINES and entry["acc"] > averages.get("degaml", entry)["acc"]:
                 ahead.append(text)
-        lines.append(f"{name} accuracy: {', '.join(shown) or NOT_RUN}.")
+        lines.append(f"{name} accuracy in %: {', '.join(shown) or NOT_RUN}.")
         if ahead:
-            lines.append(f"{name}, baselines ahead of DeGAML: {', '.join(ahead)}.")
+            lines.append(f"{name}, baselines ahead of DeGAML, in %: {', '.join(ahead)}.")
 
     # The other metrics, as a check, are among the paired differences.
-    shown, seeds = shown_seeds(result)
     lines.append(f"Paired differences in points, {result['metric']}, {seeds}:")
     for question, pair in QUESTIONS.items():
-        found = results.find_contrast(shown["contrasts"], pair, result["metric"]) or {}
+        found = results.find_contrast(pooled["contrasts"], pair, result["metric"]) or {}
         answers = [f"{name} {difference(found.get(key))}" for key, name in DOMAINS.items()]
         lines.append(f"{question} {', '.join(answers)}.")
 
@@ -389,7 +389,7 @@ def accuracy_tables(result: dict) -> list[Table]:
 
         labels = [task_label(result, task) for task in names]
         header = [f"{name} tasks", *labels, f"Avg ({task_count(names)})"]
-        table = make_table(f"{name} accuracy", header, rows)
+        table = make_table(f"{name} accuracy, seed {result['seed']}", header, rows)
         # The papers average six tasks, whatever this run has.
         for paper, averages in PAPERS.get(result["paper"], {}).items():
             printed = averages[domain]
@@ -421,19 +421,20 @@ def difference_table(contrasts: list[dict], metric: str, seeds: str) -> Table:
 def average_table(result: dict) -> Table:
     """Averages over tasks by every metric, and the calibration error."""
     metrics = scored_metrics(result)
+    pooled, seeds = shown_seeds(result)
     header = ["Method"]
     for name in DOMAINS.values():
         header += [f"{name}, {column}" for column in (*metrics, "ECE")]
     rows = []
     for method in shown_methods(result):
         row = [label(method)]
-        for domain, averages in result["averages"].items():
+        for domain, averages in pooled["averages"].items():
             entry = averages.get(method)
             total = len(results.in_domain(result["tasks"], domain))
             row += [percent(entry, total, f"_{metric}") for metric in metrics]
             row.append(in_percent(entry["ece"], 1) if entry else NOT_RUN)
         rows.append(row)
-    return make_table("Averages over tasks", header, rows)
+    return make_table(f"Averages over tasks, {seeds}", header, rows)
 
 
 def kept_table(result: dict) -> Table:
@@ -588,24 +589,6 @@ def subtitle(result: dict) -> str:
     return f"{about}. Primary metric: {metric} ({METRICS[metric]})."
 
 
-def read_losses(run_path: Path) -> DataFrame:
-    """The training losses of metrics.jsonl: stage, unit, step, loss."""
-    path = run_path / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a killed process leaves a broken line
-        # Other rows hold rewards.
-        if row["stage"] in LOSS_UNITS and row.get("loss") is not None:
-            rows.append([row["stage"], row["unit"], row["step"], row["loss"]])
-    losses = DataFrame(rows, columns=["stage", "unit", "step", "loss"])
-    # A resumed stage logs some steps again. The last value is the one that was kept.
-    curves = ["stage", "unit", "step"]
-    return losses.drop_duplicates(curves, keep="last").sort_values(curves)
-
-
 def draw_gains(result: dict, folder: Path) -> Figure:
     """Differences to the base model with their intervals, per domain and method."""
     shown, seeds = shown_seeds(result)
@@ -679,9 +662,9 @@ def draw_losses(result: dict, folder: Path) -> Figure:
         for unit, curve in panel.groupby("unit"):
             axis.plot(curve["step"], curve["loss"], lw=1.2, label=unit)
         # A squared error falls by orders of magnitude; a linear axis shows only the start.
-        if LOSS_UNITS[stage] == "squared error" and panel["loss"].min() > 0:
+        if results.LOSS_UNITS[stage] == "squared error" and panel["loss"].min() > 0:
             axis.set_yscale("log")
-        axis.set(xlabel="training step", ylabel=LOSS_UNITS[stage])
+        axis.set(xlabel="training step", ylabel=results.LOSS_UNITS[stage])
         # Above the curves, which may lie anywhere.
         axis.legend(title=stage, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, alignment="left")
 

@@ -5,7 +5,8 @@ One tidy frame has a row per run, method, task and test example. Numbers come fr
 - An accuracy is a mean over test examples. Its standard error is the sample std / sqrt(n).
 - A difference of two methods is paired by example, so the examples' difficulty cancels.
 - Runs of several seeds may share test examples. An example's values are averaged over its runs
-  first, because counting it once per run would make the standard error too small.
+  first, because counting it once per run would make the standard error too small. Then the spread
+  of the seeds is added.
 - An average is the mean of tasks. The tasks are fixed and their examples independent:
   se = sqrt(sum of se_task^2) / number of tasks.
 
@@ -14,6 +15,7 @@ Reads: tasks.json, scores/, adapted/, stages/, env.json, command.txt and the DON
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -40,6 +42,12 @@ FIELDS = {
     "raw": "correct_raw",
     "strict": "strict",
     "lenient": "lenient",
+}
+# The stages that log a training loss.
+LOSS_UNITS = {
+    "collect": "loss (nats per token)",
+    "generator": "squared error",
+    "align": "squared error",
 }
 DOMAINS = {"id": "In-domain", "ood": "Out-of-domain"}
 
@@ -140,6 +148,24 @@ def load_tasks(run_path: Path) -> dict[str, dict]:
 
 def _read_if_there(path: Path, default):
     return runtime.read_json(path) if path.exists() else default
+
+
+def read_losses(run_path: Path) -> DataFrame:
+    """The training losses of metrics.jsonl: stage, unit, step, loss."""
+    path = run_path / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a killed process leaves a broken line
+        # Other rows hold rewards.
+        if row["stage"] in LOSS_UNITS and row.get("loss") is not None:
+            rows.append([row["stage"], row["unit"], row["step"], row["loss"]])
+    losses = DataFrame(rows, columns=["stage", "unit", "step", "loss"])
+    # A resumed stage logs some steps again. The last value is the one that was kept.
+    curves = ["stage", "unit", "step"]
+    return losses.drop_duplicates(curves, keep="last").sort_values(curves)
 
 
 def load_frame(run_path: Path, tasks, run: str = "") -> DataFrame:
@@ -378,7 +404,7 @@ def pool_seeds(run_path: Path, cfg: Config, tasks: dict) -> dict:
     """Averages and contrasts of this run, of each run of `report.seed_runs`, and of all together.
 
     Returns: {"runs": [{"seed", "run", "averages", "contrasts"}], "pooled": {"averages",
-        "contrasts"}}; pooled entries carry `seed_std`, the sample std of the runs' values.
+        "contrasts"}}; pooled entries are those of `_count_seeds`.
     Raises: UserError: a folder is missing, of another model, or repeats a seed.
     """
     metric = cfg.evaluate.metric
@@ -400,25 +426,45 @@ def pool_seeds(run_path: Path, cfg: Config, tasks: dict) -> dict:
     pooled = summarise(pd.concat(frames.values()), tasks, metric)
     del pooled["tasks"]
 
-    # How far the seeds lie apart is what training adds to the spread of the examples.
     for domain in DOMAINS:
         for method, entry in pooled["averages"][domain].items():
-            values = [run["averages"][domain].get(method) for run in runs]
-            entry["seed_std"] = _spread(values, "acc")
+            _count_seeds(entry, [run["averages"][domain].get(method) for run in runs])
         for row in pooled["contrasts"]:
-            values = []
+            entries = []
             for run in runs:
                 found = find_contrast(run["contrasts"], row["name"], row["metric"])
-                values.append(found and found[domain])
-            if row[domain]:
-                row[domain]["seed_std"] = _spread(values, "diff")
+                entries.append(found and found[domain])
+            _count_seeds(row[domain], entries)
     return {"runs": runs, "pooled": pooled}
 
 
-def _spread(entries: list[dict | None], key: str) -> float | None:
-    # A run that lacks the method or the pair has no entry.
-    values = [entry[key] for entry in entries if entry]
-    return _number(pd.Series(values, dtype=float).std())
+def _count_seeds(entry: dict | None, of_runs: list[dict | None]) -> None:
+    """Let the standard errors of a pooled entry count seeds too, and keep each seed's value.
+
+    To the variance over examples comes that of a mean over seeds. What a seed's own examples add
+    counts in both, so the error is a little too large, as in a study.
+    Adds `by_seed`, {field: values}, of the runs that have the method or the pair.
+    """
+    if entry is None:
+        return
+    of_runs = [run for run in of_runs if run]
+    errors = {"acc": "se", "diff": "se"}
+    for metric in METRICS:
+        errors[f"acc_{metric}"] = f"se_{metric}"
+
+    entry["by_seed"] = {}
+    for value, error in errors.items():
+        values = [run[value] for run in of_runs if value in run]
+        if value not in entry:
+            continue
+        entry["by_seed"][value] = values
+        if len(values) > 1 and entry[error] is not None:
+            of_seeds = np.std(values, ddof=1) / math.sqrt(len(values))
+            entry[error] = math.hypot(entry[error], of_seeds)
+
+    for other in REFERENCES:
+        key = f"vs_{other}"
+        _count_seeds(entry.get(key), [run.get(key) for run in of_runs])
 
 
 def _read_sections(folder: Path, model: str) -> dict:

@@ -90,8 +90,8 @@ def test_a_part_does_not_pass_for_all(tmp_path):
 
 def test_what_was_not_run_says_so(made):
     text = made.markdown
-    assert row_of(text, "Full-data LoRA", "In-domain accuracy")[:3] == ["not run"] * 3
-    mean = row_of(text, "Mean adapter (control)", "Out-of-domain accuracy")
+    assert row_of(text, "Full-data LoRA", "In-domain accuracy, seed 999")[:3] == ["not run"] * 3
+    mean = row_of(text, "Mean adapter (control)", "Out-of-domain accuracy, seed 999")
     assert mean[:2] == ["not run"] * 2
     by_norm = "By log-likelihood per character, seed 999"
     assert row_of(text, "no_meta - base", by_norm) == ["not run"] * 2
@@ -133,9 +133,9 @@ def test_a_baseline_ahead_is_said_at_once(tmp_path):
         "union": {"arc_e": [1, 0, 0, 0]},
     }
     lines = report.findings(canned.build(canned.make_run(tmp_path / "a", scores)))
-    assert lines[1].startswith("In-domain, baselines ahead of DeGAML: MAML-en-LLM 75.0")
+    assert lines[1].startswith("In-domain, baselines ahead of DeGAML, in %: MAML-en-LLM 75.0")
     assert "Union" not in lines[1]
-    assert lines[2] == "Out-of-domain accuracy: not run."
+    assert lines[2] == "Out-of-domain accuracy in %: not run."
 
 
 def test_a_diverged_training_is_named():
@@ -146,12 +146,20 @@ def test_a_diverged_training_is_named():
 
 
 def test_seeds_are_shown_pooled_and_each(tmp_path):
-    first = canned.make_run(tmp_path / "a")
-    second = canned.make_run(tmp_path / "b", seed=1000)
+    base = {"arc_e": [1, 0, 0, 0]}
+    first = canned.make_run(tmp_path / "a", {"base": base, "generator": base})
+    gains = {"arc_e": [1, 1, 1, 1]}
+    second = canned.make_run(tmp_path / "b", {"base": base, "generator": gains}, seed=1000)
     made = make_report(first, seed_runs=[second])
-    assert "pooled over seeds 999, 1000" in made.console
-    for seeds in ("pooled over seeds 999, 1000", "seed 999", "seed 1000"):
-        assert f"### By log-likelihood per character, {seeds}\n" in made.markdown
+    seeds = "pooled over seeds 999, 1000"
+    assert seeds in made.console
+    assert f"### By log-likelihood per character, {seeds}\n" in made.markdown
+    assert "### In-domain accuracy, seed 999\n" in made.markdown
+    # A pooled number, and what each seed has.
+    gain = row_of(made.markdown, "generator - base", f"By log-likelihood per character, {seeds}")
+    assert gain[0] == "+37.50 ± 39.53 (not established) (+0.0, +75.0)"
+    average = row_of(made.markdown, "Generalization (generator)", f"Averages over tasks, {seeds}")
+    assert average[0] == "62.5 ± 39.5 (25.0, 100.0) [1 of 2]"
 
 
 def test_page_needs_no_network_and_escapes_text(made):
@@ -196,7 +204,7 @@ def test_a_line_cut_short_in_metrics_is_skipped(tmp_path):
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "coll')
         file.write('\n{"stage": "collect", "unit": "arc_e", "step": 2, "loss": 0.5}\n')
-    losses = report.read_losses(path)
+    losses = results.read_losses(path)
     # A step that was logged again counts once.
     assert losses[["unit", "step", "loss"]].values.tolist() == [
         ["arc_e", 1, 2.0],
@@ -208,7 +216,7 @@ def test_both_papers_have_a_column(made):
     """DeGAML's and TEMPO's averages, each in the row of the method that it is about."""
 
     def last(method):
-        return row_of(made.markdown, method, "In-domain accuracy")[-2:]
+        return row_of(made.markdown, method, "In-domain accuracy, seed 999")[-2:]
 
     assert "DeGAML's avg (6 tasks) | TEMPO's avg (6 tasks)" in made.markdown
     assert last("Base model") == ["37.2", "37.2"]
@@ -250,9 +258,9 @@ def test_tempo_averages_are_those_of_its_cells(name):
 def test_a_single_task_with_a_single_method(tmp_path):
     path = canned.make_run(tmp_path / "one", {"base": {"boolq": [1, 1, 0, 0]}}, tasks=("boolq",))
     text = make_report(path).markdown
-    cells = row_of(text, "Base model", "In-domain accuracy")
+    cells = row_of(text, "Base model", "In-domain accuracy, seed 999")
     assert cells == ["50.0 ± 28.9", "50.0 ± 28.9"]
-    assert "Out-of-domain accuracy: not run." in text
+    assert "Out-of-domain accuracy in %: not run." in text
     assert "Avg (1 task)" in text
     assert "Not drawn: no method was scored beside the base model." in text
 
@@ -277,7 +285,9 @@ def test_the_same_run_gives_the_same_files(tmp_path):
     assert files() == first
 
 
-@pytest.mark.parametrize("name", ["smollm2", "smollm2-fresh", "smollm2-fresh-ood", "smollm2-icl"])
+@pytest.mark.parametrize(
+    "name", ["smollm2", "smollm2-fresh", "smollm2-fresh-ood", "smollm2-icl", "smollm2-seed1"]
+)
 def test_committed_reports_are_those_of_their_results(tmp_path, name):
     """results.json and the losses are enough to render report.md and the figures again."""
     folder = ROOT / "results" / name

@@ -287,11 +287,33 @@ def test_seeds_are_pooled_per_example(tmp_path):
     pooled = results.find_contrast(contrasts, "generator - base", "norm")["id"]
     assert pooled["diff"] == pytest.approx(0.25)
     assert pooled["se"] == pytest.approx(math.sqrt(1.25 / 3) / 2)
-    assert pooled["seed_std"] == pytest.approx(0.0)
+    assert pooled["by_seed"] == {"diff": [0.25, 0.25]}  # which adds nothing to the error
     # Per example 1, 1, .5, .5: mean .75, variance 4 * .0625 / 3, over four examples, not eight.
     average = seeds["pooled"]["averages"]["id"]["generator"]
     assert average["acc"] == 0.75
     assert average["se"] == pytest.approx(math.sqrt(1 / 12) / 2)
+
+
+def test_pooled_errors_count_seeds(tmp_path):
+    """By hand: the second seed gains on every example, the first on none."""
+    base = {"arc_e": [1, 0, 0, 0]}
+    first = make_run(tmp_path / "a", {"base": base, "generator": base})
+    gains = {"arc_e": [1, 1, 1, 1]}
+    second = make_run(tmp_path / "b", {"base": base, "generator": gains}, seed=1000)
+    seeds = build(first, seed_runs=[second])["seeds"]
+    pooled = results.find_contrast(seeds["pooled"]["contrasts"], "generator - base", "norm")["id"]
+    # Per example 0, .5, .5, .5: variance 1/16 over four. Seeds 0 and .75: variance 9/32 over two.
+    assert pooled["by_seed"] == {"diff": [0, 0.75]}
+    assert pooled["se"] == pytest.approx(math.sqrt(1 / 64 + 9 / 64))
+    gain = seeds["pooled"]["averages"]["id"]["generator"]["vs_base"]
+    assert gain["se"] == pooled["se"]  # of the figure
+    # Without its seeds this would pass for a gain.
+    assert pooled["diff"] == 0.375
+    assert results.describe_gain(pooled) == "not established"
+    average = seeds["pooled"]["averages"]["id"]["base"]
+    assert average["by_seed"]["acc"] == average["by_seed"]["acc_norm"] == [0.25, 0.25]
+    # One run's own entries are as without pooling.
+    assert "by_seed" not in seeds["runs"][1]["averages"]["id"]["generator"]
 
 
 def test_a_method_of_one_seed_is_paired_within_it(tmp_path):
@@ -302,6 +324,7 @@ def test_a_method_of_one_seed_is_paired_within_it(tmp_path):
     row = results.find_contrast(pooled["contrasts"], "degaml - union", "norm")
     assert row["id"]["diff"] == 0.5
     assert pooled["averages"]["id"]["degaml"]["acc"] == 0.5
+    assert pooled["averages"]["id"]["union"]["by_seed"]["acc"] == [0.5]
 
 
 @pytest.mark.parametrize(
