@@ -389,7 +389,7 @@ def project(lm: LM, hidden: Tensor) -> Tensor:
     scale = logit_scale(lm)
     if scale != 1:
         logits = scale * logits
-    cap = getattr(_text_config(lm), "final_logit_softcapping", None)  # Gemma 2
+    cap = logit_cap(lm)
     if cap:
         logits = cap * torch.tanh(logits / cap)
     return logits
@@ -399,6 +399,11 @@ def logit_scale(lm: LM) -> float:
     """What a model multiplies its logits by behind the head: Cohere and Granite do."""
     shapes = _text_config(lm)
     return getattr(shapes, "logit_scale", None) or 1 / getattr(shapes, "logits_scaling", 1.0)
+
+
+def logit_cap(lm: LM) -> float | None:
+    """What a model's logits cannot exceed, by a tanh behind the head: Gemma 2 has one."""
+    return getattr(_text_config(lm), "final_logit_softcapping", None)
 
 
 def _text_config(lm):
@@ -592,39 +597,29 @@ def slot_deltas(
     Implements: SLOT (TEMPO, Algorithm 3). Differs: mean instead of sum (docs/choices.md, 8).
         AdamW's betas (0.9, 0.999), eps 1e-5 and decay 1e-8 are the reference code's.
     """
-    weight = lm.model.get_output_embeddings().weight
     deltas = torch.zeros(len(rows), hidden.shape[-1], device=hidden.device)
     live = [i for i, row in enumerate(rows) if len(row.context) > 1]
     if not live or not steps:
         return deltas
 
-    # The head is linear: logits(delta) = z0 + c W delta, and the loss's gradient is
-    # c W^T mean(p - y). So z0 and W^T mean(y) are computed once, and no autograd runs.
-    scale = logit_scale(lm)
-    targets = []
-    bases = []
+    # each context's states but the last, and the tokens that follow them
+    states = []
+    following = []
     for i in live:
-        context = rows[i].context
-        following = list(context[1:])
-        targets.append(weight[following].float().mean(0))
-        end = starts[i] + len(following)
-        logits = project(lm, hidden[starts[i] : end])
-        # exp over (n, V) once, not at every step: exp(z0 + W delta) = exp(z0) exp(W delta);
-        # the largest logit of each position is taken off, so that nothing overflows
-        logits -= logits.amax(1, keepdim=True)
-        bases.append(logits.exp_())
-    target = torch.stack(targets)
+        tokens = rows[i].context[1:]
+        states.append(hidden[starts[i] : starts[i] + len(tokens)])
+        following.append(torch.tensor(tokens, device=hidden.device))
+    find_gradient = _linear_gradient
+    if logit_cap(lm):
+        find_gradient = _capped_gradient
+    gradient_at = find_gradient(lm, states, following)
 
     # AdamW on all rows' vectors at once
     delta = deltas[live]
     mean = torch.zeros_like(delta)
     square = torch.zeros_like(delta)
     for step in range(1, steps + 1):
-        shift = scale * F.linear(delta.to(weight.dtype), weight).float()
-        shift -= shift.amax(1, keepdim=True)
-        expected = _mean_softmax(bases, shift.exp_())
-        gradient = F.linear(expected.to(weight.dtype), weight.t()).float()
-        gradient = scale * (gradient - target)
+        gradient = gradient_at(delta)
         mean.mul_(0.9).add_(gradient, alpha=0.1)
         square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
         corrected = mean / (1 - 0.9**step)
@@ -633,6 +628,50 @@ def slot_deltas(
         delta.addcdiv_(corrected, root + 1e-5, value=-lr)
     deltas[live] = delta
     return deltas
+
+
+def _linear_gradient(lm, states, following):
+    """The steering loss's gradient as a function of the (B, d) vectors, without autograd.
+
+    The head is linear: logits(delta) = z0 + c W delta, and the gradient is c W^T mean(p - y). So z0
+    and W^T mean(y) are computed once.
+    """
+    weight = lm.model.get_output_embeddings().weight
+    scale = logit_scale(lm)
+    targets = []
+    bases = []
+    for of_row, tokens in zip(states, following, strict=True):
+        targets.append(weight[tokens].float().mean(0))
+        logits = project(lm, of_row)
+        # exp over (n, V) once, not at every step: exp(z0 + W delta) = exp(z0) exp(W delta);
+        # the largest logit of each position is taken off, so that nothing overflows
+        logits -= logits.amax(1, keepdim=True)
+        bases.append(logits.exp_())
+    target = torch.stack(targets)
+
+    def gradient_at(delta):
+        shift = scale * F.linear(delta.to(weight.dtype), weight).float()
+        shift -= shift.amax(1, keepdim=True)
+        expected = _mean_softmax(bases, shift.exp_())
+        gradient = F.linear(expected.to(weight.dtype), weight.t()).float()
+        return scale * (gradient - target)
+
+    return gradient_at
+
+
+def _capped_gradient(lm, states, following):
+    """The same where a cap behind the head (Gemma 2) makes the logits bend: by autograd."""
+
+    def gradient_at(delta):
+        with torch.enable_grad():
+            delta = delta.detach().requires_grad_()
+            loss = 0.0
+            for own, of_row, tokens in zip(delta, states, following, strict=True):
+                logits = project(lm, of_row + own.to(of_row.dtype))
+                loss = loss + F.cross_entropy(logits, tokens)
+            return torch.autograd.grad(loss, delta)[0]
+
+    return gradient_at
 
 
 def _mean_softmax(bases, shifts):

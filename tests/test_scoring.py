@@ -136,6 +136,28 @@ def test_steering_with_a_scale_behind_the_head(tmp_path):
     torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-4)
 
 
+def test_steering_with_a_cap_behind_the_head(tmp_path):
+    """As autograd with torch's AdamW finds it on the capped logits of a plain Gemma 2."""
+    cap = 2.0
+    folder = save_tiny(tmp_path, "gemma2", final_logit_softcapping=cap)
+    lm, plain = load_lm(folder, 4, 8, 16, ["q_proj", "v_proj"]), plain_model(folder)
+    row = scoring.make_row(lm, EXAMPLES[0])
+    found, _, _ = steer(lm, [row, Row((5,), (), (), ())], 3, 0.1)
+
+    ids = torch.tensor([row.context])
+    with torch.no_grad():
+        states = plain.model(ids).last_hidden_state[0, :-1]
+    delta = torch.zeros(states.shape[1], requires_grad=True)
+    optimizer = torch.optim.AdamW([delta], lr=0.1, weight_decay=1e-8, eps=1e-5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        logits = cap * torch.tanh(plain.lm_head(states + delta) / cap)
+        F.cross_entropy(logits, ids[0, 1:]).backward()
+        optimizer.step()
+    torch.testing.assert_close(found[0], delta.detach(), rtol=1e-3, atol=1e-3)
+    assert found[1].abs().max() == 0
+
+
 def test_gemma2_is_causal_without_a_mask(tiny_architecture):
     """A changed last token moves nothing before it, in one pass and behind a cache."""
     model, _ = scoring.load_base(str(tiny_architecture("gemma2")), "main", torch.float32, "cpu")
