@@ -41,7 +41,7 @@ def collect_adapters(run: Run) -> dict:
     run.barrier()
 
     # the task with the longest texts first: no rank is left with it at the end
-    longest_first = sorted(names, key=lambda name: -_text_length(tasks[name]))
+    longest_first = sorted(names, key=lambda name: -data.text_size(tasks[name].train[:50]))
     for name in run.deal(longest_first):
         if not run.finished(f"adapters/{name}", "collect"):
             collect_one(run, tasks[name])
@@ -55,10 +55,6 @@ def collect_adapters(run: Run) -> dict:
         )
     last = [manifest["last_loss"] for manifest in manifests]
     return {"collect/last_loss": sum(last) / len(last)}
-
-
-def _text_length(task: Task) -> int:
-    return sum(len(example.text) for example in task.train[:50])
 
 
 def _manifest(run: Run, task: str) -> dict:

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -77,6 +78,14 @@ class Task:
     test: tuple[Example, ...]
     prompts: tuple[str, ...]  # unlabelled; what the task is conditioned on as a target
     train_prompts: tuple[str, ...] = ()  # of a training task: what models learn from
+
+
+def text_size(examples: Sequence[Example]) -> int:
+    """Characters of questions and answers: by them ranks take the longest work first."""
+    total = 0
+    for example in examples:
+        total += len(example.text) + len("".join(example.options)) + len(example.answer)
+    return total
 
 
 def read_records(cfg: Config, name: str) -> Table:

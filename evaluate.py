@@ -68,12 +68,9 @@ def _cost(cfg, task, method_ids):
     passes = 0
     for method in method_ids:
         passes += variants.get(method, 1)
-    characters = 0
-    for example in task.test:
-        characters += len(example.prompt) + len("".join(example.options))
     if "icl" in method_ids:
         passes += 2  # attention to the solved examples costs as much as twice a row, about
-    return passes * characters
+    return passes * data.text_size(task.test)
 
 
 def _evaluate_task(run, task, method_ids):

@@ -611,13 +611,9 @@ def _run_rest_em(run, open_cases, name, method, label):
 
 def targets_by_cost(run: Run) -> list[Task]:
     """The targets of the run, the longest support set first, as ranks take them."""
-
-    def length(task):
-        return sum(len(example.prompt) for example in task.support)
-
     tasks = data.load_tasks(run)
     wanted = [tasks[name] for name in run.cfg.data.targets or tasks]
-    return sorted(wanted, key=length, reverse=True)
+    return sorted(wanted, key=lambda task: -data.text_size(task.support))
 
 
 def adapt_targets(run: Run) -> dict:

@@ -106,6 +106,22 @@ def test_documents_per_file(assets):
     assert found == COUNTS
 
 
+def test_long_options_make_a_task_long():
+    """PIQA asks in a few words and answers in sentences: its options count too."""
+    short = Example("a", "Question: Where does a bird build its nest?\nAnswer:", ("tree", "sea"), 0)
+    wordy = Example(
+        "b", "Goal: mend a cup", ("glue its parts together", "throw it away, buy one"), 0
+    )
+    blank = Example("c", "The cat saw", ("the dog", "a bird"), 0, suffix="and ran away from it.")
+    free = Example("d", "What is 2 + 2?", answer="It is 4.")
+    assert len(wordy.prompt) < len(short.prompt)
+    assert data.text_size([wordy]) > data.text_size([short])
+    assert data.text_size([blank]) == len("The cat saw _and ran away from it.") + len(
+        "the doga bird"
+    )
+    assert data.text_size([free, free]) == 2 * len("What is 2 + 2?It is 4.")
+
+
 @pytest.mark.parametrize("name", benchmarks.TABLE)
 def test_splits_share_nothing(real, name):
     """No test question occurs in train, support or the unlabelled prompts, and no support question
