@@ -33,6 +33,7 @@ import lora
 import methods
 import policy
 import proof
+import proposals
 import runtime
 import scoring
 from alignment import FusionVAE
@@ -73,6 +74,7 @@ def check(run: Run) -> dict:
     proof.ensure(run)
     if set(methods.PROPOSING) & set(run.cfg.evaluate.methods):
         policy.policy_layout(run)  # adapt would be the first to miss its modules
+        proposals.check_tokenizer(scoring.load_lm(run), run.cfg)
     layout = scoring.load_lm(run).layout
     print(
         f"{len(tasks)} tasks, {layout.num_tokens} weight tokens of "

@@ -266,5 +266,6 @@ def _judge_texts(example, variants):
     for reading in scoring.WRITTEN:
         right = [answers.is_right(scores, example, reading) for scores in variants]
         fields[reading] = sum(right) / len(variants)
+        fields[f"first_{reading}"] = int(right[0])  # of the adapter that is exported
     fields["text"] = variants[0].text
     return fields

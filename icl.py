@@ -76,6 +76,10 @@ def _window(lm):
     shapes = lm.model.config.get_text_config()
     limits = [getattr(shapes, "max_position_embeddings", None)]
     limits.append(getattr(shapes, "sliding_window", None))
+    # beyond this, positions rotate otherwise than those that are cached
+    rope = getattr(shapes, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope["original_max_position_embeddings"])
     return min(limit for limit in limits if limit)
 
 

@@ -42,6 +42,8 @@ class Prefix:
         seen = mask.new_ones(*mask.shape[:-1], self.tokens)
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(self.layers):
+            if keys is None:  # one of the last, which read an earlier layer's (Gemma 3n)
+                continue
             shape = (len(positions), -1, -1, -1)
             cache.update(keys.expand(shape), values.expand(shape), layer)
         return torch.cat([seen, mask], -1), positions + self.tokens, cache

@@ -24,6 +24,7 @@ import scoring
 from config import UserError
 from data import Example
 from lora import Layout
+from prefix import read_once
 from runtime import Run
 from scoring import LM, Row
 
@@ -31,6 +32,8 @@ from scoring import LM, Row
 # options: SmolLM2-135M had 0.12 in bfloat16 on a CPU, 0.39 on an H200, and less than 1e-3 in
 # float32. A model that mixes options differs by whole nats.
 TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.2}
+
+REMEDY = "use a decoder whose layers are all full attention"
 
 QUESTIONS = (
     ("Which gas do plants take in from the air?", ("oxygen", "carbon dioxide", "pure nitrogen")),
@@ -75,14 +78,20 @@ def prove_model(lm: LM) -> list[str]:
     Raises: UserError: one sentence that says what differs, by how much, and what to do.
     """
     _check_tokenizer(lm)
+    _check_experts(lm)
     notes = _check_template(lm)
     short = []
+    behind = []
     for number, (question, options) in enumerate(QUESTIONS):
         text = f"Question: {question}\nAnswer:"
         short.append(scoring.make_row(lm, Example(str(number), text, options, 0)))
+        behind.append(scoring.make_row(lm, Example(str(number), SENTENCE + text, options, 0)))
     _compare(lm, short, "options of several questions in one pass")
-    _compare(lm, [_longest_row(lm, short[0])], f"a question of {lm.max_tokens} tokens")
+    _check_window(lm)
     _check_cache(lm, short)
+    _compare(lm, behind, "questions behind what they all begin with")
+    _compare(lm, [_longest_row(lm, short[0])], f"a question of {lm.max_tokens} tokens")
+    _check_products(lm, short)
     _check_gradients(lm, short[:1])
     return [*notes, *_not_adapted(lm)]
 
@@ -94,6 +103,31 @@ def _check_tokenizer(lm):
         raise UserError(
             f"model.name: the tokenizer has {len(lm.tokenizer)} tokens and the embedding {rows} "
             "rows; they are not of the same model"
+        )
+
+
+def _check_window(lm):
+    """Raises: UserError: a layer sees less than a row. The rows' own mask replaces its window."""
+    window = getattr(lm.model.config.get_text_config(), "sliding_window", None)
+    if window and window <= lm.max_tokens:
+        raise UserError(
+            f"model.name={lm.model.name_or_path}: its layers see {window} tokens and rows may have "
+            f"{lm.max_tokens}; lower data.max_tokens below its window of {window}"
+        )
+
+
+def _check_experts(lm):
+    """Raises: UserError: modules beside experts, whose names PEFT takes for those of the experts.
+
+    It would read the exported adapter without them. Source: peft's conversion of MoE models.
+    """
+    names = {path.rsplit(".", 1)[-1] for path, *_ in lm.layout.modules}
+    of_experts = sorted(names & {"gate_proj", "up_proj", "down_proj"})
+    weights = lm.model.get_decoder().named_parameters()
+    if of_experts and any("experts" in path and weight.dim() == 3 for path, weight in weights):
+        raise UserError(
+            f"model.modules: other tools take {', '.join(of_experts)} for the experts' weights, "
+            "which have no adapter here; leave these names out of model.modules"
         )
 
 
@@ -111,14 +145,10 @@ def _compare(lm, rows, what):
     """Raises: UserError: packed scores are not those of each option alone."""
     name = lm.model.name_or_path
     try:
-        hidden, starts = scoring.hidden_states(lm, rows)
-        packed = scoring.branch_logprobs(lm, rows, hidden, starts)
+        packed = _score_packed(lm, rows)
     except Exception as error:  # whatever a foreign model's own code raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise UserError(
-            f"model.name={name}: cannot compute {what} ({reason}); "
-            "use a decoder whose layers are all attention"
-        ) from None
+        raise UserError(f"model.name={name}: cannot compute {what} ({reason}); {REMEDY}") from None
 
     # the mean over a row's options: in 16 bits one unlikely token may be a nat off by rounding
     largest = 0.0
@@ -131,7 +161,36 @@ def _compare(lm, rows, what):
     if largest > TOLERANCE[lm.model.dtype]:
         raise UserError(
             f"model.name={name}: {what} score differently than each option alone, by "
-            f"{largest:.2g} nats a token ({_reason(lm)}); {_remedy(lm, what)}"
+            f"{largest:.2g} nats a token ({_reason(lm)}); {REMEDY}"
+        )
+
+
+def _score_packed(lm, rows):
+    """As everywhere here: side by side, and what all rows begin with read once."""
+    with read_once(lm, rows) as own:
+        hidden, starts = scoring.hidden_states(lm, own)
+        return scoring.branch_logprobs(lm, own, hidden, starts)
+
+
+@torch.no_grad()
+def _check_products(lm, rows):
+    """Raises: UserError: an adapter with B = 0 changes scores: a layer does more than multiply.
+
+    Quantised layers scale their weights or their inputs, which the adapted product does not.
+    """
+    bare = torch.cat(_score_packed(lm, rows))
+    lora.swap_adapter(lm.model, lm.layout, lora.init_adapter(lm.layout, 0))
+    try:
+        adapted = torch.cat(_score_packed(lm, rows))
+    finally:
+        lora.clear_adapters(lm.model)
+    tokens = sum(len(branch) for row in rows for branch in row.branches)
+    apart = float((adapted - bare).abs().sum()) / tokens
+    if not apart <= TOLERANCE[lm.model.dtype]:
+        raise UserError(
+            f"model.name={lm.model.name_or_path}: an adapter that changes nothing moves scores by "
+            f"{apart:.2g} nats a token: its layers do more than multiply; use the same model in "
+            "weights that are not quantised"
         )
 
 
@@ -162,7 +221,7 @@ def _check_cache(lm, rows):
         if apart > TOLERANCE[lm.model.dtype]:
             raise UserError(
                 f"model.name={lm.model.name_or_path}: written answers differ behind a padded and "
-                f"cached prompt, by {apart:.2g} nats a token ({_reason(lm)}); {_remedy(lm, '')}"
+                f"cached prompt, by {apart:.2g} nats a token ({_reason(lm)}); {REMEDY}"
             )
 
 
@@ -207,13 +266,6 @@ def _reason(lm):
     if kinds:
         return f"its layers are of {', '.join(kinds)}"
     return f"its type is {lm.model.config.model_type}"
-
-
-def _remedy(lm, what):
-    window = getattr(lm.model.config.get_text_config(), "sliding_window", None)
-    if "tokens" in what and window:
-        return f"lower data.max_tokens below its window of {window}"
-    return "use a decoder whose layers are all full attention"
 
 
 def _check_gradients(lm, rows):

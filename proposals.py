@@ -17,6 +17,7 @@ import torch
 
 import config
 import lora
+import methods
 import runtime
 import scoring
 import strategies
@@ -159,8 +160,8 @@ def sample_proposals(
 
     # every sample has a grammar of its own, and a row of bits for its legal next tokens
     model = lm.model
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    matchers = [_compile_grammar(lm, schema, vocabulary) for schema in schemas]
+    vocabulary = _vocabulary(lm)
+    matchers = [_compile_grammar(lm, schema) for schema in schemas]
     count = len(schemas)
     legal = llnp.allocate_token_bitmask(count, vocabulary)
     rng = torch.Generator().manual_seed(seed)
@@ -195,12 +196,33 @@ def sample_proposals(
     return lm.tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
-def _compile_grammar(lm, schema, vocabulary):
+def check_tokenizer(lm: LM, cfg) -> None:
+    """Raises: UserError: no grammar can be followed with the tokenizer, or no text ends in it."""
+    reason = ""
+    if lm.tokenizer.eos_token_id is None:
+        reason = "it has no eos_token"
+    try:
+        _compile_grammar(lm, strategies.proposal_schema(cfg.strategies, cfg.policy.families, None))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:160]
+    if reason:
+        raise UserError(
+            f"model.name={cfg.model.name}: the policy cannot propose with its tokenizer "
+            f"({reason}); leave {', '.join(methods.PROPOSING)} out of evaluate.methods"
+        )
+
+
+def _vocabulary(lm):
+    """How many tokens the head tells apart."""
+    return lm.model.get_output_embeddings().weight.shape[0]
+
+
+def _compile_grammar(lm, schema):
     """What follows one sample through its grammar."""
     from llguidance import LLMatcher
 
     grammar = LLMatcher.grammar_from_lark(write_grammar(schema))
-    matcher = LLMatcher(_grammar_tokenizer(lm.tokenizer, vocabulary), grammar)
+    matcher = LLMatcher(_grammar_tokenizer(lm.tokenizer, _vocabulary(lm)), grammar)
     if matcher.is_error():
         raise RuntimeError(f"the strategy grammar does not compile: {matcher.get_error()}")
     return matcher

@@ -52,8 +52,8 @@ HOW_TO_READ = {
     "Results": "Accuracy in % ± standard error, by the primary metric. {stand_ins}",
     "Paired differences": "Percentage points ± standard error, paired by example, mean over tasks. "
     "A gain or a loss has at least two standard errors; less is not established. About one "
-    "comparison in twenty passes by chance. Pooled errors count examples and seeds; each seed's "
-    "value follows in parentheses.",
+    "comparison in twenty passes by chance, more of few seeds. Pooled errors count examples and "
+    "seeds; each seed's value follows in parentheses.",
     "Every metric": "Averages over tasks in %. ECE: expected calibration error, over 10 bins of "
     "the likeliest option's probability under a softmax over the options' summed log-likelihoods.",
     "Strategies": "Won and lost: support examples that the kept strategy turned right or wrong. "
@@ -325,6 +325,7 @@ def findings(result: dict) -> list[str]:
         return ["Nothing has been scored yet."]
     lines = []
     pooled, seeds = shown_seeds(result)
+    metric = result["metric"]
     for domain, name in DOMAINS.items():
         averages = pooled["averages"][domain]
         shown = []
@@ -333,17 +334,18 @@ def findings(result: dict) -> list[str]:
             text = f"{label(method)} {percent(entry, entry['tasks'])}"
             if method in ("base", *ADAPTED):
                 shown.append(text)
-            # Where there is no DeGAML, nothing is ahead of it.
-            if method in methods.BASELINES and entry["acc"] > averages.get("degaml", entry)["acc"]:
+            # On the examples and seeds that both have; where there is no DeGAML, nothing is ahead.
+            row = results.find_contrast(pooled["contrasts"], f"degaml - {method}", metric) or {}
+            if row.get(domain) and row[domain]["diff"] < 0:
                 ahead.append(text)
         lines.append(f"{name} accuracy in %: {', '.join(shown) or NOT_RUN}.")
         if ahead:
             lines.append(f"{name}, baselines ahead of DeGAML, in %: {', '.join(ahead)}.")
 
     # The other metrics, as a check, are among the paired differences.
-    lines.append(f"Paired differences in points, {result['metric']}, {seeds}:")
+    lines.append(f"Paired differences in points, {metric}, {seeds}:")
     for question, pair in QUESTIONS.items():
-        found = results.find_contrast(pooled["contrasts"], pair, result["metric"]) or {}
+        found = results.find_contrast(pooled["contrasts"], pair, metric) or {}
         answers = [f"{name} {difference(found.get(key))}" for key, name in DOMAINS.items()]
         lines.append(f"{question} {', '.join(answers)}.")
 
@@ -478,11 +480,15 @@ def budget_table(result: dict) -> Table:
 
 
 def answer_table(result: dict) -> Table:
-    """What an answer costs: with labels in the prompt it is paid every time."""
+    """What an answer costs: with labels in the prompt it is paid every time.
+
+    Answers that a method shares with another are that one's cost, so methods may differ in number.
+    """
     rows = []
     for method, spent in result.get("answers", {}).items():  # not in older results
-        rows.append([label(method), f"{spent['read_tokens']:,.0f}", f"{spent['seconds']:.3f}"])
-    return make_table("Per answer", ["Method", "Tokens read", "Seconds"], rows)
+        tokens = f"{spent['read_tokens']:,.0f}"
+        rows.append([label(method), spent["answers"], tokens, f"{spent['seconds']:.3f}"])
+    return make_table("Per answer", ["Method", "Answers", "Tokens read", "Seconds"], rows)
 
 
 def source_tables(result: dict) -> list[Table]:
@@ -595,8 +601,10 @@ def draw_gains(result: dict, folder: Path) -> Figure:
     rows = []
     for domain, averages in shown["averages"].items():
         for method, entry in averages.items():
-            if entry["vs_base"]:
-                rows.append({"domain": domain, "method": method, **entry["vs_base"]})
+            gain = entry["vs_base"]
+            if gain:
+                numbers = {key: gain[key] for key in ("diff", "se", "tasks")}
+                rows.append({"domain": domain, "method": method, **numbers})
 
     def paint(axis, domain, panel):
         # The colours are the methods' own, as everywhere.

@@ -5,8 +5,8 @@ One tidy frame has a row per run, method, task and test example. Numbers come fr
 - An accuracy is a mean over test examples. Its standard error is the sample std / sqrt(n).
 - A difference of two methods is paired by example, so the examples' difficulty cancels.
 - Runs of several seeds may share test examples. An example's values are averaged over its runs
-  first, because counting it once per run would make the standard error too small. Then the spread
-  of the seeds is added.
+  first, because counting it once per run would make the standard error too small. Then comes what
+  the seeds differ by beyond their examples.
 - An average is the mean of tasks. The tasks are fixed and their examples independent:
   se = sqrt(sum of se_task^2) / number of tasks.
 
@@ -403,27 +403,37 @@ def find_contrast(contrasts: list[dict], name: str, metric: str) -> dict | None:
 def pool_seeds(run_path: Path, cfg: Config, tasks: dict) -> dict:
     """Averages and contrasts of this run, of each run of `report.seed_runs`, and of all together.
 
-    Returns: {"runs": [{"seed", "run", "averages", "contrasts"}], "pooled": {"averages",
-        "contrasts"}}; pooled entries are those of `_count_seeds`.
+    Runs of one seed that test other examples (`data.skip_test`) count as one seed.
+    Returns: {"runs": [{"seed", "run", "averages", "contrasts"}], one per seed, "pooled":
+        {"averages", "contrasts"}}; pooled entries are those of `_count_seeds`.
     Raises: UserError: a folder is missing, of another model, or repeats a seed.
     """
     metric = cfg.evaluate.metric
-    frames = {}
-    runs: list[dict] = []
+    seen = set()
+    by_seed: dict = {}
+    folders: dict = {}
     for folder in [run_path, *map(Path, cfg.report.seed_runs)]:
         sections = cfg.model_dump()
         if folder != run_path:
             sections = _read_sections(folder, cfg.model.name)
-        seed = _seed_label(sections)
-        if seed in frames:
-            raise UserError(f"report.seed_runs: {folder} repeats seed {seed}")
-        frames[seed] = load_frame(folder, tasks, str(seed))
-        summary = summarise(frames[seed], tasks, metric)
+        label = _seed_label(sections)
+        if label in seen:
+            raise UserError(f"report.seed_runs: {folder} repeats seed {label}")
+        seen.add(label)
+        seed = _seed_label(sections, examples=False)
+        by_seed.setdefault(seed, []).append(load_frame(folder, tasks, str(label)))
+        folders.setdefault(seed, []).append(folder.name)
+
+    runs: list[dict] = []
+    frames = []
+    for seed, parts in by_seed.items():
+        frames.append(pd.concat(parts))
+        summary = summarise(frames[-1], tasks, metric)
         del summary["tasks"]
-        runs.append({"seed": seed, "run": folder.name, **summary})
+        runs.append({"seed": seed, "run": ", ".join(folders[seed]), **summary})
 
     # All runs in one frame: the statistics average an example's runs before anything else.
-    pooled = summarise(pd.concat(frames.values()), tasks, metric)
+    pooled = summarise(pd.concat(frames), tasks, metric)
     del pooled["tasks"]
 
     for domain in DOMAINS:
@@ -441,30 +451,43 @@ def pool_seeds(run_path: Path, cfg: Config, tasks: dict) -> dict:
 def _count_seeds(entry: dict | None, of_runs: list[dict | None]) -> None:
     """Let the standard errors of a pooled entry count seeds too, and keep each seed's value.
 
-    To the variance over examples comes that of a mean over seeds. What a seed's own examples add
-    counts in both, so the error is a little too large, as in a study.
-    Adds `by_seed`, {field: values}, of the runs that have the method or the pair.
+    Adds `by_seed`, {field: a value per seed, None where it lacks the method, the pair or a task}.
     """
     if entry is None:
         return
-    of_runs = [run for run in of_runs if run]
+    # a seed that left a task out is not compared with those that did not
+    whole = [run if run and run["tasks"] == entry["tasks"] else None for run in of_runs]
     errors = {"acc": "se", "diff": "se"}
     for metric in METRICS:
         errors[f"acc_{metric}"] = f"se_{metric}"
 
     entry["by_seed"] = {}
     for value, error in errors.items():
-        values = [run[value] for run in of_runs if value in run]
         if value not in entry:
             continue
-        entry["by_seed"][value] = values
-        if len(values) > 1 and entry[error] is not None:
-            of_seeds = np.std(values, ddof=1) / math.sqrt(len(values))
-            entry[error] = math.hypot(entry[error], of_seeds)
+        having = [run for run in whole if run and value in run]
+        entry["by_seed"][value] = [run and run.get(value) for run in whole]
+        own = [run[error] for run in having]
+        if len(having) > 1 and None not in (entry[error], *own):
+            entry[error] = _error_with_seeds(entry[error], [run[value] for run in having], own)
 
     for other in REFERENCES:
         key = f"vs_{other}"
-        _count_seeds(entry.get(key), [run.get(key) for run in of_runs])
+        _count_seeds(entry.get(key), [run and run.get(key) for run in whole])
+
+
+def _error_with_seeds(error: float, values: list[float], errors: list[float]) -> float:
+    """The standard error of a mean over seeds, from that over examples alone.
+
+    Seeds differ by their trainings and by their test examples. The second part is in the pooled
+    error already, in full where no example is shared: what their own errors explain is taken off
+    the variance of the seeds (method of moments, as for random effects in a meta-analysis).
+    Args: values, errors: each seed's value, and its standard error over examples.
+    """
+    count = len(values)
+    of_seeds = np.var(values, ddof=1) / count
+    explained = (np.mean(np.square(errors)) - error**2) / (count - 1)
+    return math.sqrt(error**2 + max(0.0, of_seeds - explained))
 
 
 def _read_sections(folder: Path, model: str) -> dict:
@@ -479,8 +502,11 @@ def _read_sections(folder: Path, model: str) -> dict:
     return config
 
 
-def _seed_label(config: dict):
-    """A run's seed, and what else tells the run apart: its generator's seed, test rows skipped."""
+def _seed_label(config: dict, examples: bool = True):
+    """A run's seed, and what else tells the run apart: its generator's seed, test rows skipped.
+
+    Args: examples: tell runs apart that test other examples?
+    """
     # Two runs may share the seed of everything but the generator, or test on other examples.
     seed = config.get("seed")
     generator_seed = config.get("generator", {}).get("seed", seed)
@@ -488,7 +514,7 @@ def _seed_label(config: dict):
     more = []
     if generator_seed != seed:
         more.append(f"generator {generator_seed}")
-    if skipped:
+    if skipped and examples:
         more.append(f"test from {skipped}")
     if config.get("data", {}).get("test_from") == "train":
         more.append("training examples")

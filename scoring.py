@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from prefix import Prefix, read_once
 from runtime import Run
 
 WRITTEN = ("strict", "lenient")  # metrics that read a generated answer
+DATE = "26 Jul 2024"  # in chats whose template writes one
 
 
 @dataclass
@@ -201,9 +203,15 @@ def chat_prompt(
 
 
 def _render(tokenizer, messages):
+    # with the day's date in it, as Llama 3.2 has, tomorrow's prompt would be another one
+    template = re.sub(r"strftime_now\s*\([^)]*\)", repr(DATE), tokenizer.get_chat_template())
     # a template that knows no thinking passes over the word
     return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        messages,
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
     )
 
 
@@ -223,20 +231,38 @@ def system_message(example: Example) -> str:
 
 
 def encode(lm: LM, text: str) -> list[int]:
-    """Token ids, with an opening token where the tokenizer puts one, and no closing token."""
-    tokenizer = lm.tokenizer
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    # a chat template writes the opening token itself, and solved examples begin with one
-    if not lm.shots and _opens(tokenizer) and not text.startswith(tokenizer.bos_token):
-        ids = [tokenizer.bos_token_id, *ids]
+    """Token ids, behind the opening tokens where the tokenizer puts some, and no closing token."""
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    head = opening(lm.tokenizer)
+    # a chat template writes the opening itself, and solved examples begin with it
+    if not lm.shots and tuple(ids[: len(head)]) != head:
+        ids = [*head, *ids]
     return ids
 
 
 @functools.cache
-def _opens(tokenizer) -> bool:
-    """Does it put an opening token first?"""
-    first = tokenizer("a")["input_ids"][:1]
-    return first == [tokenizer.bos_token_id]
+def opening(tokenizer) -> tuple[int, ...]:
+    """What it puts before every text: one token in Gemma, two in GLM-4, none in SmolLM2."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for begin in range(len(whole)):
+        if whole[begin : begin + len(bare)] == bare:
+            return tuple(whole[:begin])
+    return ()
+
+
+def _cut(lm, ids):
+    """The last `lm.max_tokens` of a text's tokens, the opening ones among them.
+
+    The question stands at the end. Without its opening token Gemma knows no language any more.
+    """
+    missing = len(ids) - lm.max_tokens
+    if missing <= 0:
+        return ids
+    head = opening(lm.tokenizer)
+    if tuple(ids[: len(head)]) != head:  # behind solved examples, which have it
+        head = ()
+    return [*head, *ids[len(head) + missing :]]
 
 
 def make_row(lm: LM, example: Example) -> Row:
@@ -259,10 +285,8 @@ def make_row(lm: LM, example: Example) -> Row:
     while shared < limit and len({whole[shared] for whole in wholes}) == 1:
         shared += 1
 
-    # too long a context loses its beginning: the question stands at its end
-    first = max(0, shared - lm.max_tokens)
     return Row(
-        context=tuple(wholes[0][first:shared]),
+        context=tuple(_cut(lm, wholes[0][:shared])),
         branches=tuple(tuple(whole[shared:]) for whole in wholes),
         starts=tuple(end - shared for end in ends),
         chars=tuple(max(1, len(answer.strip())) for _, answer in pairs),
@@ -291,7 +315,7 @@ def gold_row(row: Row) -> Row:
 
 def prompt_row(lm: LM, text: str) -> Row:
     """Unlabelled text as a row without branches."""
-    ids = encode(lm, text)[-lm.max_tokens :]
+    ids = _cut(lm, encode(lm, text))
     return Row(tuple(ids), (), (), ())
 
 

@@ -87,11 +87,12 @@ def judge(run: Run, task: Task, method: str) -> Verdict:
 
 
 def _is_right(row: dict, metric: str) -> bool:
-    """Is the answer to a stored example right that the (first) adapter gives?"""
+    """Is the answer to a stored example right that the method's first adapter gives?"""
     if f"pred_{metric}" in row:
         return row[f"pred_{metric}"] == row["gold"]
-    # a written answer; the methods of which several adapters are averaged may lie between
-    return row.get(metric, row.get("lenient", 0)) > 0.5
+    # a written answer
+    reading = metric if metric in scoring.WRITTEN else "lenient"
+    return row[f"first_{reading}"] == 1
 
 
 def _describe_all(right, task, metric):
@@ -114,7 +115,7 @@ def _describe_all(right, task, metric):
 
 def majority_rate(task: Task) -> float:
     """How often the most frequent right answer of the test is right, by text or by place."""
-    texts = Counter(e.options[e.gold] for e in task.test if e.options)
+    texts = Counter(e.options[e.gold] if e.options else e.answer for e in task.test)
     places = Counter(e.gold for e in task.test if e.options)
     most = max([*texts.values(), *places.values()], default=0)
     return most / max(1, len(task.test))

@@ -93,6 +93,9 @@ def test_no_window_is_overlooked(lm, monkeypatch):
     shapes = lm.model.config.get_text_config()
     monkeypatch.setattr(shapes, "sliding_window", 77, raising=False)
     assert icl._window(lm) == 77
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 55}
+    monkeypatch.setattr(shapes, "rope_parameters", rope)
+    assert icl._window(lm) == 55
 
 
 def test_written_answers_go_on_behind_them(lm):

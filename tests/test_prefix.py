@@ -99,3 +99,14 @@ def test_padded_sequences_go_on_behind_it(lm):
         assert not mask[..., 20:].any()
         assert positions.tolist() == [[20.0] * 3] * 2
         assert cache.get_seq_length() == 20
+
+
+def test_a_layer_that_keeps_nothing_is_passed_over():
+    """Gemma 3n's last layers read the keys of an earlier one."""
+    keys = torch.ones(1, 2, 3, 4)
+    kept = prefix.Prefix(((keys, keys), (None, None)))
+    mask = torch.ones(5, 1, 2, 2, dtype=torch.bool)
+    mask, positions, cache = kept.before(mask, torch.zeros(5, 2, dtype=torch.long))
+    assert mask.shape == (5, 1, 2, 5)
+    assert positions[0].tolist() == [3, 3]
+    assert len(cache.layers) == 1

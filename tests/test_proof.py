@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import load_lm, save_tiny
 
 import degaml
@@ -62,10 +63,35 @@ def test_a_window_shorter_than_a_row_is_refused(tmp_path):
         proof.prove_model(lm)
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
 def test_experts_without_an_adapter_are_named(tmp_path):
-    shape = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    (line,) = proof.prove_model(open_lm(tmp_path, "qwen3_moe", **shape))
+    (line,) = proof.prove_model(open_lm(tmp_path, "qwen3_moe", **EXPERTS))
     assert "experts' gate_up_proj (2)" in line
+
+
+def test_layers_beside_experts_are_refused(tmp_path):
+    """Their names are those of the experts, to PEFT: it would leave them out when it loads."""
+    modules = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    shape = EXPERTS | {"shared_expert_intermediate_size": 64}
+    lm = open_lm(tmp_path, "qwen2_moe", modules, **shape)
+    with pytest.raises(UserError, match="take down_proj, gate_proj, up_proj for the experts'"):
+        proof.prove_model(lm)
+
+
+def test_a_layer_that_does_more_than_multiply_is_refused(tmp_path):
+    """BitNet scales its product: an adapter would see another layer than the bare model has."""
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 0.25 * super().forward(x)
+
+    lm = open_lm(tmp_path, "llama")
+    for layer in lm.model.model.layers:
+        layer.self_attn.v_proj.base.__class__ = Scaled
+    with pytest.raises(UserError, match="an adapter that changes nothing moves scores by"):
+        proof.prove_model(lm)
 
 
 def test_a_module_without_gradient_is_named(tmp_path):

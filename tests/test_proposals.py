@@ -1,5 +1,7 @@
 """Proposals: the grammar's numbers, distinctness, the user's template."""
 
+import copy
+import dataclasses
 import json
 
 import pytest
@@ -26,8 +28,7 @@ def run(trained) -> Run:
 
 def consumed(lm, schema: dict, text: str) -> bool:
     """Does the grammar accept the whole text?"""
-    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
-    matcher = proposals._compile_grammar(lm, schema, vocabulary)
+    matcher = proposals._compile_grammar(lm, schema)
     ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
     return matcher.validate_tokens(ids) == len(ids)
 
@@ -167,3 +168,20 @@ def test_a_template_with_wrong_fields_is_refused(tmp_path, text, faults):
     assert str(error.value).endswith("a template has {task}, {context}, {state}, {families}")
     with pytest.raises(UserError, match="cannot be read"):
         proposals.read_template(str(tmp_path / "none.txt"))
+
+
+def test_a_tokenizer_that_no_grammar_follows(run, monkeypatch):
+    """Found before the hours: nothing ends a text, or the grammar's library cannot read it."""
+    lm = scoring.load_lm(run)
+    proposals.check_tokenizer(lm, run.cfg)
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="it has no eos_token"):
+        proposals.check_tokenizer(dataclasses.replace(lm, tokenizer=tokenizer), run.cfg)
+
+    def unreadable(*args):
+        raise ValueError("can't determine decoder type")
+
+    monkeypatch.setattr(proposals, "_grammar_tokenizer", unreadable)
+    with pytest.raises(UserError, match="its tokenizer .can't determine decoder type"):
+        proposals.check_tokenizer(lm, run.cfg)

@@ -157,9 +157,9 @@ def test_seeds_are_shown_pooled_and_each(tmp_path):
     assert "### In-domain accuracy, seed 999\n" in made.markdown
     # A pooled number, and what each seed has.
     gain = row_of(made.markdown, "generator - base", f"By log-likelihood per character, {seeds}")
-    assert gain[0] == "+37.50 ± 39.53 (not established) (+0.0, +75.0)"
+    assert gain[0] == "+37.50 ± 37.50 (not established) (+0.0, +75.0)"
     average = row_of(made.markdown, "Generalization (generator)", f"Averages over tasks, {seeds}")
-    assert average[0] == "62.5 ± 39.5 (25.0, 100.0) [1 of 2]"
+    assert average[0] == "62.5 ± 37.5 (25.0, 100.0) [1 of 2]"
 
 
 def test_page_needs_no_network_and_escapes_text(made):

@@ -302,9 +302,10 @@ def test_pooled_errors_count_seeds(tmp_path):
     second = make_run(tmp_path / "b", {"base": base, "generator": gains}, seed=1000)
     seeds = build(first, seed_runs=[second])["seeds"]
     pooled = results.find_contrast(seeds["pooled"]["contrasts"], "generator - base", "norm")["id"]
-    # Per example 0, .5, .5, .5: variance 1/16 over four. Seeds 0 and .75: variance 9/32 over two.
+    # Examples 0, .5, .5, .5: variance 1/16 over four, 1/64. Seeds 0, .75: 9/32 over two, 9/64. The
+    # seeds' own examples explain 1/64 of that: 0 and 1/16 on average, less the pooled 1/64.
     assert pooled["by_seed"] == {"diff": [0, 0.75]}
-    assert pooled["se"] == pytest.approx(math.sqrt(1 / 64 + 9 / 64))
+    assert pooled["se"] == pytest.approx(math.sqrt(1 / 64 + 9 / 64 - 1 / 64))
     gain = seeds["pooled"]["averages"]["id"]["generator"]["vs_base"]
     assert gain["se"] == pooled["se"]  # of the figure
     # Without its seeds this would pass for a gain.
@@ -316,6 +317,46 @@ def test_pooled_errors_count_seeds(tmp_path):
     assert "by_seed" not in seeds["runs"][1]["averages"]["id"]["generator"]
 
 
+@pytest.mark.parametrize(
+    ("error", "values", "wanted"),
+    [
+        (0.1, [0.0, 0.2], math.sqrt(0.01 + 0.01)),  # the same examples: all of it is the seeds'
+        (0.1 / math.sqrt(2), [0.0, 0.4], 0.2),  # other examples: the spread of the seeds alone
+        (0.1 / math.sqrt(2), [0.0, 0.1], 0.1 / math.sqrt(2)),  # which the examples explain
+    ],
+)
+def test_examples_count_once_in_a_pooled_error(error, values, wanted):
+    """Two seeds, each with an error of 0.1 over its own examples."""
+    assert results._error_with_seeds(error, values, [0.1, 0.1]) == pytest.approx(wanted)
+
+
+def test_two_blocks_of_test_examples_are_one_seed(tmp_path):
+    base = {"arc_e": [1, 0, 0, 0]}
+    first = make_run(tmp_path / "a", {"base": base, "generator": {"arc_e": [1, 1, 0, 0]}})
+    block = make_run(tmp_path / "b", {"base": base, "generator": {"arc_e": [1, 1, 1, 1]}})
+    (block / "config.yaml").write_text("seed: 999\ndata: {skip_test: 4}\n")
+    for path in block.glob("scores/*/*.jsonl"):
+        path.write_text(path.read_text().replace('"arc_e-', '"arc_e-later-'))
+    second = make_run(tmp_path / "c", {"base": base, "generator": base}, seed=1000)
+    seeds = build(first, seed_runs=[block, second])["seeds"]
+    assert [run["seed"] for run in seeds["runs"]] == [999, 1000]
+    assert seeds["runs"][0]["run"] == "a, b"
+    pooled = results.find_contrast(seeds["pooled"]["contrasts"], "generator - base", "norm")["id"]
+    assert pooled["by_seed"] == {"diff": [0.5, 0]}
+    assert seeds["pooled"]["averages"]["id"]["base"]["by_seed"]["acc"] == [0.25, 0.25]
+
+
+def test_a_seed_that_left_a_task_out_is_not_compared(tmp_path):
+    """Its average is over other tasks, so it says nothing about the spread of the seeds."""
+    both = {"arc_e": [1, 1, 1, 0], "boolq": [0, 0, 0, 1]}
+    first = make_run(tmp_path / "a", {"union": both})
+    second = make_run(tmp_path / "b", {"union": {"arc_e": both["arc_e"]}}, seed=1000)
+    alone = build(first)["averages"]["id"]["union"]
+    pooled = build(first, seed_runs=[second])["seeds"]["pooled"]["averages"]["id"]["union"]
+    assert pooled["by_seed"]["acc"] == [0.5, None]
+    assert pooled["se"] == alone["se"]
+
+
 def test_a_method_of_one_seed_is_paired_within_it(tmp_path):
     """The other seed's values of the shared method do not enter the difference."""
     first = make_run(tmp_path / "a", {"degaml": {"arc_e": [1, 1]}, "union": {"arc_e": [0, 1]}})
@@ -324,14 +365,13 @@ def test_a_method_of_one_seed_is_paired_within_it(tmp_path):
     row = results.find_contrast(pooled["contrasts"], "degaml - union", "norm")
     assert row["id"]["diff"] == 0.5
     assert pooled["averages"]["id"]["degaml"]["acc"] == 0.5
-    assert pooled["averages"]["id"]["union"]["by_seed"]["acc"] == [0.5]
+    assert pooled["averages"]["id"]["union"]["by_seed"]["acc"] == [0.5, None]
 
 
 @pytest.mark.parametrize(
     ("config", "seed"),
     [
         ("seed: 999\ngenerator: {seed: 1}\n", "999 (generator 1)"),
-        ("seed: 999\ndata: {skip_test: 200}\n", "999 (test from 200)"),
         ("seed: 999\ndata: {test_from: train}\n", "999 (training examples)"),
     ],
 )

@@ -1,5 +1,6 @@
 """Scoring: packed rows against one plain forward pass per option, losses, steering."""
 
+import copy
 import dataclasses
 import math
 import random
@@ -380,6 +381,40 @@ def test_opening_token(tiny_lm):
     row = scoring.make_row(tiny_lm, EXAMPLES[0])
     assert row.context[0] == 0
     assert not any(0 in branch or 2 in branch for branch in row.branches)
+
+    # a row that is cut keeps it: Gemma is at chance without
+    whole = scoring.make_row(tiny_lm, EXAMPLES[2]).context
+    text = scoring.encode(tiny_lm, LONG)
+    tiny_lm.max_tokens = 20
+    assert scoring.make_row(tiny_lm, EXAMPLES[2]).context == (0, *whole[-19:])
+    assert scoring.prompt_row(tiny_lm, LONG).context == (0, *text[-19:])
+
+
+def test_an_opening_of_other_tokens_than_bos(tiny_lm):
+    """GLM-4 opens with two, and has no bos_token."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    plain = scoring.encode(tiny_lm, "a stone")
+    backend = tiny_lm.tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single="<|endoftext|> <|im_start|> $A",
+        special_tokens=[("<|endoftext|>", 0), ("<|im_start|>", 1)],
+    )
+    tiny_lm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    assert scoring.encode(tiny_lm, "a stone") == [0, 1, *plain]
+    assert scoring.encode(tiny_lm, "<|endoftext|><|im_start|>a stone") == [0, 1, *plain]
+
+
+def test_a_chat_is_the_same_tomorrow(tiny_lm):
+    """Llama 3.2 and SmolLM3 write the day's date."""
+    tokenizer = copy.deepcopy(tiny_lm.tokenizer)
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y') }}{% endif %}"
+        "{% for m in messages %} {{ m['content'] }}{% endfor %}"
+    )
+    text = scoring.chat_prompt(tokenizer, "Be brief.", "Why?")
+    assert text == f"Today: {scoring.DATE} Be brief. Why?"
 
 
 def test_batches_cover_every_row_within_the_budget():
