@@ -63,12 +63,31 @@ def judged(tmp_path, gold, **answers):
     return verdict_on(tmp_path, gold, list(answers))
 
 
-def verdict_on(tmp_path, gold, methods=("base", "generator")):
+def verdict_on(tmp_path, gold, methods=("base", "generator"), metric="norm"):
     """The verdict on `generator`, of a test with these answers, from the rows that are stored."""
-    evaluate = SimpleNamespace(methods=methods, metric="norm")
+    evaluate = SimpleNamespace(methods=methods, metric=metric)
     run = SimpleNamespace(path=tmp_path, cfg=SimpleNamespace(evaluate=evaluate))
     test = [Example(str(i), "q", ("no", "yes"), place) for i, place in enumerate(gold)]
     return verdict.judge(run, SimpleNamespace(name="mine", test=test), "generator")
+
+
+def test_a_written_answer_is_that_of_the_exported_adapter(tmp_path):
+    """The first of two: its answers count, not what both have in common."""
+    gold = [0] * 40
+    written = {"generator": {"strict": 0.5, "first_strict": 1}}
+    written["base"] = {"strict": 0.0, "first_strict": 0}
+    for method, answer in written.items():
+        rows = [{"id": str(i), "gold": 0, **answer} for i in range(40)]
+        write_jsonl(tmp_path / f"scores/{method}/mine.jsonl", rows)
+    found = verdict_on(tmp_path, gold, metric="strict")
+    assert found.decision == verdict.USE_IT
+    assert "right in 40 of 40 held-out rows and the base model in 0" in found.text
+
+
+def test_the_most_frequent_answer_without_options():
+    answers = ["4", "4", "4", "7"]
+    test = [Example(str(i), "q", answer=answer) for i, answer in enumerate(answers)]
+    assert verdict.majority_rate(SimpleNamespace(test=test)) == 0.75
 
 
 def test_three_verdicts(tmp_path):
