@@ -16,7 +16,9 @@ import policy
 import runtime
 import scoring
 import strategies
+from data import Example
 from runtime import Run
+from scoring import Scores
 from strategies import KEEP, Strategy
 
 
@@ -83,6 +85,20 @@ def test_generator_is_averaged_over_prompt_batches(run):
 
     choose(run, "beta", KEEP)
     assert evaluate._test_rows(run, task, target, "degaml", {}) == rows
+
+
+def test_a_written_answer_of_two_adapters():
+    """Averaged for the tables, and the first alone, which is the one that is exported."""
+    example = Example("a", "Why?", ("[A]", "[B]"), 1)
+    first = Scores((0.0, 0.0), (0.0, 0.0), text="[B]", strict=1, lenient=1)
+    second = Scores((0.0, 0.0), (0.0, 0.0), text="so [A]", strict=None, lenient=0)
+    assert evaluate._judge_texts(example, [first, second]) == {
+        "strict": 0.5,
+        "first_strict": 1,
+        "lenient": 0.5,
+        "first_lenient": 1,
+        "text": "[B]",
+    }
 
 
 def adapted_files(folder: Path) -> dict:
