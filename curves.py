@@ -117,7 +117,7 @@ def write_study(run: Run, cells: list, settings: dict) -> None:
             found["slopes"] += fit_slopes(both, unseen, run.cfg.study.set_sizes, labels)
 
     if "search" in run.cfg.study.parts:
-        found["search"] = summarise_search(run.path, unseen)
+        found["search"] = summarise_search(run.path, unseen, run.cfg.study.strategies)
 
     runtime.write_json(folder / "study.json", found)
     runtime.write_text(folder / "study.md", as_markdown(found))
@@ -266,8 +266,8 @@ def is_finding(row: dict) -> bool:
     return min(seen, again) > 2 or max(seen, again) < -2
 
 
-def summarise_search(path: Path, targets: list[str]) -> list[dict]:
-    """Per target: the start, what an oracle finds, and what 20 labels find.
+def summarise_search(path: Path, targets: list[str], strategies: list[dict]) -> list[dict]:
+    """Per target: the start, what an oracle finds among strategies, and what 20 labels find.
 
     The oracle takes the strategy with most right answers in the first block of test examples.
     What it gains is read off the second block, which it has not seen.
@@ -279,7 +279,10 @@ def summarise_search(path: Path, targets: list[str]) -> list[dict]:
         kept = [record for record in records if record["strategy"]["family"] == "none"]
         if not kept:
             continue
-        tried = [record for record in records if record["strategy"]["family"] != "none"]
+        # the folder may hold others, which a longer list named before
+        tried = [record for record in records if record["strategy"] in strategies]
+        if not tried:
+            continue
         oracle = max(tried, key=lambda record: record["right"].count("1"))
         labels = max(tried, key=_support_key)
         rows.append(

@@ -231,7 +231,8 @@ def test_the_oracle_is_read_off_examples_it_has_not_seen(tmp_path):
         support = {"correct": correct, "gold_logp": [0.0, 0.0]}
         record = {"strategy": strategy, "right": right, "fresh": fresh, "support": support}
         (folder / "DONE.json").write_text(json.dumps(record))
-    (row,) = curves.summarise_search(tmp_path, ["delta"])
+    listed = [strategy for strategy, *_ in records.values()][1:]
+    (row,) = curves.summarise_search(tmp_path, ["delta"], listed)
     assert row["oracle"]["lambda"] == 1.0
     assert row["seen"]["mean"] == 0.5
     assert row["fresh"]["mean"] == -0.5
@@ -239,6 +240,9 @@ def test_the_oracle_is_read_off_examples_it_has_not_seen(tmp_path):
     assert row["wins"] == 2
     assert row["by_labels_seen"]["mean"] == -0.5
     assert row["by_labels_fresh"]["mean"] == 0.5
+    # what the list does not name any more is not counted
+    (row,) = curves.summarise_search(tmp_path, ["delta"], listed[1:])
+    assert (row["tried"], row["oracle"]["lambda"]) == (1, 0.5)
 
 
 @pytest.mark.parametrize(
