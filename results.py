@@ -469,14 +469,14 @@ def _count_seeds(entry: dict | None, of_runs: list[dict | None]) -> None:
         entry["by_seed"][value] = [run and run.get(value) for run in whole]
         own = [run[error] for run in having]
         if len(having) > 1 and None not in (entry[error], *own):
-            entry[error] = _error_with_seeds(entry[error], [run[value] for run in having], own)
+            entry[error] = error_with_seeds(entry[error], [run[value] for run in having], own)
 
     for other in REFERENCES:
         key = f"vs_{other}"
         _count_seeds(entry.get(key), [run and run.get(key) for run in whole])
 
 
-def _error_with_seeds(error: float, values: list[float], errors: list[float]) -> float:
+def error_with_seeds(error: float, values: list[float], errors: list[float]) -> float:
     """The standard error of a mean over seeds, from that over examples alone.
 
     Seeds differ by their trainings and by their test examples. The second part is in the pooled

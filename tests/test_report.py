@@ -1,6 +1,7 @@
 """What the report shows of a canned run: console, report.md, figures and page."""
 
 import csv
+import importlib.util
 import json
 import re
 import shutil
@@ -307,3 +308,18 @@ def test_training_examples_do_not_pass_for_test_examples():
     assert report.sample({"tasks": tasks}) == "n = 8 train examples per task"
     tasks = {"arc_e": {"n_test": 8}}
     assert report.sample({"tasks": tasks}) == "n = 8 test examples per task"
+
+
+def test_the_table_of_three_seeds_is_that_of_its_runs():
+    """results/seeds.json, which README and docs/results.md quote, is made of committed runs."""
+    spec = importlib.util.spec_from_file_location("pool", ROOT / "results/pool.py")
+    pool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pool)
+    stored = json.loads((ROOT / "results/seeds.json").read_text())
+    assert pool.pool_runs() == stored
+    # By hand: two seeds with one error, which differ by more than that.
+    entries = [{"acc": 0.5, "se": 0.01}, None, {"acc": 0.6, "se": 0.01}]
+    found = pool.pool(entries, "acc")
+    assert found["by_seed"] == [0.5, None, 0.6]
+    assert found["acc"] == 0.55
+    assert found["se"] == pytest.approx(0.05)

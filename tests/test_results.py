@@ -327,7 +327,7 @@ def test_pooled_errors_count_seeds(tmp_path):
 )
 def test_examples_count_once_in_a_pooled_error(error, values, wanted):
     """Two seeds, each with an error of 0.1 over its own examples."""
-    assert results._error_with_seeds(error, values, [0.1, 0.1]) == pytest.approx(wanted)
+    assert results.error_with_seeds(error, values, [0.1, 0.1]) == pytest.approx(wanted)
 
 
 def test_two_blocks_of_test_examples_are_one_seed(tmp_path):

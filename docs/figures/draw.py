@@ -1,8 +1,8 @@
-"""The README's dot plot, light and dark, from the committed results.
+"""The README's dot plot, light and dark, from the committed results of several seeds.
 
     .venv/bin/python docs/figures/draw.py
 
-Reads:  results/smollm2/results.json
+Reads:  results/seeds.json, of results/pool.py
 Writes: docs/figures/results-light.svg, docs/figures/results-dark.svg
 """
 
@@ -15,7 +15,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent.parent / "results/smollm2/results.json"
+RESULTS = HERE.parent.parent / "results/seeds.json"
 
 # Rows from top to bottom: the method's id in results.json, and its name in the README.
 ROWS = {
@@ -55,8 +55,8 @@ def style_panel(axes, title: str, theme: dict) -> None:
     """Grid, limits and colours, the same in both panels."""
     axes.set_title(title, color=theme["ink"], fontsize=20)
     axes.set_yticks(range(len(ROWS)), list(ROWS.values()))
-    axes.set_xticks([0, 5, 10])
-    axes.set_xlim(-1, 11)
+    axes.set_xticks([-5, 0, 5, 10])
+    axes.set_xlim(-6, 11)
     axes.set_ylim(len(ROWS) - 0.5, -0.5)
     axes.tick_params(colors=theme["ink"], labelsize=20, length=0, pad=8)
     axes.grid(axis="x", color=theme["faint"])
