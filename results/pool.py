@@ -22,6 +22,7 @@ import runtime
 RUNS = {
     "999": ("smollm2", "smollm2-icl"),
     "1": ("smollm2-seed1",),
+    "2": ("smollm2-seed2",),
 }
 METHODS = (
     "base",

@@ -287,7 +287,15 @@ def test_the_same_run_gives_the_same_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["smollm2", "smollm2-fresh", "smollm2-fresh-ood", "smollm2-icl", "smollm2-seed1"]
+    "name",
+    [
+        "smollm2",
+        "smollm2-fresh",
+        "smollm2-fresh-ood",
+        "smollm2-icl",
+        "smollm2-seed1",
+        "smollm2-seed2",
+    ],
 )
 def test_committed_reports_are_those_of_their_results(tmp_path, name):
     """results.json and the losses are enough to render report.md and the figures again."""

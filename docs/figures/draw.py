@@ -1,4 +1,4 @@
-"""The README's dot plot, light and dark, from the committed results of several seeds.
+"""The README's dot plot, light and dark, from the committed results of three seeds.
 
     .venv/bin/python docs/figures/draw.py
 
