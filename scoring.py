@@ -254,7 +254,7 @@ def opening(tokenizer) -> tuple[int, ...]:
 def _cut(lm, ids):
     """The last `lm.max_tokens` of a text's tokens, the opening ones among them.
 
-    The question stands at the end. Without its opening token Gemma knows no language any more.
+    The question stands at the end. Gemma scores at chance without its opening token.
     """
     missing = len(ids) - lm.max_tokens
     if missing <= 0:

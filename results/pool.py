@@ -24,23 +24,25 @@ RUNS = {
     "1": ("smollm2-seed1",),
     "2": ("smollm2-seed2",),
 }
-METHODS = (
-    "base",
-    "icl",
-    "generator",
-    "mean",
-    "wrong_prompts",
-    "degaml",
-    "no_meta",
-    "degaml_plus",
-    "union",
-)
+METHODS = {
+    "base": "Base model",
+    "icl": "Labels in the prompt: `icl`",
+    "generator": "Generalization: `generator`",
+    "degaml": "Adaptation: `degaml`",
+    "degaml_plus": "Adaptation, SFT allowed: `degaml_plus`",
+    "no_meta": "baseline: `no_meta`",
+    "union": "baseline: `union`",
+    "mean": "control: `mean`",
+    "wrong_prompts": "control: `wrong_prompts`",
+}
 
 
 def main() -> None:
     found = pool_runs()
     runtime.write_json(HERE / "seeds.json", found)
-    print_tables(found)
+    rows = [*average_rows(found), "", *difference_rows(found, "norm")]
+    rows += ["", "By summed log-likelihood:", *difference_rows(found, "raw")]
+    print("\n".join(rows))
 
 
 def pool_runs() -> dict:
@@ -101,24 +103,43 @@ def pool(of_seeds: list[dict | None], field: str) -> dict:
     return {field: sum(values) / len(values), "se": error, "by_seed": by_seed}
 
 
-def print_tables(found: dict) -> None:
-    """Averages, then differences by both metrics."""
-    for method in METHODS:
-        cells = [describe(found["averages"][domain][method], "acc", "") for domain in ("id", "ood")]
-        print(f"| `{method}` | {' | '.join(cells)} |")
-    for metric, rows in found["contrasts"].items():
-        print(f"\n{metric}")
-        for name, row in rows.items():
-            cells = [describe(row[domain], "diff", "+") for domain in ("id", "ood")]
-            print(f"| {name.replace(' - ', ' − ')} | {' | '.join(cells)} |")
+def average_rows(found: dict) -> list[str]:
+    """A Markdown row per method: in-domain, each seed, out of domain, each seed."""
+    rows = []
+    for method, label in METHODS.items():
+        cells = []
+        for domain in results.DOMAINS:
+            entry = found["averages"][domain][method]
+            cells += [with_error(entry, "acc", ""), each_seed(entry, "")]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    return rows
 
 
-def describe(entry: dict, field: str, sign: str) -> str:
-    """A value in percent with its error, and each seed's in parentheses."""
+def difference_rows(found: dict, metric: str) -> list[str]:
+    """The same per pair of methods; bold where it passes two standard errors."""
+    rows = []
+    for pair, of_domains in found["contrasts"][metric].items():
+        cells = []
+        for entry in of_domains.values():
+            text = with_error(entry, "diff", "+")
+            if results.describe_gain(entry) in ("gain", "loss"):
+                text = f"**{text}**"
+            cells += [text, each_seed(entry, "+")]
+        rows.append(f"| {pair.replace(' - ', ' − ')} | {' | '.join(cells)} |")
+    return rows
+
+
+def with_error(entry: dict, field: str, sign: str) -> str:
+    """In percent."""
+    return f"{100 * entry[field]:{sign}.1f} ± {100 * entry['se']:.1f}"
+
+
+def each_seed(entry: dict, sign: str) -> str:
+    """In percent, with a dash for a seed that has none."""
     seeds = []
     for value in entry["by_seed"]:
         seeds.append("–" if value is None else f"{100 * value:{sign}.1f}")
-    return f"{100 * entry[field]:{sign}.1f} ± {100 * entry['se']:.1f} ({', '.join(seeds)})"
+    return ", ".join(seeds)
 
 
 if __name__ == "__main__":

@@ -325,6 +325,14 @@ def test_the_table_of_three_seeds_is_that_of_its_runs():
     spec.loader.exec_module(pool)
     stored = json.loads((ROOT / "results/seeds.json").read_text())
     assert pool.pool_runs() == stored
+    shown = (ROOT / "docs/results.md").read_text().splitlines()
+    missing = {*pool.average_rows(stored), *pool.difference_rows(stored, "norm")} - {*shown}
+    assert missing == set()
+    readme = (ROOT / "README.md").read_text()
+    for method in ("base", "icl", "generator", "no_meta", "degaml_plus", "union"):
+        averages = [stored["averages"][domain][method] for domain in results.DOMAINS]
+        cells = [pool.with_error(entry, "acc", "") for entry in averages]
+        assert f"| {' | '.join(cells)} |" in readme
     # By hand: two seeds with one error, which differ by more than that.
     entries = [{"acc": 0.5, "se": 0.01}, None, {"acc": 0.6, "se": 0.01}]
     found = pool.pool(entries, "acc")

@@ -362,20 +362,23 @@ def test_letter_rows(tiny_lm):
     assert scoring.chat_prompt(tiny_lm.tokenizer, "S", "U") == "S\n\nU\n"
 
 
-def test_opening_token(tiny_lm):
-    """A tokenizer's own opening token comes once, where it has one; a closing token never."""
+def tokenizer_with(lm, single: str, **names):
+    """The model's tokenizer, which puts tokens around every text as `single` says."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
+    ids = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    used = [(token, number) for token, number in ids.items() if token in single]
+    backend = lm.tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single=single, special_tokens=used)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", **names)
+
+
+def test_opening_token(tiny_lm):
+    """A tokenizer's own opening token comes once, where it has one; a closing token never."""
     plain = scoring.encode(tiny_lm, "a stone")
-    backend = tiny_lm.tokenizer.backend_tokenizer
-    backend.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A <|im_end|>",
-        special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 2)],
-    )
-    tiny_lm.tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|im_end|>"
-    )
+    single = "<|endoftext|> $A <|im_end|>"
+    tiny_lm.tokenizer = tokenizer_with(tiny_lm, single, bos_token="<|endoftext|>")
     assert scoring.encode(tiny_lm, "a stone") == [0, *plain]
     assert scoring.encode(tiny_lm, "<|endoftext|>a stone") == [0, *plain]
     row = scoring.make_row(tiny_lm, EXAMPLES[0])
@@ -392,16 +395,8 @@ def test_opening_token(tiny_lm):
 
 def test_an_opening_of_other_tokens_than_bos(tiny_lm):
     """GLM-4 opens with two, and has no bos_token."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
     plain = scoring.encode(tiny_lm, "a stone")
-    backend = tiny_lm.tokenizer.backend_tokenizer
-    backend.post_processor = TemplateProcessing(
-        single="<|endoftext|> <|im_start|> $A",
-        special_tokens=[("<|endoftext|>", 0), ("<|im_start|>", 1)],
-    )
-    tiny_lm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tiny_lm.tokenizer = tokenizer_with(tiny_lm, "<|endoftext|> <|im_start|> $A")
     assert scoring.encode(tiny_lm, "a stone") == [0, 1, *plain]
     assert scoring.encode(tiny_lm, "<|endoftext|><|im_start|>a stone") == [0, 1, *plain]
 
